@@ -1,0 +1,80 @@
+"""The file names of an output folder, each written down once.
+
+    runs/NAME/
+      recipe.yaml     the resolved recipe            README.md   the model card
+      record.json     everything measured            assets/     pictures of the card
+      STEP/           what a step saved, with step.json (its part of the record) inside
+      .work/          checkpoints and half-made folders of a run that is under way
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_mtcompress.errors import ArtifactError
+
+RECIPE = "recipe.yaml"
+RECORD = "record.json"
+CARD = "README.md"
+ASSETS = "assets"
+STEP_RECORD = "step.json"
+WORK = ".work"
+
+ONNX_MODEL = "model.onnx"
+"""The graph of all heads, weights inside (external data does not load in a browser)."""
+ONNX_SETTINGS = "mtcompress_onnx.json"
+"""What a graph needs to be used without the model: inputs, tasks, preprocessing, quantization."""
+VANILLA = "vanilla"
+"""Folder of an export step that holds one plain transformers folder per task."""
+ONNX = "onnx"
+"""Folder of an export step that holds the graph of all heads."""
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` when the block ends, and vanishes when it fails.
+
+    An existing `target` is replaced, so a reader sees the old folder or the new one, never a mixture.
+
+    Raises:
+        ArtifactError: the parent folder cannot be written.
+    """
+    scratch = target.parent / WORK / f"{target.name}.part"
+    try:
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"expected a writable folder for '{target.name}', but {target.parent} refused it ({error.strerror}); "
+            "choose another place with --output or free some space"
+        ) from error
+    try:
+        yield scratch
+        if target.exists():
+            old = target.parent / WORK / f"{target.name}.old"
+            if old.exists():
+                shutil.rmtree(old)
+            os.replace(target, old)
+            os.replace(scratch, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write `text` to `target` whole or not at all."""
+    part = target.with_name(target.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, target)
+    except OSError as error:
+        raise ArtifactError(
+            f"expected to write '{target.name}', but {target.parent} refused it ({error.strerror}); "
+            "choose another place with --output or free some space"
+        ) from error

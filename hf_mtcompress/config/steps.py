@@ -1,0 +1,114 @@
+"""The steps of a recipe, one frozen class each, joined in the union `StepConfig`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_mtcompress.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """Where a student comes from: layers of the teacher, or another checkpoint."""
+
+    layers: int | tuple[int, ...] | None = None
+    """How many layers (evenly spaced, the last one kept), or which ones, counted from 0."""
+    path: str | None = None
+    """Another pretrained encoder, instead of layers of the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneStep(TrainingConfig):
+    """Train all tasks on their labels.
+
+    ```yaml
+    - {kind: finetune, name: teacher, epochs: 3, learning_rate: 5.0e-5}
+    ```
+    """
+
+    kind: Literal["finetune"] = "finetune"
+    name: str | None = None
+    source: str | None = None
+    """Written `from`: the step to start from; default: the latest float torch step, else the recipe's encoder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillStep(TrainingConfig):
+    """Train a student to answer like its teacher.
+
+    ```yaml
+    - {kind: distill, name: student, teacher: teacher, student: {layers: 3}, criteria: [logits, hidden], epochs: 6}
+    ```
+    """
+
+    kind: Literal["distill"] = "distill"
+    name: str | None = None
+    source: str | None = None
+    """Written `from`: the step that is trained on; not together with `student`."""
+    teacher: str
+    """A step of this recipe, or the path of a saved multi-task or stock model."""
+    student: StudentConfig | None = None
+    criteria: tuple[Literal["logits", "hidden"], ...] = ("logits", "hidden")
+    temperature: float = 2.0
+    label_weight: float = 0.5
+    """Share of the loss on the true labels; the rest is the criteria's."""
+    hidden_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneStep:
+    """Remove the least important heads, feed-forward neurons and layers, then recover.
+
+    ```yaml
+    - {kind: prune, name: pruned, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
+    ```
+    """
+
+    kind: Literal["prune"] = "prune"
+    name: str | None = None
+    source: str | None = None
+    heads: float = 0.0
+    """Fraction of all attention heads to remove."""
+    feed_forward: float = 0.0
+    """Fraction of all feed-forward neurons to remove."""
+    layers: int = 0
+    """Number of whole layers to remove."""
+    importance: Literal["first_order", "magnitude"] = "first_order"
+    rows: int = 512
+    """Training rows that the importance is measured on."""
+    multiple_of: int = 32
+    """Feed-forward widths are rounded to multiples of this, which is what kernels like."""
+    recover: FinetuneStep | DistillStep | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeStep:
+    """Store weights in 8 or 4 bits.
+
+    ```yaml
+    - {kind: quantize, from: pruned, backend: onnxruntime, bits: 8}
+    ```
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    name: str | None = None
+    source: str | None = None
+    backend: Literal["bitsandbytes", "onnxruntime"]
+    bits: Literal[8, 4] = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportStep:
+    """Write the model in forms that need less than this package: plain transformers folders, ONNX in float32.
+
+    ```yaml
+    - {kind: export, formats: [vanilla, onnx]}
+    ```
+    """
+
+    kind: Literal["export"] = "export"
+    name: str | None = None
+    source: str | None = None
+    formats: tuple[Literal["vanilla", "onnx"], ...] = ("vanilla",)
+
+
+StepConfig = FinetuneStep | DistillStep | PruneStep | QuantizeStep | ExportStep

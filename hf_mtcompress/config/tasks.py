@@ -1,0 +1,67 @@
+"""What a task is: its data, its columns, its labels and how it is judged."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_mtcompress.config.data import DataConfig
+
+TaskRole = Literal["main", "auxiliary"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSettings:
+    """What every kind of task has."""
+
+    data: DataConfig | str
+    """A source of rows, or the name of another task whose rows are shared."""
+    label: str
+    labels: tuple[str, ...] | None = None
+    """Label names in order; default: the ClassLabel feature, else the sorted values of all splits."""
+    metric: str | None = None
+    """Primary metric; default: the kind's own."""
+    role: TaskRole = "main"
+    """Auxiliary tasks are trained but do not count in `average`."""
+    weight: float = 1.0
+    head: Literal["stock", "linear", "mlp"] = "stock"
+    """`stock` is the head of the family's own AutoModelFor class."""
+    pooling: Literal["cls", "mean", "max"] | None = None
+    """Pooling under a `linear` or `mlp` head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceClassificationConfig(TaskSettings):
+    """One label, several labels or a number for a text or a pair of texts."""
+
+    kind: Literal["sequence-classification"] = "sequence-classification"
+    text: str
+    """Column with a string or a list of words."""
+    text_pair: str | None = None
+    problem_type: ProblemType = "single_label_classification"
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenClassificationConfig(TaskSettings):
+    """One label for each word; BIO labels are decoded to spans."""
+
+    kind: Literal["token-classification"] = "token-classification"
+    tokens: str
+    """Column with a list of words."""
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageClassificationConfig(TaskSettings):
+    """One label, several labels or a number for an image."""
+
+    kind: Literal["image-classification"] = "image-classification"
+    image: str = "image"
+    problem_type: ProblemType = "single_label_classification"
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+
+TaskConfig = SequenceClassificationConfig | TokenClassificationConfig | ImageClassificationConfig

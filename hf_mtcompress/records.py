@@ -1,0 +1,216 @@
+"""What happened: plain data that every stage returns and that the card, the report and the push read.
+
+`record.json` is a `RunRecord`. Everything a card prints stands in it. Numbers carry the split and the number of rows
+they were computed on; what was not measured is null, never a guess.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+ArtefactForm = Literal["torch", "bitsandbytes", "vanilla", "onnx"]
+
+
+@dataclass(kw_only=True)
+class TaskRecord:
+    """One task as the run saw it."""
+
+    name: str
+    kind: str
+    problem_type: str
+    metric: str
+    role: str
+    weight: float
+    labels: list[str] | None
+    rows: dict[str, int]
+    """Labelled rows by role (train, validation, test)."""
+    baseline: dict[str, float]
+    """Score of the majority class or the mean predictor, by role (validation, test)."""
+    dataset_id: str | None = None
+    dataset_revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(kw_only=True)
+class TaskScore:
+    """Scores of one task on one split."""
+
+    rows: int
+    metrics: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class SplitScores:
+    """Scores of all tasks on one split; `average` is the mean of the main tasks' primary metrics."""
+
+    split: str
+    average: float | None
+    tasks: dict[str, TaskScore]
+
+
+@dataclass(kw_only=True)
+class SizeRecord:
+    """Bytes on disk and parameter counts of an artefact."""
+
+    weights_bytes: int
+    """Weights and graph."""
+    tokenizer_bytes: int
+    embedding_bytes: int | None
+    """The part of `weights_bytes` that is word embeddings, where it could be told."""
+    parameters: int | None
+    encoder_parameters: int | None
+    embedding_parameters: int | None
+    head_parameters: int | None
+
+
+@dataclass(kw_only=True)
+class LatencyRecord:
+    """Milliseconds of a whole call for one batch size, measured in turns with the other artefacts."""
+
+    batch_size: int
+    tokens: int
+    minimum_ms: float
+    median_ms: float
+    ratio_minimum: float | None
+    """minimum / minimum of the reference in torch float32."""
+    ratio_median: float | None
+    repetitions: int
+
+
+@dataclass(kw_only=True)
+class Artefact:
+    """One saved form of a model: where it lies, what it scores, how big and how fast it is."""
+
+    form: ArtefactForm
+    folder: str
+    """Relative to the run."""
+    precision: str
+    """What the weights are stored and computed in, such as float32 or int8."""
+    size: SizeRecord | None = None
+    scores: dict[str, SplitScores] = field(default_factory=dict)
+    """By role: validation after the step, test at the end of the run."""
+    latency: list[LatencyRecord] = field(default_factory=list)
+    reload: dict[str, Any] | None = None
+    """Result of loading the folder in a fresh process: {"passed", "max_difference", "tolerance", "how"}."""
+    peak_memory_mb: float | None = None
+
+
+@dataclass(kw_only=True)
+class StepRecord:
+    """One step of the recipe as it ran. `artefacts[0]` speaks for the step."""
+
+    name: str
+    kind: str
+    source: str | None
+    fingerprint: str
+    settings: dict[str, Any]
+    seconds: float
+    artefacts: list[Artefact]
+    structure: dict[str, Any] | None = None
+    """Layers, heads per layer and feed-forward width per layer after the step."""
+    training: dict[str, Any] | None = None
+    """Steps, epochs, final losses; the log history as a list of rows."""
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """A step's artefact against the reference, on the test split where there is one, else validation."""
+
+    step: str
+    folder: str
+    split: str
+    retention: float | None
+    """Mean over main tasks of score / reference score."""
+    retention_above_chance: float | None
+    """The same with (score - baseline) / (reference score - baseline)."""
+    worst_task_retention: float | None
+    worst_task: str | None
+    tasks: dict[str, dict[str, float | None]]
+    """By task: score, reference, difference, retention, retention_above_chance."""
+    undefined: dict[str, str] = field(default_factory=dict)
+    """By task: why a retention could not be computed."""
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """A whole run."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    created: str
+    seed: int
+    environment: dict[str, Any]
+    """Versions, processor, cores, threads, memory, operating system, load."""
+    encoder: dict[str, Any]
+    """path_or_id (a Hub id or the name of a folder, never a local path), hub_id, revision, max_length, model_type, license."""
+    tasks: dict[str, TaskRecord]
+    reference: str
+    steps: list[StepRecord]
+    comparisons: list[Comparison] = field(default_factory=list)
+    benchmark: dict[str, Any] | None = None
+    """Conditions of the latency figures: tokens, threads, load before and after, interleaving."""
+    budget: dict[str, Any] | None = None
+    """By limit: {"limit", "found", "met"}; plus "artefact"."""
+    publish: dict[str, Any] | None = None
+
+
+def to_json(record: Any) -> str:
+    """The record as JSON text; numbers that are not finite become null."""
+    return json.dumps(_finite(dataclasses.asdict(record)), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def artefact_from_dict(data: dict[str, Any]) -> Artefact:
+    """Rebuild an `Artefact` from its JSON form."""
+    size = data.get("size")
+    return Artefact(
+        **{
+            **data,
+            "size": SizeRecord(**size) if size else None,
+            "scores": {
+                role: SplitScores(
+                    **{**scores, "tasks": {name: TaskScore(**score) for name, score in scores["tasks"].items()}}
+                )
+                for role, scores in data.get("scores", {}).items()
+            },
+            "latency": [LatencyRecord(**row) for row in data.get("latency", [])],
+        }
+    )
+
+
+def step_from_dict(data: dict[str, Any]) -> StepRecord:
+    """Rebuild a `StepRecord` from its JSON form."""
+    return StepRecord(**{**data, "artefacts": [artefact_from_dict(artefact) for artefact in data["artefacts"]]})
+
+
+def run_from_dict(data: dict[str, Any]) -> RunRecord:
+    """Rebuild a `RunRecord` from its JSON form.
+
+    Raises:
+        ValueError: the record was written by a newer version of the package.
+    """
+    found = data.get("format_version")
+    if not isinstance(found, int) or found > FORMAT_VERSION:
+        raise ValueError(
+            f"expected a record of format_version {FORMAT_VERSION} or older, found {found}; update hf_mtcompress to read it"
+        )
+    return RunRecord(
+        **{
+            **data,
+            "tasks": {name: TaskRecord(**task) for name, task in data["tasks"].items()},
+            "steps": [step_from_dict(step) for step in data["steps"]],
+            "comparisons": [Comparison(**comparison) for comparison in data.get("comparisons", [])],
+        }
+    )
