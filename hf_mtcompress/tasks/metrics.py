@@ -16,10 +16,9 @@ from typing import Any, Literal, TypeAlias
 
 import evaluate
 import numpy as np
-from datasets import Features, Value
-from datasets import Sequence as SequenceFeature
+from datasets import Features, List, Value
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from sklearn.metrics import (
     accuracy_score,
     f1_score,
@@ -263,9 +262,9 @@ class _OfflineMetric(evaluate.Metric):
     """Adapter from one formula to the interface of evaluate; `config_name` is the name of the metric."""
 
     problem: str
-    element: Value | SequenceFeature
+    element: Value | List
 
-    def __init__(self, config_name: str | None = None, **settings: Any):
+    def __init__(self, config_name: str | None = None, **settings: Any) -> None:
         # In memory unless several processes must meet in files.
         settings.setdefault("keep_in_memory", settings.get("num_process", 1) == 1)
         super().__init__(config_name=config_name or DEFAULT_METRIC[self.problem], **settings)
@@ -301,7 +300,7 @@ class MultiLabelMetric(_OfflineMetric):
     """Metric over rows of 0 and 1, one for each label."""
 
     problem = "multi_label_classification"
-    element = SequenceFeature(Value("int64"))
+    element = List(Value("int64"))
 
 
 class RegressionMetric(_OfflineMetric):
@@ -315,13 +314,15 @@ class TokenMetric(_OfflineMetric):
     """Metric over lists of label names, one list a sentence."""
 
     problem = "token_classification"
-    element = SequenceFeature(Value("string"))
+    element = List(Value("string"))
 
 
 # -------------------------------------------------------------------------------------------------------- formulas
 
 
 Formula: TypeAlias = Callable[[Any, Any], float]
+
+_UNDEFINED_IS_ZERO: dict[str, Any] = {"zero_division": 0.0}
 
 
 def _formula(name: str, problem_type: str) -> Formula:
@@ -397,9 +398,8 @@ def _over_sentences(formula: Formula) -> Formula:
 
 def _balanced_accuracy(predictions: NDArray[Any], references: NDArray[Any]) -> float:
     # The mean recall over the classes that occur; scikit-learn's own function warns when others are predicted.
-    return float(
-        recall_score(references, predictions, labels=np.unique(references), average="macro", zero_division=0.0)
-    )
+    labels = np.unique(references)
+    return float(recall_score(references, predictions, labels=labels, average="macro", **_UNDEFINED_IS_ZERO))
 
 
 def _mcc(predictions: NDArray[Any], references: NDArray[Any]) -> float:
@@ -411,7 +411,7 @@ def _f1(average: str) -> Formula:
     def f1(predictions: NDArray[Any], references: NDArray[Any]) -> float:
         # A single column of 0 and 1 would be read as two classes.
         labels = [1] if references.ndim == 2 and references.shape[1] == 1 else None
-        return float(f1_score(references, predictions, labels=labels, average=average, zero_division=0.0))
+        return float(f1_score(references, predictions, labels=labels, average=average, **_UNDEFINED_IS_ZERO))
 
     return f1
 
@@ -424,13 +424,13 @@ def _is_constant(values: NDArray[np.float64]) -> bool:
 def _pearson(predictions: NDArray[np.float64], references: NDArray[np.float64]) -> float:
     if _is_constant(predictions) or _is_constant(references):
         return 0.0
-    return float(pearsonr(predictions, references).statistic)
+    return float(np.corrcoef(predictions, references)[0, 1])
 
 
 def _spearman(predictions: NDArray[np.float64], references: NDArray[np.float64]) -> float:
     if _is_constant(predictions) or _is_constant(references):
         return 0.0
-    return float(spearmanr(predictions, references).statistic)
+    return float(np.corrcoef(rankdata(predictions), rankdata(references))[0, 1])
 
 
 def _token_accuracy(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:

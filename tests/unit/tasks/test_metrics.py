@@ -156,7 +156,7 @@ def test_labels_without_spans_are_told_apart() -> None:
     assert not is_bio([])
     assert not is_bio(["NOUN", "INTJ"])
     assert token_metrics([["NOUN", "VERB"]], [["NOUN", "NOUN"]]) == {"token_accuracy": 0.5}
-    with pytest.raises(TaskError, match="found 'INTJ'.*token_accuracy"):
+    with pytest.raises(TaskError, match=r"found 'INTJ'.*token_accuracy"):
         bio_spans(["INTJ"])
 
 
