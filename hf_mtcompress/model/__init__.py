@@ -1,0 +1,1 @@
+"""The multi-task model, its shape, and how it loads."""

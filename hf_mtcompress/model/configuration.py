@@ -1,0 +1,55 @@
+"""The config of a multi-task model: encoders, tasks, preprocessing, and what pruning left."""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.tasks import Task, task_from_dict
+
+FORMAT_VERSION = 1
+
+
+@strict
+class MultiTaskConfig(PreTrainedConfig):
+    """Describes encoders and the tasks that read them.
+
+    Args:
+        format_version: of this file; newer ones are refused.
+        encoders: configs by encoder name; one encoder is called `main`.
+        tasks: task specs without columns (`Task.to_dict`), in order.
+        preprocessing: by encoder name: `max_length` in tokens or `image_size` in pixels.
+        structure: by encoder name: what pruning left, by layer index and role (see `model/surgery.py`); empty if whole.
+    """
+
+    model_type = "mtcompress"
+
+    format_version: int = FORMAT_VERSION
+    encoders: dict | None = None
+    tasks: list | None = None
+    preprocessing: dict | None = None
+    structure: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.format_version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"expected a model of format_version {FORMAT_VERSION} or older, found {self.format_version}; "
+                "update hf_mtcompress to load it"
+            )
+        self.encoders = self.encoders or {}
+        self.tasks = self.tasks or []
+        self.preprocessing = self.preprocessing or {}
+        self.structure = self.structure or {}
+
+    def encoder_config(self, name: str = "main") -> PreTrainedConfig:
+        """A fresh config object of one encoder."""
+        values = copy.deepcopy((self.encoders or {})[name])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def build_tasks(self) -> dict[str, Task]:
+        """The tasks by name, in order."""
+        tasks = [task_from_dict(values) for values in self.tasks or []]
+        return {task.name: task for task in tasks}

@@ -1,0 +1,354 @@
+"""The shared encoder with one head for each task."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.surgery import apply_structure
+from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
+from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
+from hf_mtcompress.tasks import Task
+
+INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+_FOUND_AT_LEAST = 0.95
+
+
+@functools.lru_cache(maxsize=256)
+def output_class(tasks: tuple[str, ...]) -> type[ModelOutput]:
+    """The output of a model with these tasks: flat tensors, one `logits_<task>` field each.
+
+    Flat fields are what the ONNX exporter can name; a dict of tensors is not.
+    """
+    fields = [
+        ("loss", Tensor | None, None),
+        *((f"logits_{task}", Tensor | None, None) for task in tasks),
+        ("last_hidden_state", Tensor | None, None),
+        ("hidden_states", tuple | None, None),
+    ]
+    return dataclasses.make_dataclass(
+        "MultiTaskOutput", fields, bases=(ModelOutput,), namespace={"__module__": __name__}
+    )
+
+
+class MultiTaskModel(PreTrainedModel):
+    """One encoder, several heads; saved and loaded like any transformers model.
+
+    Build it from a pretrained encoder with `from_encoder`, reload it with `from_pretrained` (or `AutoModel`).
+
+    Attributes:
+        encoders: encoders by name; a single one is `main`.
+        heads: heads by `task_<name>`.
+        tasks: the tasks by name.
+    """
+
+    config_class = MultiTaskConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # Losses are normalised by the trainer over the whole accumulation window, never by the model.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MultiTaskConfig, encoders: Mapping[str, PreTrainedModel] | None = None):
+        super().__init__(config)
+        self.tasks: dict[str, Task] = config.build_tasks()
+        self.encoders = nn.ModuleDict(
+            {name: self._build_encoder(name) for name in config.encoders or {}} if encoders is None else dict(encoders)
+        )
+        self.heads = nn.ModuleDict({task.head_name: self._build_head(task) for task in self.tasks.values()})
+        self._drop_unread_parts()
+        self.model_tags = ["hf_mtcompress", "multi-task"]
+        self.post_init()
+
+    # ---- building ----
+
+    @classmethod
+    def from_encoder(
+        cls,
+        encoder: str | os.PathLike[str] | PreTrainedModel,
+        tasks: Sequence[Task],
+        *,
+        max_length: int | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> "MultiTaskModel":
+        """Put a new head for each task on a pretrained encoder.
+
+        Args:
+            encoder: Hub id, local folder, or an encoder in memory (used as it is, not copied).
+            tasks: tasks with known labels and different names.
+            max_length: longest input in tokens, saved with the model.
+            image_size: side of the input in pixels, saved with the model.
+            **kwargs: for `AutoModel.from_pretrained`, such as `revision`.
+
+        Raises:
+            TaskError: two tasks share a name, or labels are missing.
+            UnsupportedEncoderError: the checkpoint's weights do not fill the encoder.
+        """
+        names = [task.name for task in tasks]
+        if len(set(names)) != len(names) or not names:
+            raise TaskError(f"expected at least one task and different names, found {names}; rename the doubles")
+        loaded = encoder if isinstance(encoder, PreTrainedModel) else load_encoder(encoder, **kwargs)
+        preprocessing = {"max_length": max_length, "image_size": image_size}
+        config = MultiTaskConfig(
+            encoders={"main": _config_dict(loaded.config)},
+            tasks=[task.to_dict() for task in tasks],
+            preprocessing={"main": {key: value for key, value in preprocessing.items() if value is not None}},
+        )
+        model = cls(config, encoders={"main": loaded})
+        for task in tasks:
+            # The data columns are not in the config, but useful while the model lives.
+            model.tasks[task.name] = task
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model, bit-equal to the one that was saved; see `PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def _build_encoder(self, name: str) -> PreTrainedModel:
+        config = self.config.encoder_config(name)
+        # "sdpa" is what this class itself defaults to; an encoder that lacks it chooses its own kernel.
+        if self.config._attn_implementation_internal not in (None, "sdpa"):
+            config._attn_implementation = self.config._attn_implementation_internal
+        encoder = AutoModel.from_config(config)
+        structure = (self.config.structure or {}).get(name)
+        if structure:
+            apply_structure(encoder, structure)
+        return encoder
+
+    def _build_head(self, task: Task) -> nn.Module:
+        config = self.config.encoder_config(task.encoder)
+        task.configure(config)
+        stock = stock_class(task, config) if task.head == "stock" else None
+        if stock is not None:
+            head: nn.Module = build_stock_head(stock, config)
+        else:
+            with torch.device("meta"):
+                head = PooledHead(
+                    config.hidden_size,
+                    task.num_outputs,
+                    pooling=task.pooling,
+                    dense=task.head == "mlp",
+                    dropout=float(config.to_dict().get("hidden_dropout_prob") or 0.0),
+                    per_token=task.problem == "token_classification",
+                )
+        if torch.get_default_device().type != "meta":
+            head.to_empty(device=torch.get_default_device())
+            with torch.no_grad():
+                for module in head.modules():
+                    _initialize(module, config, head)
+        return head
+
+    def _drop_unread_parts(self) -> None:
+        """Take out parts of an encoder that no head reads, as stock classes do (a pooler under token heads)."""
+        for name, encoder in self.encoders.items():
+            readers = [self.heads[task.head_name] for task in self.tasks.values() if task.encoder == name]
+            stocks = [reader for reader in readers if isinstance(reader, PreTrainedModel)]
+            if len(stocks) < len(readers) or not stocks:
+                continue
+            for part in [key for key, module in encoder.named_children() if key == "pooler" and module is not None]:
+                if not any(_reads_pooler(type(stock), stock.config) for stock in stocks):
+                    setattr(encoder, part, None)
+
+    # ---- running ----
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The only encoder, or the one called `main`."""
+        encoder = self.encoders["main"]
+        assert isinstance(encoder, PreTrainedModel)
+        return encoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tasks: Sequence[str] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **labels: Tensor,
+    ) -> ModelOutput:
+        """Encode once, answer every task.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens), 1 where a token counts; default all ones.
+            token_type_ids: (batch, tokens), for encoders that have them.
+            pixel_values: (batch, channels, height, width), instead of text.
+            tasks: names of the tasks to answer; default: those with labels, or all when none has.
+            output_hidden_states: also return the hidden states of all layers.
+            return_dict: accepted for compatibility; the answer is always a `ModelOutput`.
+            **labels: `labels_<task>`: encoded labels; the loss is the weighted sum of the tasks' mean losses.
+
+        Returns:
+            A `ModelOutput` with `loss`, `logits_<task>` of shape (batch, labels) or (batch, tokens, labels),
+            `last_hidden_state` and `hidden_states`.
+        """
+        unknown = [key for key in labels if key.removeprefix("labels_") not in self.tasks]
+        if unknown:
+            raise TypeError(f"expected inputs {INPUT_NAMES} and labels_<task> of {list(self.tasks)}, found {unknown}")
+        if tasks is None:
+            tasks = [name for name, task in self.tasks.items() if task.label_name in labels] or list(self.tasks)
+        if input_ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        outputs = self.encode(
+            input_ids, attention_mask, token_type_ids, pixel_values, output_hidden_states=output_hidden_states
+        )
+        logits = {name: self.answer(name, outputs, attention_mask) for name in tasks}
+        loss = None
+        for name in tasks:
+            task = self.tasks[name]
+            target = labels.get(task.label_name)
+            if target is not None:
+                mean = task.loss_sum(logits[name], target) / task.item_count(target).clamp(min=1)
+                loss = task.weight * mean + (0.0 if loss is None else loss)
+        return output_class(tuple(self.tasks))(
+            loss=loss,
+            **{f"logits_{name}": value for name, value in logits.items()},
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.get("hidden_states"),
+        )
+
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        output_hidden_states: bool | None = None,
+        name: str = "main",
+    ) -> Any:
+        """Run one encoder; its own output object."""
+        inputs: dict[str, Any] = {}
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+            inputs["attention_mask"] = attention_mask
+            if token_type_ids is not None and "type_vocab_size" in (self.config.encoders or {})[name]:
+                inputs["token_type_ids"] = token_type_ids
+        if output_hidden_states:
+            inputs["output_hidden_states"] = True
+        return self.encoders[name](**inputs, return_dict=True)
+
+    def answer(self, name: str, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+        """Logits of one task from an encoder's output."""
+        head = self.heads[self.tasks[name].head_name]
+        if isinstance(head, PooledHead):
+            return head(outputs, attention_mask)
+        assert isinstance(head, PreTrainedModel)
+        stand_in = getattr(head, head.base_model_prefix)
+        assert isinstance(stand_in, SharedEncoder)
+        arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return stand_in.answer_with(outputs, lambda: head(**arguments, return_dict=True)).logits
+
+    # ---- saving ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write config (with the encoder's present config and structure) and weights; see `PreTrainedModel`."""
+        self.refresh_config()
+        super().save_pretrained(save_directory, **kwargs)
+
+    def refresh_config(self) -> None:
+        """Bring the config in step with the modules, after surgery on an encoder."""
+        for name, encoder in self.encoders.items():
+            assert isinstance(encoder, PreTrainedModel)
+            assert self.config.encoders is not None
+            self.config.encoders[name] = _config_dict(encoder.config)
+        self.config.tasks = [task.to_dict() for task in self.tasks.values()]
+
+    def to_stock(self, name: str) -> PreTrainedModel:
+        """One task as a model of the family's own AutoModelFor class, with copies of the weights.
+
+        Raises:
+            TaskError: no such task, or its head is not the stock one.
+        """
+        return to_stock(self, name)
+
+    def export_task(self, name: str, folder: str | os.PathLike[str], processor: Any | None = None) -> Path:
+        """Write one task as a plain transformers folder (with tokenizer or image processor when given).
+
+        Whole layers, uniform feed-forward width and vocabulary may have been cut: the folder then loads without this
+        package. After uneven cuts it loads with `import hf_mtcompress`.
+
+        Raises:
+            TaskError: no such task, or its head is not the stock one.
+        """
+        return export_folder(self, name, Path(folder), processor)
+
+
+def load_encoder(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a pretrained encoder in float32 and make sure that its weights were found.
+
+    Raises:
+        UnsupportedEncoderError: fewer than 95 % of the encoder's weights stand in the checkpoint.
+    """
+    encoder, info = AutoModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **kwargs)
+    total = len(encoder.state_dict())
+    missing = list(info["missing_keys"])
+    if total and 1 - len(missing) / total < _FOUND_AT_LEAST:
+        raise UnsupportedEncoderError(
+            f"expected a checkpoint with the weights of {type(encoder).__name__}, but {len(missing)} of {total} are "
+            f"missing (such as '{missing[0]}'); check that the folder holds a pretrained encoder"
+        )
+    return encoder
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move weights that start off a cache line (as tensors inside a safetensors file do) to fresh memory.
+
+    Matrix kernels take other paths, and round otherwise, on unaligned memory: without this a loaded model differs from
+    the saved one in the last bits.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def _reads_pooler(stock: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether a stock model keeps the pooler of its encoder."""
+    with torch.device("meta"):
+        base = stock._from_config(config).base_model
+    return any(key == "pooler" and module is not None for key, module in base.named_children())
+
+
+def _initialize(module: nn.Module, config: PreTrainedConfig, head: nn.Module) -> None:
+    """Initial weights as the family draws them, or normal with the family's spread for a pooled head."""
+    if isinstance(head, PreTrainedModel):
+        if not isinstance(module, SharedEncoder):
+            head._init_weights(module)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=float(config.to_dict().get("initializer_range") or 0.02))
+        nn.init.zeros_(module.bias)
+
+
+def _config_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """An encoder's config as plain values, without traces of where it was loaded from."""
+    values = config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "architectures", "quantization_config", "torch_dtype", "dtype"):
+        values.pop(key, None)
+    for key in ("id2label", "label2id", "problem_type"):
+        values.pop(key, None)
+    return values
+
+
+def load_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a saved folder or Hub id."""
+    return AutoConfig.from_pretrained(path)

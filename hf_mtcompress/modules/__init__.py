@@ -1,0 +1,1 @@
+"""Modules that a saved model consists of."""

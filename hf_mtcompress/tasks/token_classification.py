@@ -1,0 +1,154 @@
+"""Tasks that label each word of a text."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_mtcompress.errors import DataError
+from hf_mtcompress.tasks.base import UNLABELLED, ProblemType, Task, cross_entropy_sum, register_task, weighted_count
+from hf_mtcompress.tasks.classification import label_index
+from hf_mtcompress.tasks.metrics import PRIMARY_METRICS, bio_spans, token_metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TokenClassification(Task):
+    """One label for each word; labels in BIO form (`B-city`, `I-city`, `O`) are decoded to spans.
+
+    A word's label stands at its first sub-word; the other sub-words are unlabelled.
+
+    Args:
+        tokens: column with a list of words.
+    """
+
+    kind: ClassVar[str] = "token-classification"
+    columns: ClassVar[tuple[str, ...]] = ("label", "tokens")
+
+    _: KW_ONLY
+    tokens: str | None = None
+
+    @property
+    def problem(self) -> ProblemType:
+        return "token_classification"
+
+    @property
+    def bio(self) -> bool:
+        """Whether the labels mark spans."""
+        return bool(self.labels) and all(label == "O" or label[:2] in ("B-", "I-") for label in self.labels or ())
+
+    @property
+    def default_metric(self) -> str:
+        return "span_f1" if self.bio else "token_accuracy"
+
+    @property
+    def primary_metrics(self) -> tuple[str, ...]:
+        return PRIMARY_METRICS["token_classification"]
+
+    @property
+    def auto_class(self) -> str:
+        return "AutoModelForTokenClassification"
+
+    @property
+    def pipeline(self) -> str:
+        return "token-classification"
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        return (self.tokens,) if self.tokens is not None else ()
+
+    def encode(self, inputs: Sequence[Sequence[Any]], processor: Any, max_length: int | None) -> dict[str, list[Any]]:
+        rows = [row.split() if isinstance(row, str) else list(row) for row in inputs[0]]
+        encoded = processor(rows, truncation=True, max_length=max_length, is_split_into_words=True)
+        return {**encoded, "word_ids": [encoded.word_ids(index) for index in range(len(rows))]}
+
+    def encode_labels(self, values: Sequence[Any], encoding: Mapping[str, Any]) -> list[Any]:
+        aligned, cut = [], 0
+        for words, word_ids in zip(values, encoding["word_ids"], strict=True):
+            reached = max((index for index in word_ids if index is not None), default=-1) + 1
+            if words is None:
+                aligned.append([UNLABELLED] * len(word_ids))
+                continue
+            if reached > len(words):
+                raise DataError(
+                    f"task '{self.name}': expected one label for each word, found {len(words)} labels in column "
+                    f"'{self.label}' for at least {reached} words in column '{self.tokens}'"
+                )
+            cut += len(words) > reached
+            indices = [label_index(self, word) for word in words]
+            labels, previous = [], None
+            for index in word_ids:
+                labels.append(UNLABELLED if index is None or index == previous else indices[index])
+                previous = index
+            aligned.append(labels)
+        if cut:
+            logger.warning(
+                "task '%s': %d of %d rows are longer than max_length; the labels beyond it are not counted",
+                self.name,
+                cut,
+                len(aligned),
+            )
+        return aligned
+
+    def collate_labels(self, labels: Sequence[Any], length: int | None) -> Tensor:
+        length = length if length is not None else max(len(row) for row in labels)
+        return torch.tensor([list(row) + [UNLABELLED] * (length - len(row)) for row in labels], dtype=torch.long)
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_sum(self, logits.flatten(0, 1), labels.flatten())
+
+    def item_count(self, labels: Tensor) -> Tensor:
+        return weighted_count(self, labels.flatten())
+
+    def chance_loss(self, labels: Sequence[Any]) -> float:
+        return math.log(max(self.num_outputs, 2))
+
+    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        names = self.labels or ()
+        best = np.asarray(logits).argmax(-1)
+        predictions, references = [], []
+        for row, reference in zip(best, np.asarray(labels), strict=True):
+            kept = reference != UNLABELLED
+            if kept.any():
+                predictions.append([names[index] for index in row[: len(reference)][kept]])
+                references.append([names[index] for index in reference[kept]])
+        return token_metrics(predictions, references, spans=self.bio)
+
+    def baseline(self, labels: Sequence[Any]) -> float:
+        names = self.labels or ()
+        references = [[names[index] for index in row if index != UNLABELLED] for row in labels]
+        flat = [label for row in references for label in row]
+        majority = max(sorted(set(flat)), key=flat.count)
+        guesses = [[majority] * len(row) for row in references]
+        return token_metrics(guesses, references, spans=self.bio)[str(self.metric)]
+
+    def decode(self, logits: np.ndarray, encoding: Mapping[str, Any] | None = None) -> Any:
+        names = self.labels or ()
+        word_ids = (encoding or {}).get("word_ids", range(len(logits)))
+        words = (encoding or {}).get("words")
+        answers, previous = [], None
+        for index, row in zip(word_ids, np.asarray(logits).argmax(-1), strict=False):
+            if index is not None and index != previous:
+                answers.append(names[int(row)])
+            previous = index
+        answer: dict[str, Any] = {"labels": answers}
+        if self.bio:
+            answer["spans"] = [
+                {
+                    "label": label,
+                    "start": start,
+                    "end": end,
+                    **({"text": " ".join(words[start:end])} if words is not None else {}),
+                }
+                for label, start, end in bio_spans(answers)
+            ]
+        return answer
+
+
+register_task(TokenClassification.kind, TokenClassification)
