@@ -12,7 +12,7 @@ class MTCompressError(Exception):
 class RecipeError(MTCompressError, ValueError):
     """A recipe cannot be run as written; `problems` holds one line for each mistake."""
 
-    def __init__(self, problems: list[str] | str, source: str | None = None):
+    def __init__(self, problems: list[str] | str, source: str | None = None) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.source = source
         where = f" in {source}" if source else ""

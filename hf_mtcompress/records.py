@@ -145,7 +145,8 @@ class RunRecord:
     environment: dict[str, Any]
     """Versions, processor, cores, threads, memory, operating system, load."""
     encoder: dict[str, Any]
-    """path_or_id (a Hub id or the name of a folder, never a local path), hub_id, revision, max_length, model_type, license."""
+    """path_or_id, hub_id, revision, max_length, model_type, license; `path_or_id` is a Hub id or the name of a folder,
+    never a local path."""
     tasks: dict[str, TaskRecord]
     reference: str
     steps: list[StepRecord]
@@ -204,7 +205,8 @@ def run_from_dict(data: dict[str, Any]) -> RunRecord:
     found = data.get("format_version")
     if not isinstance(found, int) or found > FORMAT_VERSION:
         raise ValueError(
-            f"expected a record of format_version {FORMAT_VERSION} or older, found {found}; update hf_mtcompress to read it"
+            f"expected a record of format_version {FORMAT_VERSION} or older, found {found}; "
+            "update hf_mtcompress to read it"
         )
     return RunRecord(
         **{

@@ -14,7 +14,7 @@ class DataConfig:
     `builder_arguments`; `load_dataset` refuses those that the builder does not know.
 
     ```yaml
-    data: {path: json, data_dir: data/snips, data_files: {train: train.jsonl, validation: valid.jsonl, test: test.jsonl}}
+    data: {path: json, data_dir: data/snips, data_files: {train: train.jsonl, test: test.jsonl}}
     ```
     """
 

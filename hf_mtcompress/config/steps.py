@@ -59,7 +59,7 @@ class PruneStep:
     """Remove the least important heads, feed-forward neurons and layers, then recover.
 
     ```yaml
-    - {kind: prune, name: pruned, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
+    - {kind: prune, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
     ```
     """
 

@@ -1,0 +1,113 @@
+"""Facts about the machine and the installed packages, for records and messages. Imports neither torch nor transformers."""
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hf_mtcompress.errors import MissingExtraError
+
+PACKAGES = (
+    "hf_mtcompress",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "bitsandbytes",
+)
+"""Packages whose versions can change a score, a size or a time."""
+
+EXTRAS = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "bitsandbytes": ("bitsandbytes",),
+}
+"""Modules that each extra of `pyproject.toml` brings."""
+
+
+def environment_facts() -> dict[str, Any]:
+    """What the card and the record say about where a run took place; nothing that names a user or a folder.
+
+    Returns:
+        `python`, `platform`, `system` (operating system), `processor`, `cores` (those this process may use),
+        `memory_gb` (10**9 bytes, None where unknown) and `packages` (name -> version, None where not installed).
+    """
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "system": _operating_system(),
+        "processor": _processor(),
+        "cores": available_cores(),
+        "memory_gb": _memory_gb(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def available_cores() -> int:
+    """Cores this process may run on, which in a container are often fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Mean number of processes that wanted to run in the last minute; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):  # Windows has no such function
+        return None
+
+
+def require_extra(extra: str) -> None:
+    """Make sure that the modules of an optional extra can be imported.
+
+    Args:
+        extra: a key of `EXTRAS`.
+
+    Raises:
+        MissingExtraError: a module is not installed; the message holds the command that installs it.
+    """
+    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"expected the extra '{extra}', but {', '.join(missing)} cannot be imported; "
+            f'install it with: pip install "hf_mtcompress[{extra}]"'
+        )
+
+
+def _operating_system() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
+    except OSError:  # not a Linux distribution
+        return f"{platform.system()} {platform.release()}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):  # Windows has no such function
+        return None

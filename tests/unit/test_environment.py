@@ -1,0 +1,76 @@
+"""Facts about the machine: complete, JSON-able, and without anything that names a user."""
+
+import getpass
+import importlib.util
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hf_mtcompress import environment
+from hf_mtcompress.errors import MissingExtraError
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_facts_are_complete_and_plain():
+    """A fact that is not JSON would make a finished run fail when its record is written."""
+    facts = json.loads(json.dumps(environment.environment_facts()))
+    assert set(facts) == {"python", "platform", "system", "processor", "cores", "memory_gb", "packages"}
+    assert facts["cores"] >= 1
+    assert facts["memory_gb"] is None or facts["memory_gb"] > 0
+    assert facts["processor"]
+    assert facts["packages"]["transformers"].startswith("5.")
+
+
+def test_facts_name_no_user_and_no_folder():
+    """The facts are printed on public cards."""
+    text = json.dumps(environment.environment_facts()["packages"])
+    assert str(Path.home()) not in text
+    assert "/" not in text
+    assert getpass.getuser() not in text
+
+
+def test_package_that_is_not_installed_has_no_version():
+    assert environment.package_version("no-such-package-anywhere") is None
+
+
+def test_load_average_is_a_number_or_unknown():
+    load = environment.load_average()
+    assert load is None or load >= 0
+
+
+def test_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch):
+    """Without this the user sees a bare ModuleNotFoundError from deep inside a library."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "hf_mtcompress\[onnx\]"'):
+        environment.require_extra("onnx")
+
+
+def test_installed_extra_passes():
+    environment.require_extra("onnx")
+
+
+def test_extras_are_those_of_the_package():
+    """Written down twice, so compared: a renamed extra would put a wrong command into the message."""
+    extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(environment.EXTRAS) == set(extras) - {"dev"}
+    for extra, modules in environment.EXTRAS.items():
+        assert {requirement.split(">")[0] for requirement in extras[extra]} == set(modules)
+
+
+def test_importing_it_loads_no_torch():
+    """Publishing stands on this module and must start fast."""
+    code = (
+        "import sys, importlib.util as u; s = u.spec_from_file_location('e', sys.argv[1]); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); m.environment_facts()"
+    )
+    program = (
+        "import sys, types; p = types.ModuleType('hf_mtcompress'); p.__path__ = [sys.argv[2]]; "
+        "sys.modules['hf_mtcompress'] = p\n" + code + "\nassert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    package = Path(environment.__file__).parent
+    subprocess.run([sys.executable, "-c", program, environment.__file__, str(package)], check=True)
