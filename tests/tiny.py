@@ -1,0 +1,253 @@
+"""Real but tiny models, tokenizers, image processors and rows, made on the spot and seeded.
+
+Nothing is downloaded and nothing is mocked: every class here is the one that a user's checkpoint has, three layers deep
+and 32 wide. The rows follow rules that a tiny model learns in a few dozen steps.
+"""
+
+import random
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from PIL import Image as PillowImage
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertTokenizer,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+TEXT_FAMILIES = ["bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert", "clip_text"]
+IMAGE_FAMILIES = ["vit", "dinov2", "clip_vision"]
+FAMILIES = TEXT_FAMILIES + IMAGE_FAMILIES
+
+HIDDEN = 32
+HEADS = 4
+LAYERS = 3
+FEED_FORWARD = 64
+IMAGE_SIZE = 32
+MAX_LENGTH = 64
+
+_MODEL_TYPES = {"clip_text": "clip_text_model", "clip_vision": "clip_vision_model"}
+_WITH_TOKEN_TYPES = {"bert", "electra", "deberta-v2"}
+
+_FEELINGS = {
+    "bad": ["sad", "angry", "grim", "broken", "bitter"],
+    "plain": ["grey", "round", "wooden", "quiet", "flat"],
+    "good": ["happy", "bright", "lovely", "kind", "golden"],
+}
+_FEELING_VALUE = {"bad": -1.0, "plain": 0.0, "good": 1.0}
+_STRENGTHS = {"slightly": 1.0, "": 2.0, "very": 3.0}
+_ANIMALS = ["fox", "owl", "horse", "beetle", "salmon", "heron"]
+_VERBS = ["sleeps", "waits", "runs", "sings"]
+_PLACES = [["old", "barn"], ["deep", "river"], ["forest"], ["market", "square"]]
+_COLOURS = ["red", "green", "blue"]
+
+FEELING_LABELS = ("bad", "plain", "good")
+TAG_LABELS = ("O", "B-animal", "B-place", "I-place")
+COLOUR_LABELS = ("red", "green", "blue")
+
+
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """Configuration of a tiny encoder of `family`, dropout off; `overrides` are fields of that family's config."""
+    # Ids as in tiny_tokenizer; MPNet has the padding id 1 built in, so everybody has it.
+    text = {
+        "vocab_size": len(tiny_tokenizer()),
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "cls_token_id": 2,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+    }
+    shape = {
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": FEED_FORWARD,
+    }
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    image = {"image_size": IMAGE_SIZE, "patch_size": 8}
+    match family:
+        case "bert" | "electra":
+            settings = {**text, **shape, **no_dropout, "type_vocab_size": 2, "max_position_embeddings": MAX_LENGTH}
+            if family == "electra":
+                settings["embedding_size"] = 16
+        case "roberta" | "mpnet":
+            settings = {**text, **shape, **no_dropout, "max_position_embeddings": MAX_LENGTH + 2}
+        case "distilbert":
+            settings = {
+                **text,
+                "dim": HIDDEN,
+                "n_heads": HEADS,
+                "n_layers": LAYERS,
+                "hidden_dim": FEED_FORWARD,
+                "dropout": 0.0,
+                "attention_dropout": 0.0,
+                "seq_classif_dropout": 0.0,
+                "max_position_embeddings": MAX_LENGTH,
+            }
+        case "deberta-v2":
+            settings = {
+                **text,
+                **shape,
+                **no_dropout,
+                "type_vocab_size": 2,
+                "max_position_embeddings": MAX_LENGTH,
+                "relative_attention": True,
+                "pos_att_type": ["p2c", "c2p"],
+                "position_buckets": 8,
+                "pooler_hidden_size": HIDDEN,
+                "pooler_dropout": 0.0,
+            }
+        case "modernbert":
+            settings = {**text, **shape, "max_position_embeddings": MAX_LENGTH, "local_attention": 8}
+        case "clip_text":
+            settings = {**text, **shape, "max_position_embeddings": MAX_LENGTH, "projection_dim": HIDDEN}
+        case "clip_vision":
+            settings = {**shape, **image, "projection_dim": HIDDEN}
+        case "vit":
+            settings = {**shape, **no_dropout, **image}
+        case "dinov2":
+            del shape["intermediate_size"]
+            settings = {**shape, **no_dropout, **image, "mlp_ratio": FEED_FORWARD // HIDDEN}
+        case _:
+            raise ValueError(f"expected one of {FAMILIES}, found '{family}'")
+    return AutoConfig.for_model(_MODEL_TYPES.get(family, family), **{**settings, **overrides})
+
+
+def tiny_encoder(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny encoder in eval mode; every parameter is random, biases too, so that a wrong cut cannot hide in zeros."""
+    return randomize(AutoModel.from_config(tiny_config(family, **overrides)), seed)
+
+
+def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Give every parameter of `model` seeded random values; returns it in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                # Norm weights stay near one, biases near zero.
+                parameter.copy_(parameter.mean() + 0.2 * noise)
+            else:
+                parameter.copy_(0.2 * noise)
+    return model.eval()
+
+
+@cache
+def tiny_tokenizer(family: str = "bert") -> BertTokenizer:
+    """A fast WordPiece tokenizer trained on the sentences below, with the inputs that models of `family` take."""
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special, show_progress=False)
+    core.train_from_iterator((" ".join(words) for words, *_ in _sentences(400, random.Random(0))), trainer)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return BertTokenizer(
+        vocab=core.get_vocab(),
+        model_max_length=MAX_LENGTH,
+        model_input_names=names if family in _WITH_TOKEN_TYPES else [name for name in names if "type" not in name],
+    )
+
+
+def tiny_image_processor(family: str = "vit") -> BaseImageProcessor:
+    """The image processor of `family` for 32 x 32 inputs, on the Pillow backend."""
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    match family:
+        case "vit":
+            return ViTImageProcessorPil(size=square)
+        case "dinov2":
+            return BitImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+        case "clip_vision":
+            return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+        case _:
+            raise ValueError(f"expected one of {IMAGE_FAMILIES}, found '{family}'")
+
+
+def tiny_inputs(family: str, batch: int = 3, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Model inputs of `family`; texts are of unequal length, padded on the right to `length`."""
+    generator = torch.Generator().manual_seed(seed)
+    if family in IMAGE_FAMILIES:
+        return {"pixel_values": torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)}
+    tokenizer = tiny_tokenizer(family)
+    input_ids = torch.randint(5, len(tokenizer), (batch, length), generator=generator)
+    attention_mask = torch.ones(batch, length, dtype=torch.long)
+    input_ids[:, 0] = tokenizer.cls_token_id
+    for row in range(batch):
+        # The first row is full; every further one is two tokens shorter, down to three.
+        end = max(length - 2 * row, min(3, length))
+        input_ids[row, end - 1] = tokenizer.sep_token_id
+        input_ids[row, end:] = tokenizer.pad_token_id
+        attention_mask[row, end:] = 0
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if family in _WITH_TOKEN_TYPES:
+        inputs["token_type_ids"] = torch.zeros_like(input_ids)
+    return inputs
+
+
+def tiny_text_rows(n: int, seed: int = 0) -> Dataset:
+    """`n` sentences. `label` is the feeling of the adjective, `intensity` (-3..3) its strength with sign, `topics` what
+    is named, and `same` says whether the sentence `pair` is about the same animal."""
+    generator = random.Random(seed)
+    rows: dict[str, list[Any]] = {key: [] for key in ("text", "pair", "label", "intensity", "topics", "same")}
+    for words, _, label, intensity, animal in _sentences(n, generator):
+        other = animal if generator.random() < 0.5 else generator.choice([a for a in _ANIMALS if a != animal])
+        rows["text"].append(" ".join(words))
+        rows["pair"].append(f"the {other} {generator.choice(_VERBS)}")
+        rows["label"].append(label)
+        rows["intensity"].append(intensity)
+        rows["topics"].append([topic for topic in ("fox", "river", "market") if topic in words])
+        rows["same"].append("yes" if other == animal else "no")
+    return Dataset.from_dict(rows)
+
+
+def tiny_token_rows(n: int, seed: int = 0) -> Dataset:
+    """`n` sentences as `tokens` with BIO `tags` of animals and places, and the `label` of the whole sentence."""
+    rows: dict[str, list[Any]] = {"tokens": [], "tags": [], "label": []}
+    for words, tags, label, *_ in _sentences(n, random.Random(seed)):
+        rows["tokens"].append(words)
+        rows["tags"].append(tags)
+        rows["label"].append(label)
+    features = Features({"tokens": List(Value("string")), "tags": List(Value("string")), "label": Value("string")})
+    return Dataset.from_dict(rows, features=features)
+
+
+def tiny_image_rows(n: int, seed: int = 0, side: int = 40) -> Dataset:
+    """`n` noisy pictures of `side` x `side` pixels; `label` is the strongest colour, `intensity` (0..1) how strong."""
+    generator = np.random.default_rng(seed)
+    rows: dict[str, list[Any]] = {"image": [], "label": [], "intensity": []}
+    for _ in range(n):
+        channel = int(generator.integers(3))
+        strength = float(generator.uniform(0.3, 1.0))
+        pixels = generator.uniform(0, 80, (side, side, 3))
+        pixels[:, :, channel] += 170 * strength
+        rows["image"].append(PillowImage.fromarray(pixels.astype("uint8")))
+        rows["label"].append(channel)
+        rows["intensity"].append(strength)
+    features = Features({"image": Image(), "label": ClassLabel(names=_COLOURS), "intensity": Value("float64")})
+    return Dataset.from_dict(rows, features=features)
+
+
+def _sentences(n: int, generator: random.Random) -> list[tuple[list[str], list[str], str, float, str]]:
+    """Words, tags, feeling, signed strength and animal of `n` sentences."""
+    sentences = []
+    for _ in range(n):
+        feeling = generator.choice(FEELING_LABELS)
+        strength = generator.choice(list(_STRENGTHS))
+        animal = generator.choice(_ANIMALS)
+        place = generator.choice(_PLACES)
+        words = ["the", *([strength] if strength else []), generator.choice(_FEELINGS[feeling]), animal]
+        tags = ["O"] * (len(words) - 1) + ["B-animal"]
+        words += [generator.choice(_VERBS), "near", "the", *place]
+        tags += ["O", "O", "O", "B-place", *["I-place"] * (len(place) - 1)]
+        sentences.append((words, tags, feeling, _FEELING_VALUE[feeling] * _STRENGTHS[strength], animal))
+    return sentences
