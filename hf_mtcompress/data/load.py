@@ -1,0 +1,527 @@
+"""From the `data` section of a task to rows: one `datasets.Dataset` for each role, and the labels in them.
+
+Everything is read by `datasets`, so local files, folders and Hub datasets work alike, are cached and memory-mapped.
+What can go wrong in a recipe (a missing file, a misspelled argument, a split that is not there) ends in one DataError.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetBuilder, Image, LargeList, List, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+from hf_mtcompress.config import DataConfig, Role
+from hf_mtcompress.errors import DataError
+from hf_mtcompress.tasks.base import UNLABELLED, Task
+from hf_mtcompress.tasks.classification import label_index
+
+ROLES: tuple[Role, ...] = get_args(Role)
+SPLIT_NAMES: Mapping[Role, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test",),
+}
+"""Names under which a role's split is looked for when the recipe does not say."""
+PACKAGED_BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text", "webdataset")
+"""Values of `path` that read files directly instead of naming a folder or a Hub dataset."""
+CARVED_FRACTION = 0.1
+CARVED_MAXIMUM = 1000
+
+# pandas reads words such as "None", "NA" and "null" as missing, which are labels and texts of their own.
+CSV_DEFAULTS: Mapping[str, Any] = {"keep_default_na": False, "na_values": [""]}
+HASHED_ROWS = 1000
+
+
+def load_splits(config: DataConfig, base_dir: Path | None, seed: int, what: str) -> dict[Role, Dataset]:
+    """Read the splits of a data source, one for each role.
+
+    Where there is no validation split, a tenth of the training rows (at most 1,000) is drawn with the seed and taken
+    out of them. `max_rows` is applied after that. Rows keep their order.
+
+    Args:
+        config: what to read.
+        base_dir: folder that relative local paths start from; default: the current one.
+        seed: seed of every draw, at least 0.
+        what: the source in words, for messages, such as `task 'intent'`.
+
+    Returns:
+        Rows by role: always `train` and `validation`; `test` where the source has one.
+
+    Raises:
+        DataError: the source cannot be read, or lacks a split, or a split is empty.
+    """
+    builder = _prepared_builder(config, base_dir or Path(), what)
+    specs = _split_of_roles(config, _split_rows(builder), what)
+    splits: dict[Role, Dataset] = {}
+    for role, spec in specs.items():
+        try:
+            rows = builder.as_dataset(split=spec)
+        except (ValueError, AssertionError, DatasetsError) as error:
+            raise DataError(
+                f"{what}: expected a split such as train or train[:1000] for {role}, found '{spec}' "
+                f"({_first_line(error)}); correct it under data.splits"
+            ) from error
+        assert isinstance(rows, Dataset)
+        if rows.num_rows == 0:
+            raise DataError(
+                f"{what}: expected rows in the {role} split '{spec}', found none; "
+                "give another file or split, or leave this one out"
+            )
+        splits[role] = rows
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _carve(splits["train"], seed, what)
+    return {role: _capped(splits[role], config, role, seed, what) for role in ROLES if role in splits}
+
+
+def dataset_revision(splits: Mapping[Role, Dataset]) -> str | None:
+    """Commit of the Hub dataset that the rows came from; None for local files."""
+    for rows in splits.values():
+        for url in rows.info.download_checksums or {}:
+            if found := re.match(r"hf://datasets/[^@]+@([0-9a-f]{7,40})/", str(url)):
+                return found[1]
+    return None
+
+
+def content_fingerprint(splits: Mapping[Role, Dataset]) -> str:
+    """Digest of the rows in all splits: the same for the same content in every process and on every machine.
+
+    Names of columns, label names and values count; where the files lie, how they are cached and when they were
+    changed does not. Images count by the bytes of their files.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for role in sorted(splits):
+        rows = splits[role]
+        names = {column: _class_names(feature) for column, feature in rows.features.items()}
+        digest.update(repr((role, rows.num_rows, names)).encode())
+        batch: Any
+        for batch in rows.with_format("arrow").iter(batch_size=HASHED_ROWS):
+            for column, feature in rows.features.items():
+                values = batch[column].to_pylist()
+                content = [_image_digest(value) for value in values] if isinstance(feature, Image) else values
+                digest.update(repr(content).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def check_columns(splits: Mapping[Role, Dataset], columns: Iterable[str], what: str) -> None:
+    """Make sure that every split has these input columns, and a value in each of their rows.
+
+    Raises:
+        DataError: a column is missing, or a row of it holds nothing.
+    """
+    for role, rows in splits.items():
+        for column in columns:
+            _check_column(rows, column, role, what)
+            for index, value in _values({role: rows}, column, decode=False):
+                if value is None:
+                    raise DataError(
+                        f"{what}: expected a value in every row of column '{column}', found nothing in {index}; "
+                        "remove the row or fill it"
+                    )
+
+
+def infer_labels(
+    splits: Mapping[Role, Dataset], column: str, kind: str, problem_type: str | None, what: str = "data"
+) -> tuple[str, ...] | None:
+    """Label names of a task, in the order that the model's outputs will have.
+
+    The names of the ClassLabel feature where there is one, else the sorted values of all splits (numbers by size).
+    None, NaN and -100 mean unlabelled and are no labels.
+
+    Args:
+        splits: rows by role.
+        column: the column with labels.
+        kind: such as `sequence-classification`.
+        problem_type: of classification tasks; None for token classification.
+        what: the task in words, for messages.
+
+    Returns:
+        Label names; None for regression, which has none.
+
+    Raises:
+        DataError: the column is missing or does not hold labels.
+    """
+    for role, rows in splits.items():
+        _check_column(rows, column, role, what)
+    if problem_type == "regression":
+        return None
+    names = _class_names(next(iter(splits.values())).features[column])
+    if names is not None:
+        return names
+    multi_label = problem_type == "multi_label_classification"
+    in_lists = multi_label or kind == "token-classification"
+    found: set[Any] = set()
+    vectors = multi_label
+    length: int | None = None
+    repeated = False
+    for index, value in _values(splits, column):
+        if _is_unlabelled(value):
+            continue
+        if isinstance(value, list) != in_lists:
+            expected = "a list of labels" if in_lists else "one label"
+            raise DataError(
+                f"{what}: expected {expected} in each row of column '{column}', found {value!r} in {index}; "
+                f"choose another column or a kind of task and problem_type that fits"
+            )
+        items = value if in_lists else [value]
+        if multi_label:
+            vectors = vectors and (length is None or len(items) == length)
+            length = len(items)
+            repeated = repeated or len(set(items)) < len(items)
+        for item in items:
+            if item not in found and not _is_unlabelled(item):
+                _check_label_value(item, column, index, what)
+                found.add(item)
+    if vectors and repeated and found <= {0, 1}:
+        raise DataError(
+            f"{what}: expected names of labels in column '{column}', found vectors of {length} zeros and ones; "
+            "give their names in order under labels"
+        )
+    labels = tuple(dict.fromkeys(_label_name(value) for value in sorted(found, key=_label_order)))
+    if len(labels) < (1 if multi_label else 2):
+        raise DataError(
+            f"{what}: expected at least {1 if multi_label else 2} different labels in column '{column}', "
+            f"found {', '.join(labels) or 'none'}; choose another column or give more rows"
+        )
+    return labels
+
+
+def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
+    """Make sure, before anything is trained, that every label in the data is one of the task's.
+
+    Raises:
+        DataError: the first value that is not, with its split and row.
+    """
+    assert task.label is not None
+    accepted: set[Any] = set()
+    for role, rows in splits.items():
+        _check_column(rows, task.label, role, what)
+    for index, value in _values(splits, task.label):
+        if _is_unlabelled(value):
+            continue
+        if task.problem == "regression":
+            if isinstance(value, str | list) or not math.isfinite(value):
+                raise DataError(
+                    f"{what}: expected a number in each row of column '{task.label}', found {value!r} in {index}; "
+                    "correct the row, or use another problem_type"
+                )
+            continue
+        items = value if isinstance(value, list) else [value]
+        if task.problem == "multi_label_classification" and len(items) == task.num_outputs and set(items) <= {0, 1}:
+            continue
+        for item in items:
+            if item not in accepted and not _is_unlabelled(item):
+                try:
+                    label_index(task, item)
+                except DataError as error:
+                    raise DataError(f"{what}, {index}: {error}") from error
+                accepted.add(item)
+
+
+# ------------------------------------------------------------------------------------------------ reading the source
+
+
+def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetBuilder:
+    """The builder of `config` with its rows in the cache."""
+    arguments = _location(config, base_dir.expanduser().absolute(), what)
+    extra = {**(CSV_DEFAULTS if config.path == "csv" else {}), **config.builder_arguments}
+    try:
+        builder = load_dataset_builder(**arguments, name=config.name, revision=config.revision, **extra)
+    except TypeError as error:
+        raise _argument_error(error, arguments, config, extra, what) from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        near = get_close_matches(config.path, PACKAGED_BUILDERS, n=1)
+        hint = f"did you mean '{near[0]}'? Otherwise " if near else ""
+        raise DataError(
+            f"{what}: expected a local folder, a dataset of the Hub or one of {', '.join(PACKAGED_BUILDERS)}, "
+            f"found '{config.path}', which is no folder here and not on the Hub as far as it could be reached "
+            f"({_first_line(error)}); {hint}check the spelling and the network, or give a local folder"
+        ) from error
+    except (DatasetsError, ValueError, OSError) as error:
+        raise DataError(
+            f"{what}: expected data that can be read as '{config.path}', found a problem: {_first_line(error)}; "
+            "check path, name, data_dir and data_files"
+        ) from error
+    try:
+        builder.download_and_prepare()
+    except StopIteration as error:
+        raise DataError(f"{what}: expected rows in every file of '{config.path}', found a file without rows") from error
+    except (DatasetsError, ValueError, OSError, TypeError) as error:
+        raise DataError(
+            f"{what}: expected files that can be read as '{config.path}' and have the same columns, found a problem: "
+            f"{_first_line(error.__cause__ or error)}; correct the files or the builder arguments"
+        ) from error
+    return builder
+
+
+def _location(config: DataConfig, base_dir: Path, what: str) -> dict[str, Any]:
+    """`path`, `data_dir` and `data_files` for `load_dataset_builder`, local ones absolute and known to exist."""
+    if config.path not in PACKAGED_BUILDERS:
+        folder = base_dir / Path(config.path).expanduser()
+        if folder.is_file():
+            raise DataError(
+                f"{what}: expected a folder, a dataset of the Hub or a builder as data.path, found the file "
+                f"'{config.path}'; write the builder there (such as {_builder_of(folder)}), the file under data_files"
+            )
+        if not folder.is_dir():
+            if config.path.startswith((".", "/", "~")):
+                raise DataError(f"{what}: expected a folder at {folder}, found none; {_near_path(folder)}")
+            return {"path": config.path, "data_dir": config.data_dir, "data_files": config.data_files}
+        if config.data_dir is None and config.data_files is None:
+            return {"path": str(folder)}
+        _check_files(_files_by_split(config), folder / (config.data_dir or ""), what)
+        return {"path": str(folder), "data_dir": config.data_dir, "data_files": config.data_files}
+
+    if config.data_dir is None and config.data_files is None:
+        raise DataError(
+            f"{what}: expected data_files or data_dir with the builder '{config.path}', found neither; "
+            "say which files to read"
+        )
+    folder = base_dir / Path(config.data_dir or "").expanduser()
+    if config.data_files is None:
+        if not folder.is_dir():
+            raise DataError(f"{what}: expected a folder at {folder}, found none; {_near_path(folder)}")
+        return {"path": config.path, "data_dir": str(folder)}
+    files = _files_by_split(config)
+    _check_files(files, folder, what)
+    absolute = {
+        split: [name if _is_remote(name) else str(folder / Path(name).expanduser()) for name in names]
+        for split, names in files.items()
+    }
+    return {"path": config.path, "data_files": absolute}
+
+
+def _files_by_split(config: DataConfig) -> dict[str, list[str]]:
+    files = config.data_files or {}
+    by_split = files if isinstance(files, Mapping) else {"train": files}
+    return {split: [names] if isinstance(names, str) else list(names) for split, names in by_split.items()}
+
+
+def _is_remote(name: str) -> bool:
+    return "://" in name
+
+
+def _check_files(files: Mapping[str, Sequence[str]], folder: Path, what: str) -> None:
+    if not folder.is_dir() and not all(_is_remote(name) for names in files.values() for name in names):
+        raise DataError(f"{what}: expected a folder at {folder}, found none; {_near_path(folder)}")
+    for split, names in files.items():
+        for name in names:
+            if _is_remote(name):
+                continue
+            path = folder / Path(name).expanduser()
+            found = [Path(match) for match in glob.glob(str(path), recursive=True)] or [path]
+            if not found[0].exists():
+                raise DataError(
+                    f"{what}: expected a file for split '{split}' at {path}, found none; {_near_path(path)}"
+                )
+            if all(match.is_file() and match.stat().st_size == 0 for match in found):
+                raise DataError(f"{what}: expected rows for split '{split}', found the empty file {path}; give another")
+
+
+def _near_path(path: Path) -> str:
+    """What to do about a path that is not there."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return "check data_dir, which is relative to the recipe (on the command line: to the current folder)"
+    near = get_close_matches(path.name, names, n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    shown = ", ".join(sorted(names)[:8]) or "nothing"
+    return f"{path.parent.name or path.parent} holds {shown}: correct the name, or fetch the data first"
+
+
+def _builder_of(path: Path) -> str:
+    match path.suffix.lower():
+        case ".json" | ".jsonl":
+            return "json"
+        case ".parquet" | ".arrow" | ".csv":
+            return path.suffix.lower().removeprefix(".")
+        case ".tsv":
+            return 'csv with delimiter: "\\t"'
+        case _:
+            return "text"
+
+
+def _argument_error(
+    error: TypeError, arguments: Mapping[str, Any], config: DataConfig, extra: Mapping[str, Any], what: str
+) -> DataError:
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found is None or found[1] not in extra:
+        return DataError(
+            f"{what}: expected arguments that the builder '{config.path}' takes, found {dict(extra)} "
+            f"({_first_line(error)}); correct them"
+        )
+    # The builder without the extra arguments knows which ones there are.
+    plain = load_dataset_builder(**arguments, name=config.name, revision=config.revision)
+    known = sorted(
+        {field.name for field in dataclasses.fields(plain.config)}
+        - {"name", "version", "data_dir", "data_files", "description"}
+    )
+    near = get_close_matches(found[1], known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}"
+    return DataError(
+        f"{what}: expected a key of data or an argument of the builder '{config.path}', found '{found[1]}'; {hint}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------- splits and roles
+
+
+def _split_rows(builder: DatasetBuilder) -> dict[str, int]:
+    return {str(name): split.num_examples for name, split in (builder.info.splits or {}).items()}
+
+
+def _split_of_roles(config: DataConfig, available: Mapping[str, int], what: str) -> dict[Role, str]:
+    """Which split (or slice of one) plays each role."""
+    specs: dict[Role, str] = {}
+    named: set[str] = set()
+    for role, spec in config.splits.items():
+        for part in spec.split("+"):
+            base = part.split("[")[0].strip()
+            named.add(base)
+            if base not in available:
+                near = get_close_matches(base, available, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else "correct it under data.splits"
+                raise DataError(
+                    f"{what}: expected the split '{base}' for {role}, found {', '.join(available) or 'none'}; {hint}"
+                )
+        if spec in specs.values():
+            raise DataError(
+                f"{what}: expected splits without common rows, found '{spec}' for two roles; "
+                "give slices such as train[:90%] and train[90%:], or leave validation out to have it drawn from train"
+            )
+        specs[role] = spec
+    for role in ROLES:
+        if role not in specs:
+            # A split that plays a part already must not play a second one.
+            names = [name for name in SPLIT_NAMES[role] if name in available and name not in named]
+            if names:
+                specs[role] = names[0]
+    if "train" not in specs:
+        raise DataError(
+            f"{what}: expected a split named train, found {', '.join(available) or 'none'}; "
+            "say which one is for training with data.splits, such as {train: NAME}"
+        )
+    for role, spec in specs.items():
+        if available.get(spec) == 0:
+            raise DataError(
+                f"{what}: expected rows in the {role} split '{spec}', found none; "
+                "give another file or split, or leave this one out"
+            )
+    return {role: specs[role] for role in ROLES if role in specs}
+
+
+def _carve(train: Dataset, seed: int, what: str) -> tuple[Dataset, Dataset]:
+    rows = train.num_rows
+    if rows < 2:
+        raise DataError(
+            f"{what}: expected a validation split or at least 2 training rows to draw one from, found {rows}; "
+            "give a validation split"
+        )
+    count = min(CARVED_MAXIMUM, max(1, round(rows * CARVED_FRACTION)))
+    order = _generator(seed, "carve").permutation(rows)
+    return train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
+
+
+def _capped(rows: Dataset, config: DataConfig, role: Role, seed: int, what: str) -> Dataset:
+    limit = config.max_rows.get(role) if isinstance(config.max_rows, Mapping) else config.max_rows
+    if limit is None or limit >= rows.num_rows:
+        return rows
+    if limit < 1:
+        raise DataError(
+            f"{what}: expected max_rows of at least 1, found {limit} for {role}; give more, or leave it out"
+        )
+    return rows.select(np.sort(_generator(seed, role).permutation(rows.num_rows)[:limit]))
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    """Draws for different purposes must not be the same numbers."""
+    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")])
+
+
+# ------------------------------------------------------------------------------------------------- columns and labels
+
+
+def _check_column(rows: Dataset, column: str, role: Role, what: str) -> None:
+    if column in rows.column_names:
+        return
+    near = get_close_matches(column, rows.column_names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "name one of them in the task"
+    raise DataError(
+        f"{what}: expected a column '{column}' in the {role} split, found {', '.join(rows.column_names)}; {hint}"
+    )
+
+
+def _values(splits: Mapping[Role, Dataset], column: str, decode: bool = True) -> Iterator[tuple[str, Any]]:
+    """Every value of a column with the words for its place; images are not opened."""
+    for role, rows in splits.items():
+        column_rows = rows.select_columns([column]).with_format(None if decode else "arrow")
+        first = 0
+        batch: Any
+        for batch in column_rows.iter(batch_size=HASHED_ROWS):
+            values = batch[column] if decode else batch[column].to_pylist()
+            for offset, value in enumerate(values):
+                yield f"row {first + offset} of the {role} split", value
+            first += len(values)
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+    """Names of a ClassLabel feature, or of a list of them."""
+    while isinstance(feature, List | LargeList):
+        feature = feature.feature
+    return tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
+
+
+def _is_unlabelled(value: Any) -> bool:
+    return value is None or value == UNLABELLED or (isinstance(value, float) and math.isnan(value))
+
+
+def _check_label_value(value: Any, column: str, index: str, what: str) -> None:
+    if isinstance(value, float) and not value.is_integer():
+        raise DataError(
+            f"{what}: expected labels in column '{column}', found the number {value!r} in {index}; "
+            "use problem_type: regression for numbers"
+        )
+    if isinstance(value, int | float) and value < 0:
+        raise DataError(
+            f"{what}: expected label numbers from 0, or {UNLABELLED} for an unlabelled row, in column '{column}', "
+            f"found {value!r} in {index}; if the split has no labels, leave it out or name another one in data.splits"
+        )
+    if not isinstance(value, str | int | float | bool):
+        raise DataError(
+            f"{what}: expected names or numbers as labels in column '{column}', found {value!r} in {index}; "
+            "choose another column"
+        )
+
+
+def _label_name(value: Any) -> str:
+    # A column of whole numbers with a gap is read as floats.
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _label_order(value: Any) -> tuple[int, float, str]:
+    return (1, 0.0, value) if isinstance(value, str) else (0, float(value), "")
+
+
+def _image_digest(value: Any) -> str | None:
+    """Digest of one undecoded image, `{"bytes": ..., "path": ...}`."""
+    if value is None:
+        return None
+    content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    return hashlib.sha256(content).hexdigest()
