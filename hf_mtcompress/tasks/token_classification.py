@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks.base import UNLABELLED, ProblemType, Task, cross_entropy_sum, register_task, weighted_count
 from hf_mtcompress.tasks.classification import label_index
-from hf_mtcompress.tasks.metrics import PRIMARY_METRICS, bio_spans, token_metrics
+from hf_mtcompress.tasks.metrics import PRIMARY_METRICS, baseline_score, bio_spans, is_bio, token_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TokenClassification(Task):
     @property
     def bio(self) -> bool:
         """Whether the labels mark spans."""
-        return bool(self.labels) and all(label == "O" or label[:2] in ("B-", "I-") for label in self.labels or ())
+        return bool(self.labels) and is_bio(self.labels or ())
 
     @property
     def default_metric(self) -> str:
@@ -118,15 +118,12 @@ class TokenClassification(Task):
             if kept.any():
                 predictions.append([names[index] for index in row[: len(reference)][kept]])
                 references.append([names[index] for index in reference[kept]])
-        return token_metrics(predictions, references, spans=self.bio)
+        return token_metrics(predictions, references)
 
     def baseline(self, labels: Sequence[Any]) -> float:
         names = self.labels or ()
         references = [[names[index] for index in row if index != UNLABELLED] for row in labels]
-        flat = [label for row in references for label in row]
-        majority = max(sorted(set(flat)), key=flat.count)
-        guesses = [[majority] * len(row) for row in references]
-        return token_metrics(guesses, references, spans=self.bio)[str(self.metric)]
+        return baseline_score(str(self.metric), references, self.problem)
 
     def decode(self, logits: np.ndarray, encoding: Mapping[str, Any] | None = None) -> Any:
         names = self.labels or ()

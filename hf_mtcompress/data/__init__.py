@@ -1,0 +1,1 @@
+"""Loading, encoding and mixing the rows of several tasks."""

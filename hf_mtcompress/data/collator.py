@@ -1,0 +1,49 @@
+"""Rows to batches: inputs padded to the longest row, labels stacked as each task says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_mtcompress.tasks import Task
+
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass
+class MultiTaskCollator:
+    """Pads model inputs and stacks the labels of the tasks that the rows belong to.
+
+    Args:
+        tasks: tasks by name.
+        processor: tokenizer that pads; not needed for images.
+        pad_to_multiple_of: pad token sequences to a multiple of this.
+    """
+
+    tasks: Mapping[str, Task]
+    processor: Any | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        length = None
+        if "input_ids" in rows[0]:
+            inputs = [{key: row[key] for key in _TEXT_INPUTS if key in row} for row in rows]
+            if self.processor is not None:
+                padded = self.processor.pad(inputs, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of)
+                batch.update({key: padded[key] for key in padded})
+            else:
+                batch.update(_stack_equal(inputs))
+            length = batch["input_ids"].shape[1]
+        if "pixel_values" in rows[0]:
+            batch["pixel_values"] = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        for task in self.tasks.values():
+            if task.label_name in rows[0]:
+                batch[task.label_name] = task.collate_labels([row[task.label_name] for row in rows], length)
+        return batch
+
+
+def _stack_equal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    return {key: torch.tensor([list(row[key]) for row in rows]) for key in rows[0]}

@@ -1,0 +1,180 @@
+"""Raw rows to model inputs: which tasks are encoded together, and how."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from datasets import Dataset
+
+from hf_mtcompress.errors import DataError
+from hf_mtcompress.tasks import Task
+
+ENCODED_COLUMNS = ("input_ids", "pixel_values")
+_DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class EncodedGroup:
+    """Tasks that share rows and inputs, encoded once.
+
+    Attributes:
+        tasks: names of the tasks, in order.
+        dataset: model inputs and one `labels_<task>` column for each task.
+    """
+
+    tasks: tuple[str, ...]
+    dataset: Dataset
+
+    @property
+    def name(self) -> str:
+        """For logs: the names joined by `+`."""
+        return "+".join(self.tasks)
+
+
+def max_length_of(processor: Any, wanted: int | None) -> int:
+    """Longest input in tokens: what is wanted, else the tokenizer's own limit, at most 512."""
+    if wanted is not None:
+        return wanted
+    limit = getattr(processor, "model_max_length", None)
+    return min(limit, _DEFAULT_MAX_LENGTH) if isinstance(limit, int) else _DEFAULT_MAX_LENGTH
+
+
+def input_key(task: Task) -> tuple[Any, ...]:
+    """Tasks with equal keys read the same encoder from the same columns, so their rows are encoded once."""
+    return (task.encoder, task.input_columns)
+
+
+def group_tasks(tasks: Mapping[str, Task], datasets: Mapping[str, Dataset]) -> list[tuple[str, ...]]:
+    """Names of tasks that can be encoded together: same rows (the same data set), same encoder, same columns."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, dataset in datasets.items():
+        groups.setdefault((dataset._fingerprint, len(dataset), *input_key(tasks[name])), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def encode_groups(
+    tasks: Mapping[str, Task],
+    datasets: Mapping[str, Dataset],
+    processor: Any,
+    max_length: int | None,
+    role: str,
+) -> list[EncodedGroup]:
+    """Encode each task's rows, those of tasks that share them once.
+
+    Args:
+        tasks: tasks by name.
+        datasets: rows by task name; rows that hold `input_ids` or `pixel_values` pass untouched.
+        processor: tokenizer or image processor; needed for raw rows.
+        max_length: in tokens, None for the tokenizer's own limit (at most 512).
+        role: what the rows are for, for messages: train, validation, test.
+
+    Raises:
+        DataError: a column is missing, a split is empty, a label does not fit, or raw rows come without a processor.
+    """
+    unknown = [name for name in datasets if name not in tasks]
+    if unknown:
+        raise DataError(f"{role}: expected rows for the tasks {list(tasks)}, found rows for {unknown}; rename the keys")
+    return [
+        EncodedGroup(names, encode_dataset(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role))
+        for names in group_tasks(tasks, datasets)
+    ]
+
+
+def encode_dataset(
+    dataset: Dataset, tasks: Sequence[Task], processor: Any, max_length: int | None, role: str
+) -> Dataset:
+    """Encode the rows of tasks that share their inputs; see `encode_groups`."""
+    names = ", ".join(task.name for task in tasks)
+    if len(dataset) == 0:
+        raise DataError(f"task {names}: expected rows in the {role} split, found none; check the source and its filters")
+    columns = dataset.column_names
+    if any(column in columns for column in ENCODED_COLUMNS):
+        return _name_labels(dataset, tasks, role)
+    if processor is None:
+        raise DataError(
+            f"task {names}: expected a processing_class (tokenizer or image processor) for raw rows with columns "
+            f"{columns}, found none; pass processing_class=... or encode the rows yourself"
+        )
+    for task in tasks:
+        if not task.input_columns:
+            raise DataError(f"task '{task.name}': expected the name of its input column, found none; pass it to the task")
+        for column in (*task.input_columns, *([task.label] if task.label else [])):
+            require_column(columns, column, f"task '{task.name}'", role)
+    if "pixel_values" in getattr(processor, "model_input_names", ()):
+        return _encode_images(dataset, tasks, processor)
+    length = max_length_of(processor, max_length)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        # Word-level tasks split into words; a shared encoding must do as they do.
+        leader = next((task for task in tasks if task.problem == "token_classification"), tasks[0])
+        encoded = leader.encode([rows[column] for column in leader.input_columns], processor, length)
+        labels = {task.label_name: task.encode_labels(rows[task.label], encoded) for task in tasks if task.label}
+        encoded.pop("word_ids", None)
+        return {**encoded, **labels}
+
+    return dataset.map(
+        encode, batched=True, remove_columns=columns, desc=f"Encoding {role} rows of {names}", load_from_cache_file=True
+    )
+
+
+def _encode_images(dataset: Dataset, tasks: Sequence[Task], processor: Any) -> Dataset:
+    """Labels are encoded now, pixels when a row is read: encoded images would fill the disk."""
+    image = tasks[0].input_columns[0]
+
+    def encode_labels(*values: list[Any]) -> dict[str, list[Any]]:
+        labelled = [task for task in tasks if task.label]
+        return {
+            task.label_name: task.encode_labels(column, {}) for task, column in zip(labelled, values, strict=True)
+        }
+
+    label_columns = [task.label for task in tasks if task.label]
+    if label_columns:
+        dataset = dataset.map(encode_labels, batched=True, input_columns=label_columns)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        labels = {task.label_name: rows[task.label_name] for task in tasks if task.label_name in rows}
+        return {**(tasks[0].encode([rows[image]], processor, None) if image in rows else {}), **labels}
+
+    return dataset.with_transform(encode)
+
+
+def _name_labels(dataset: Dataset, tasks: Sequence[Task], role: str) -> Dataset:
+    """Give the label columns of rows that were encoded elsewhere the names that batches use."""
+    for task in tasks:
+        if task.label_name in dataset.column_names:
+            continue
+        found = next((name for name in (task.label, "labels", "label") if name in dataset.column_names), None)
+        if found is None:
+            raise DataError(
+                f"task '{task.name}': expected labels in column '{task.label_name}', '{task.label}' or 'labels' of the "
+                f"{role} rows, found {dataset.column_names}; rename the column"
+            )
+        if len(tasks) > 1 and found in ("labels", "label"):
+            raise DataError(
+                f"expected one label column for each of {[task.name for task in tasks]}, found only '{found}'; "
+                f"name them {[task.label_name for task in tasks]}"
+            )
+        dataset = dataset.rename_column(found, task.label_name)
+    return dataset
+
+
+def require_column(columns: Iterable[str], wanted: str, what: str, role: str) -> None:
+    """Make sure that a column is there.
+
+    Raises:
+        DataError: it is not; the message lists those found and the nearest.
+    """
+    found = list(columns)
+    if wanted not in found:
+        near = get_close_matches(wanted, found, n=1)
+        raise DataError(
+            f"{what}: expected column '{wanted}' in the {role} rows, found {found}"
+            + (f"; did you mean '{near[0]}'?" if near else "; name the right column in the task")
+        )
+
+
+def encoded_labels(dataset: Dataset, task: Task) -> list[Any]:
+    """The encoded labels of one task, without reading inputs."""
+    column = dataset.with_format(None).select_columns([task.label_name])[task.label_name]
+    return list(column)

@@ -1,0 +1,1 @@
+"""Fusing the losses of several tasks, and the criteria of distillation."""

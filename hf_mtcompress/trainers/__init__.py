@@ -1,0 +1,1 @@
+"""Trainer subclasses: several tasks, distillation."""
