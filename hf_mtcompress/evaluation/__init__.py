@@ -1,0 +1,1 @@
+"""Scores, size, latency and memory of saved artefacts, and what they keep of the reference."""
