@@ -20,6 +20,11 @@ class Constant(nn.Module):
         self.out_features = out_features
         self.register_parameter("bias", bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing; some families' initialisation looks for it."""
+        return torch.empty(self.out_features, 0)
+
     def forward(self, features: Tensor) -> Tensor:
         """(..., any width) to (..., out_features)."""
         shape = (*features.shape[:-1], self.out_features)
@@ -36,6 +41,11 @@ class NoFeatures(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing; some families' initialisation looks for it."""
+        return torch.empty(0, self.in_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., 0)."""

@@ -9,7 +9,8 @@ bias per head) and `template` on the first layer (it is built like that layer of
 first layer lacks a norm, after that first layer was dropped). The number of layers stands in the encoder's config.
 
 What a stock class can express is written to the config too (layers, a uniform feed-forward width, for ViT and DINOv2 a
-uniform number of heads), so that the encoder loads with plain transformers.
+uniform number of heads), so that the encoder loads with plain transformers. For other shapes the structure itself is put
+into the config (see `marking.py`), so that a stock model saves it and loads again after `import hf_mtcompress`.
 """
 
 import copy
@@ -23,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Anatomy, Layer, find_anatomy
 from hf_mtcompress.model.blocks import Constant, EmptyAttention, NoFeatures, SelectHeads
+from hf_mtcompress.model.marking import write_mark
 
 _HEAD_COUNT_ATTRIBUTES = ("num_attention_heads", "num_heads", "n_heads")
 _LAYER_COUNT_ATTRIBUTES = ("num_hidden_layers", "num_layers", "n_layers")
@@ -126,6 +128,7 @@ def cut(
         if feed_forward is not None and index in feed_forward and len(feed_forward[index]) < layer.feed_forward.width:
             _cut_feed_forward(encoder, layer, sorted(feed_forward[index]))
     _write_config(encoder)
+    _mark(encoder)
 
 
 def keep_layers(encoder: PreTrainedModel, indices: Sequence[int]) -> None:
@@ -149,6 +152,7 @@ def keep_layers(encoder: PreTrainedModel, indices: Sequence[int]) -> None:
     for position, index in enumerate(kept):
         _set_layer_index(anatomy.stack[index], position)
     _replace_fields(encoder.config, _config_of_layers(encoder.config, kept))
+    _mark(encoder)
 
 
 def is_vanilla(encoder: PreTrainedModel) -> bool:
@@ -320,7 +324,7 @@ def _config_of_layers(config: PreTrainedConfig, kept: list[int]) -> PreTrainedCo
     # Backbone fields name the layers (stage1, ...): made anew.
     for key in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices"):
         values.pop(key, None)
-    for key in ("model_type", "transformers_version"):
+    for key in ("model_type", "transformers_version", "quantization_config"):
         values.pop(key, None)
     own_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values[own_name] = len(kept)
@@ -351,6 +355,10 @@ def _write_config(encoder: PreTrainedModel) -> None:
         built = _build_with(encoder, changes)
         if built and all((layer.attention.heads, layer.attention.head_size) == (heads, size) for layer in built):
             _set_fields(encoder.config, changes)
+
+
+def _mark(encoder: PreTrainedModel) -> None:
+    write_mark(encoder.config, None if is_vanilla(encoder) else describe_structure(encoder))
 
 
 def _width_changes(config: PreTrainedConfig, width: int, hidden_size: int) -> list[dict[str, Any]]:

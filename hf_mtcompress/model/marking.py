@@ -1,0 +1,65 @@
+"""The entry `quantization_config` by which an unevenly cut stock model says how it is to be rebuilt.
+
+transformers hands a model to the method named there between building it and filling it with weights, which is where the
+shapes must change. `import hf_mtcompress` registers the methods; see `hf_mtcompress.model.structured`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_mtcompress.errors import ArtifactError
+
+FORMAT_VERSION = 1
+FLOAT_METHOD = "mtcompress"
+METHODS = {None: FLOAT_METHOD, 8: f"{FLOAT_METHOD}_8bit", 4: f"{FLOAT_METHOD}_4bit"}
+"""By the bits that the weights are stored in."""
+
+
+class StructureConfig(QuantizationConfigMixin):
+    """What pruning left of the encoder, and how its weights are stored.
+
+    Args:
+        structure: see `hf_mtcompress.model.surgery`; None where nothing was cut or the model knows it by itself.
+        bitsandbytes: fields of a `BitsAndBytesConfig` for weights of 8 or 4 bits; None for float weights.
+        format_version: of this entry; newer ones are refused.
+        quant_method: name of the method; follows from `bitsandbytes`.
+    """
+
+    def __init__(
+        self,
+        structure: Mapping[str, Any] | None = None,
+        bitsandbytes: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str | None = None,
+    ) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"expected a structure of format_version {FORMAT_VERSION} or older, found {format_version}; "
+                "update hf_mtcompress to load this model"
+            )
+        bits = None if bitsandbytes is None else 8 if bitsandbytes.get("load_in_8bit") else 4
+        self.quant_method = METHODS[bits]
+        self.format_version = format_version
+        self.structure = None if structure is None else dict(structure)
+        self.bitsandbytes = None if bitsandbytes is None else dict(bitsandbytes)
+
+
+def read_mark(config: PreTrainedConfig) -> StructureConfig | None:
+    """The entry in `config`, if it is ours."""
+    found = config.__dict__.get("quantization_config")
+    if isinstance(found, StructureConfig):
+        return found
+    if isinstance(found, dict) and found.get("quant_method") in METHODS.values():
+        return StructureConfig.from_dict(found)
+    return None
+
+
+def write_mark(config: PreTrainedConfig, structure: Mapping[str, Any] | None) -> None:
+    """Put `structure` into `config`; None takes our entry out. The entry of another method is left alone."""
+    if structure is not None:
+        config.quantization_config = StructureConfig(structure)
+    elif read_mark(config) is not None:
+        del config.quantization_config

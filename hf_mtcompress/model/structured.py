@@ -1,0 +1,116 @@
+"""Unevenly cut stock models: they save their structure in `config.json` and are rebuilt from it.
+
+transformers offers one place between building a model and loading its weights: the quantizer. Ours reshapes the modules
+on the meta device; with weights in 8 or 4 bits it does so before bitsandbytes swaps the linear layers in. A float model
+is not marked as quantized after loading, so it trains and saves like any other.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+from hf_mtcompress.model.marking import METHODS, StructureConfig, write_mark
+from hf_mtcompress.model.modeling import align_weights
+from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
+
+
+def mark_structure(model: PreTrainedModel) -> None:
+    """Put the structure of a stock model's encoder into its config, where its own config cannot express it.
+
+    `cut` and `keep_layers` do this by themselves; call it on a model whose config was made in another way.
+    """
+    encoder = model.base_model
+    write_mark(model.config, None if is_vanilla(encoder) else describe_structure(encoder))
+
+
+def keep_exact(model: nn.Module) -> None:
+    """Compute 4-bit layers in the precision of their input on every processor.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 repacks a layer on its first forward pass in eval mode and computes
+    in bfloat16 from then on. Saving undoes the packing, but with single quantization leaves the scales of the blocks in
+    another order: the file and the model in memory are then both wrong (logits of MiniLM move by 0.05). Without packing
+    what is saved and loaded is bit-equal.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+class StructureQuantizer(HfQuantizer):
+    """Reshapes a model with float weights; nothing is quantized."""
+
+    requires_calibration = False
+    quantization_config: StructureConfig
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        apply_structure(model.base_model, self.quantization_config.structure)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # The entry stays in the config, so that saving writes it again; the model itself is an ordinary one.
+        model.config.quantization_config = self.quantization_config
+        del model.hf_quantizer
+        align_weights(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class Structured8BitQuantizer(Bnb8BitHfQuantizer):
+    """Reshapes a model, then lets bitsandbytes fill it with 8-bit weights."""
+
+    def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
+        super().__init__(_bitsandbytes(quantization_config), **kwargs)
+        self.structure_config = quantization_config
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        apply_structure(model.base_model, self.structure_config.structure)
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super().postprocess_model(model, **kwargs)
+        model.config.quantization_config = self.structure_config
+        align_weights(model)
+        return model
+
+
+class Structured4BitQuantizer(Bnb4BitHfQuantizer):
+    """Reshapes a model, then lets bitsandbytes fill it with 4-bit weights, which are computed exactly."""
+
+    def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
+        super().__init__(_bitsandbytes(quantization_config), **kwargs)
+        self.structure_config = quantization_config
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        apply_structure(model.base_model, self.structure_config.structure)
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super().postprocess_model(model, **kwargs)
+        model.config.quantization_config = self.structure_config
+        align_weights(model)
+        keep_exact(model)
+        return model
+
+
+QUANTIZERS: dict[str, type[HfQuantizer]] = {
+    METHODS[None]: StructureQuantizer,
+    METHODS[8]: Structured8BitQuantizer,
+    METHODS[4]: Structured4BitQuantizer,
+}
+
+
+def _bitsandbytes(config: StructureConfig) -> BitsAndBytesConfig:
+    found = BitsAndBytesConfig.from_dict(dict(config.bitsandbytes or {}))
+    assert isinstance(found, BitsAndBytesConfig)
+    return found
