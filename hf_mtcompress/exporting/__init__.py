@@ -1,0 +1,1 @@
+"""Saved forms that run without PyTorch."""
