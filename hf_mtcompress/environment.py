@@ -1,4 +1,4 @@
-"""Facts about the machine and the installed packages, for records and messages. Imports neither torch nor transformers."""
+"""Facts about the machine and the installed packages. Imports neither torch nor transformers."""
 
 import importlib.util
 import os
@@ -58,9 +58,10 @@ def package_version(name: str) -> str | None:
 
 def available_cores() -> int:
     """Cores this process may run on, which in a container are often fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+    try:
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    except AttributeError:  # macOS and Windows have no such function
+        return os.cpu_count() or 1
 
 
 def load_average() -> float | None:

@@ -8,6 +8,23 @@ from hf_mtcompress.config.data import DataConfig
 TaskRole = Literal["main", "auxiliary"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
+RESERVED_TASK_NAMES = frozenset(
+    {
+        *("average", "loss", "runtime", "epoch", "samples", "steps", "model_preparation_time"),  # keys of the metrics
+        *("label", "labels", "main"),  # arguments of `forward`, name of the encoder
+        *("keys", "values", "items", "type", "pop", "clear", "update"),  # attributes of dicts and modules
+    }
+)
+"""Names that a task may not have, because something else of a model, a trainer or a record has them."""
+
+PRIMARY_METRICS: dict[str, tuple[str, ...]] = {
+    "single_label_classification": ("accuracy", "balanced_accuracy", "macro_f1", "micro_f1", "weighted_f1", "mcc"),
+    "multi_label_classification": ("micro_f1", "macro_f1", "exact_match"),
+    "regression": ("pearson", "spearman"),
+    "token_classification": ("span_f1", "span_precision", "span_recall", "token_accuracy"),
+}
+"""Metrics that a task may be judged by, higher being better; `hf_mtcompress.tasks.metrics` computes them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSettings:

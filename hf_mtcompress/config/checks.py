@@ -1,0 +1,260 @@
+"""Mistakes that no single value shows: names that nothing has, settings that exclude each other."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_mtcompress.config.data import DataConfig
+from hf_mtcompress.config.recipe import BenchmarkConfig, PublishConfig
+from hf_mtcompress.config.sections import Problems, join, near
+from hf_mtcompress.config.steps import (
+    FLOAT_STEPS,
+    DistillStep,
+    ExportStep,
+    FinetuneStep,
+    PruneStep,
+    QuantizeStep,
+    StepConfig,
+    StudentConfig,
+)
+from hf_mtcompress.config.tasks import (
+    PRIMARY_METRICS,
+    RESERVED_TASK_NAMES,
+    ImageClassificationConfig,
+    SequenceClassificationConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+)
+
+TASK_NAME = re.compile(r"[a-z][a-z0-9_]*")
+STEP_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+RESERVED_STEP_NAMES = frozenset({"assets"})
+"""Folders of a run that are not steps (see `hf_mtcompress.artifacts`)."""
+
+
+def check_recipe_name(name: str, problems: Problems) -> None:
+    """The name becomes a folder below `runs/`."""
+    if not RECIPE_NAME.fullmatch(name):
+        problems.add("name", f"expected letters, digits, '.', '_' and '-', as the name of a folder, found '{name}'")
+
+
+def check_task_name(name: str, problems: Problems) -> None:
+    """The name becomes part of metric keys, module names and arguments of `forward`."""
+    path = f"tasks.{name}"
+    if not TASK_NAME.fullmatch(name):
+        problems.add(
+            path,
+            "expected a task name of lower-case letters, digits and underscores that starts with a letter, "
+            f"found '{name}'; rename the task",
+        )
+    elif name in RESERVED_TASK_NAMES:
+        problems.add(path, f"'{name}' is a reserved name; rename the task, for example '{name}_task'")
+
+
+def check_task(name: str, task: TaskConfig, names: Sequence[str], problems: Problems) -> None:
+    """Look at one task; `names` are those of all tasks."""
+    path = f"tasks.{name}"
+    if isinstance(task.data, str) and (task.data not in names or task.data == name):
+        others = [other for other in names if other != name]
+        found = "itself" if task.data == name else f"'{task.data}', which is none"
+        hint = near(task.data, others) if others else "give it data of its own"
+        problems.add(join(path, "data"), f"expected a section or the name of another task, found {found}; {hint}")
+    problem = problem_of(task)
+    labels = task.labels
+    if labels is not None:
+        if problem == "regression":
+            problems.add(join(path, "labels"), "a regression has no labels; remove the key")
+        elif len(set(labels)) < len(labels):
+            double = next(label for label in labels if labels.count(label) > 1)
+            problems.add(join(path, "labels"), f"expected different labels, found '{double}' twice")
+        elif len(labels) < 2:
+            problems.add(join(path, "labels"), f"expected at least 2 labels, found {len(labels)}")
+    if task.metric is not None and task.metric not in PRIMARY_METRICS[problem]:
+        problems.add(
+            join(path, "metric"),
+            f"a {problem.replace('_', ' ')} task has no primary metric '{task.metric}', "
+            f"{near(task.metric, list(PRIMARY_METRICS[problem]))}",
+        )
+    if task.head == "stock" and task.pooling is not None:
+        problems.add(join(path, "pooling"), "a stock head has its own pooling; say head: linear or head: mlp with it")
+    if problem not in ("single_label_classification", "token_classification"):
+        if task.class_weights is not None:
+            problems.add(join(path, "class_weights"), f"a {problem.replace('_', ' ')} task has none; remove the key")
+        if task.label_smoothing:
+            problems.add(join(path, "label_smoothing"), f"a {problem.replace('_', ' ')} task has none; remove the key")
+    if task.class_weights is not None and labels is not None and len(task.class_weights) != len(labels):
+        problems.add(
+            join(path, "class_weights"),
+            f"expected one weight for each of the {len(labels)} labels, found {len(task.class_weights)}",
+        )
+
+
+def problem_of(task: TaskConfig) -> str:
+    """What kind of answer the task has: the key of `PRIMARY_METRICS`."""
+    match task:
+        case TokenClassificationConfig():
+            return "token_classification"
+        case SequenceClassificationConfig() | ImageClassificationConfig():
+            return task.problem_type
+
+
+def check_shared_data(tasks: Mapping[str, TaskConfig], problems: Problems) -> None:
+    """A task may borrow rows only from one that has its own, so that nobody has to follow a chain."""
+    for name, task in tasks.items():
+        owner = tasks.get(task.data) if isinstance(task.data, str) else None
+        if owner is not None and owner is not task and not isinstance(owner.data, DataConfig):
+            problems.add(
+                f"tasks.{name}.data",
+                f"expected a task with data of its own, but '{task.data}' takes its rows from '{owner.data}'; "
+                f"say data: {owner.data}",
+            )
+
+
+def check_step_names(names: Sequence[str], paths: Sequence[str], problems: Problems) -> None:
+    """The name of a step becomes a folder of the run."""
+    for index, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if name in names[:index]:
+            problems.add(join(path, "name"), f"'{name}' is taken by steps.{names.index(name)}; choose another name")
+        elif not STEP_NAME.fullmatch(name):
+            problems.add(
+                join(path, "name"),
+                f"expected lower-case letters, digits, '_' and '-' after a first letter, found '{name}'",
+            )
+        elif name in RESERVED_STEP_NAMES:
+            problems.add(join(path, "name"), f"'{name}' is a reserved name; choose another")
+
+
+def check_steps(
+    steps: Sequence[StepConfig | None],
+    names: Sequence[str],
+    kinds: Sequence[Any],
+    paths: Sequence[str],
+    problems: Problems,
+) -> None:
+    """Look at each step that could be built, with the names and kinds of all as they were written."""
+    for index, (step, path) in enumerate(zip(steps, paths, strict=True)):
+        if step is None:
+            continue
+        earlier = dict(zip(names[:index], kinds[:index], strict=True))
+        made = isinstance(step, DistillStep) and step.student is not None
+        source = step.source or next((name for name in reversed(earlier) if earlier[name] in FLOAT_STEPS), None)
+        if step.source is not None:
+            _check_earlier(step.source, join(path, "from"), earlier, names, problems)
+        match step:
+            case FinetuneStep():
+                pass
+            case DistillStep():
+                _check_distill(step, path, earlier, names, problems)
+                if not made and step.source is None and step.teacher == source:
+                    problems.add(
+                        join(path, "student"),
+                        f"expected a student, since '{source}' would be both teacher and student; "
+                        "say student: {layers: N}, or name another step in 'from'",
+                    )
+            case PruneStep():
+                _check_prune(step, path, earlier, names, problems)
+            case QuantizeStep():
+                if step.bits == 4 and step.backend != "bitsandbytes":
+                    problems.add(
+                        join(path, "bits"), f"backend {step.backend} has 8 bits only; 4 need backend: bitsandbytes"
+                    )
+            case ExportStep():
+                _check_words(step.formats, join(path, "formats"), problems)
+        if source is None and isinstance(step, PruneStep | QuantizeStep | ExportStep):
+            problems.add(path, "expected a finetune or distill step before it, whose model it can start from")
+
+
+def _check_earlier(name: str, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems) -> None:
+    usable = [step for step, kind in earlier.items() if kind in FLOAT_STEPS]
+    if name in usable:
+        return
+    if name in earlier:
+        problems.add(
+            path,
+            f"a {earlier[name]} step is a leaf, nothing can start from '{name}'; "
+            f"expected a finetune, distill or prune step: {', '.join(usable) or 'none comes before'}",
+        )
+    elif name in names:
+        problems.add(path, f"'{name}' comes later; expected one of the steps before: {', '.join(usable) or 'none'}")
+    else:
+        hint = near(name, usable) if usable else "no step comes before"
+        problems.add(path, f"no step makes '{name}', {hint}")
+
+
+def _check_distill(
+    step: DistillStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
+) -> None:
+    if step.teacher in names:
+        _check_earlier(step.teacher, join(path, "teacher"), earlier, names, problems)
+    elif not os.path.isabs(step.teacher) and "/" not in step.teacher:
+        usable = [name for name, kind in earlier.items() if kind in FLOAT_STEPS]
+        hint = f"{near(step.teacher, usable)} " if usable else ""
+        problems.add(
+            join(path, "teacher"),
+            f"no step makes '{step.teacher}', {hint}(a saved model is named by its folder or its Hub id, org/name)",
+        )
+    if step.student is not None:
+        if step.source is not None:
+            problems.add(path, "expected 'from' or 'student', found both: 'from' is trained on, 'student' is made anew")
+        _check_student(step.student, join(path, "student"), problems)
+    _check_words(step.criteria, join(path, "criteria"), problems)
+
+
+def _check_student(student: StudentConfig, path: str, problems: Problems) -> None:
+    match student.layers:
+        case None:
+            if student.path is None:
+                problems.add(path, "expected layers (of the teacher) or path (of another checkpoint), found neither")
+        case _ if student.path is not None:
+            problems.add(path, "expected layers (of the teacher) or path (of another checkpoint), found both")
+        case int() if student.layers < 1:
+            problems.add(join(path, "layers"), f"expected at least 1 layer, found {student.layers}")
+        case tuple() if not student.layers or len(set(student.layers)) < len(student.layers):
+            problems.add(join(path, "layers"), f"expected different layers, at least 1, found {list(student.layers)}")
+        case _:
+            pass
+
+
+def _check_prune(
+    step: PruneStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
+) -> None:
+    if not (step.heads or step.feed_forward or step.layers):
+        problems.add(path, "removes nothing; expected heads, feed_forward or layers above 0")
+    if step.recover is None:
+        return
+    recover = join(path, "recover")
+    for key, value in (("name", step.recover.name), ("from", step.recover.source)):
+        if value is not None:
+            problems.add(join(recover, key), "recovery belongs to its prune step; remove the key")
+    if isinstance(step.recover, DistillStep):
+        if step.recover.student is not None:
+            problems.add(join(recover, "student"), "recovery trains the pruned model itself; remove the key")
+        else:
+            _check_distill(step.recover, recover, earlier, names, problems)
+
+
+def _check_words(words: Sequence[str], path: str, problems: Problems) -> None:
+    if not words or len(set(words)) < len(words):
+        problems.add(path, f"expected at least one word and none twice, found {list(words)}")
+
+
+def check_reference(reference: str | None, names: Sequence[str], kinds: Sequence[Any], problems: Problems) -> None:
+    """The reference is what everything is compared with, so it must be a float model of this run."""
+    if reference is not None:
+        _check_earlier(reference, "reference", dict(zip(names, kinds, strict=True)), names, problems)
+
+
+def check_benchmark(benchmark: BenchmarkConfig, problems: Problems) -> None:
+    """At least one batch size, none twice."""
+    sizes = benchmark.batch_sizes
+    if not sizes or len(set(sizes)) < len(sizes):
+        problems.add("benchmark.batch_sizes", f"expected at least one size and none twice, found {list(sizes)}")
+
+
+def check_publish(publish: PublishConfig, problems: Problems) -> None:
+    """A repository of the Hub is `owner/name`."""
+    if not REPO_ID.fullmatch(publish.repo_id):
+        problems.add("publish.repo_id", f"expected owner/name, found '{publish.repo_id}'")

@@ -1,0 +1,77 @@
+"""Recipes as text: YAML that reads `3e-5` as a number and `no` as a word, and refuses a key that is written twice."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+_PLAIN_VALUES = {
+    # YAML 1.2's core schema. PyYAML follows 1.1, where 3e-5 is text, while yes, no, on, off, 12:30 and dates are not.
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN"),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "tag:yaml.org,2002:merge": (r"<<", "<"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- PyYAML's own way of keeping them
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is written twice in one section", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, Hashable) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 -- as above
+        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 16) if text.lower().startswith("0x") else int(text)
+
+
+for _tag, (_pattern, _first) in _PLAIN_VALUES.items():
+    # An empty pattern character stands for the empty scalar.
+    _firsts = [*_first, ""] if _tag.endswith("null") else list(_first)
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _firsts)
+    if _tag.endswith("float"):
+        _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _firsts)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse one YAML document.
+
+    Raises:
+        ValueError: the text is not YAML, or a section holds a key twice; the message says where.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(f"{where}{error.problem or error.context or error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def write_yaml(data: Any) -> str:
+    """YAML text of plain dicts, lists, text, numbers and None, in the order given."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
