@@ -5,6 +5,7 @@ on the meta device; with weights in 8 or 4 bits it does so before bitsandbytes s
 is not marked as quantized after loading, so it trains and saves like any other.
 """
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,8 @@ class Structured8BitQuantizer(Bnb8BitHfQuantizer):
     def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
         super().__init__(_bitsandbytes(quantization_config), **kwargs)
         self.structure_config = quantization_config
+        # bitsandbytes logs on every pass of every layer that it rounds its input to float16 on the way to 8 bits.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         apply_structure(model.base_model, self.structure_config.structure)

@@ -1,0 +1,107 @@
+"""Weights in 8 or 4 bits with bitsandbytes, saved and reloaded through transformers.
+
+Only linear layers of the encoder's stack are stored in fewer bits; heads, pooler and embeddings stay float. On a CPU
+this makes a model smaller, not faster: for speed there, export to ONNX and quantize that.
+"""
+
+import copy
+import logging
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from hf_mtcompress.environment import require_extra
+from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.marking import StructureConfig, read_mark
+from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
+from hf_mtcompress.model.structured import keep_exact
+
+logger = logging.getLogger(__name__)
+
+_ROWS = {8: 1, 4: 32}
+_COLUMNS = {8: 1, 4: 64}
+"""What the kernels of plain transformers and bitsandbytes need the sizes of a layer to be multiples of."""
+
+
+def quantize_bitsandbytes(model: PreTrainedModel, bits: Literal[8, 4]) -> PreTrainedModel:
+    """A copy of `model` with the linear layers of its encoder in 8 bits (LLM.int8) or 4 bits (NF4).
+
+    The copy computes in float32 around those layers. `save_pretrained` writes it; `from_pretrained` gives it back
+    bit-equal, with two things to know about 4 bits in a stock model that plain transformers can load: opened without
+    this package's help, a processor with AVX512-BF16 computes it in bfloat16 (logits of MiniLM then differ by 3e-4), and
+    layers whose sizes that kernel cannot take stay float.
+
+    Args:
+        model: a `MultiTaskModel` or a stock model, with float weights.
+        bits: 8 or 4.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+        UnsupportedEncoderError: the encoder is built in another way, or quantized already.
+
+    References:
+        Dettmers et al.: LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale. NeurIPS 2022.
+        Dettmers et al.: QLoRA: Efficient Finetuning of Quantized LLMs. NeurIPS 2023 (NF4).
+    """
+    require_extra("bitsandbytes")
+    if bits not in (8, 4):
+        raise ValueError(f"bits: expected 8 or 4, found {bits}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedEncoderError(
+            f"{type(model).__name__}: expected float weights, found a model that is quantized already; start from the "
+            "float model"
+        )
+    if isinstance(model, MultiTaskModel):
+        model.refresh_config()
+    mark = read_mark(model.config)
+    # Where the package is needed for loading anyway, layers of any size are computed exactly.
+    ours = isinstance(model, MultiTaskModel) or mark is not None
+    settings = BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=_skipped(model, bits, exact=ours),
+    )
+    wanted = StructureConfig(mark.structure if mark else None, settings.to_dict()) if ours else settings
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    quantized = type(model).from_pretrained(
+        None, config=config, state_dict=model.state_dict(), quantization_config=wanted, dtype=model.dtype
+    )
+    if bits == 4:
+        keep_exact(quantized)
+    align_weights(quantized)
+    return quantized
+
+
+def _skipped(model: PreTrainedModel, bits: int, *, exact: bool) -> list[str]:
+    """Names of the linear layers that stay float: those outside of the stack, and those of sizes that do not fit."""
+    encoders = model.encoders.values() if isinstance(model, MultiTaskModel) else [model.base_model]
+    inside: set[nn.Module] = set()
+    for encoder in encoders:
+        assert isinstance(encoder, PreTrainedModel)
+        inside |= set(find_anatomy(encoder).stack.modules())
+    skipped, odd = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if module not in inside:
+            skipped.append(name)
+        elif module.out_features % (2 if exact else _ROWS[bits]) or module.in_features % (
+            2 if exact else _COLUMNS[bits]
+        ):
+            odd.append(name)
+    if odd:
+        logger.warning(
+            "%d of the encoder's linear layers stay float: %d-bit kernels need %d x %d blocks, such as '%s' does not have",
+            len(odd),
+            bits,
+            _ROWS[bits],
+            _COLUMNS[bits],
+            odd[0],
+        )
+    return skipped + odd
