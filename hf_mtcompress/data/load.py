@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetBuilder, Image, LargeList, List
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from hf_mtcompress.config import DataConfig, Role
+from hf_mtcompress.config.overrides import PACKAGED_BUILDERS
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks.base import UNLABELLED, Task
 from hf_mtcompress.tasks.classification import label_index
@@ -30,8 +31,6 @@ SPLIT_NAMES: Mapping[Role, tuple[str, ...]] = {
     "test": ("test",),
 }
 """Names under which a role's split is looked for when the recipe does not say."""
-PACKAGED_BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text", "webdataset")
-"""Values of `path` that read files directly instead of naming a folder or a Hub dataset."""
 CARVED_FRACTION = 0.1
 CARVED_MAXIMUM = 1000
 
@@ -161,9 +160,6 @@ def infer_labels(
     multi_label = problem_type == "multi_label_classification"
     in_lists = multi_label or kind == "token-classification"
     found: set[Any] = set()
-    vectors = multi_label
-    length: int | None = None
-    repeated = False
     for index, value in _values(splits, column):
         if _is_unlabelled(value):
             continue
@@ -171,26 +167,22 @@ def infer_labels(
             expected = "a list of labels" if in_lists else "one label"
             raise DataError(
                 f"{what}: expected {expected} in each row of column '{column}', found {value!r} in {index}; "
-                f"choose another column or a kind of task and problem_type that fits"
+                "choose another column, or a kind of task and problem_type that fits"
             )
-        items = value if in_lists else [value]
-        if multi_label:
-            vectors = vectors and (length is None or len(items) == length)
-            length = len(items)
-            repeated = repeated or len(set(items)) < len(items)
-        for item in items:
-            if item not in found and not _is_unlabelled(item):
+        for item in value if in_lists else [value]:
+            if not _is_unlabelled(item):
                 _check_label_value(item, column, index, what)
                 found.add(item)
-    if vectors and repeated and found <= {0, 1}:
+    if multi_label and found <= {0, 1} and _holds_vectors(splits, column):
         raise DataError(
-            f"{what}: expected names of labels in column '{column}', found vectors of {length} zeros and ones; "
-            "give their names in order under labels"
+            f"{what}: expected names of labels in column '{column}', found vectors of zeros and ones; "
+            "give the names in order under labels"
         )
     labels = tuple(dict.fromkeys(_label_name(value) for value in sorted(found, key=_label_order)))
-    if len(labels) < (1 if multi_label else 2):
+    least = 1 if multi_label else 2
+    if len(labels) < least:
         raise DataError(
-            f"{what}: expected at least {1 if multi_label else 2} different labels in column '{column}', "
+            f"{what}: expected at least {least} different labels in column '{column}', "
             f"found {', '.join(labels) or 'none'}; choose another column or give more rows"
         )
     return labels
@@ -210,7 +202,7 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
         if _is_unlabelled(value):
             continue
         if task.problem == "regression":
-            if isinstance(value, str | list) or not math.isfinite(value):
+            if not _is_number(value):
                 raise DataError(
                     f"{what}: expected a number in each row of column '{task.label}', found {value!r} in {index}; "
                     "correct the row, or use another problem_type"
@@ -243,7 +235,7 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
         near = get_close_matches(config.path, PACKAGED_BUILDERS, n=1)
         hint = f"did you mean '{near[0]}'? Otherwise " if near else ""
         raise DataError(
-            f"{what}: expected a local folder, a dataset of the Hub or one of {', '.join(PACKAGED_BUILDERS)}, "
+            f"{what}: expected a local folder, a dataset of the Hub or one of {', '.join(sorted(PACKAGED_BUILDERS))}, "
             f"found '{config.path}', which is no folder here and not on the Hub as far as it could be reached "
             f"({_first_line(error)}); {hint}check the spelling and the network, or give a local folder"
         ) from error
@@ -413,6 +405,11 @@ def _split_of_roles(config: DataConfig, available: Mapping[str, int], what: str)
             names = [name for name in SPLIT_NAMES[role] if name in available and name not in named]
             if names:
                 specs[role] = names[0]
+    if "train" not in specs and named & set(SPLIT_NAMES["train"]):
+        raise DataError(
+            f"{what}: expected a split for training, found train in use for {', '.join(config.splits)} only; "
+            "say which rows of it are for training with data.splits, such as {train: 'train[1000:]'}"
+        )
     if "train" not in specs:
         raise DataError(
             f"{what}: expected a split named train, found {', '.join(available) or 'none'}; "
@@ -492,7 +489,25 @@ def _is_unlabelled(value: Any) -> bool:
     return value is None or value == UNLABELLED or (isinstance(value, float) and math.isnan(value))
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _holds_vectors(splits: Mapping[Role, Dataset], column: str) -> bool:
+    """Whether lists of zeros and ones are vectors: of one length, and some value twice, which no set of labels has."""
+    lists = [value for _, value in _values(splits, column) if not _is_unlabelled(value)]
+    return len({len(value) for value in lists}) == 1 and any(len(set(value)) < len(value) for value in lists)
+
+
 def _check_label_value(value: Any, column: str, index: str, what: str) -> None:
+    if not isinstance(value, str | int | float | bool):
+        raise DataError(
+            f"{what}: expected names or numbers as labels in column '{column}', found {value!r} in {index}; "
+            "choose another column"
+        )
     if isinstance(value, float) and not value.is_integer():
         raise DataError(
             f"{what}: expected labels in column '{column}', found the number {value!r} in {index}; "
@@ -502,11 +517,6 @@ def _check_label_value(value: Any, column: str, index: str, what: str) -> None:
         raise DataError(
             f"{what}: expected label numbers from 0, or {UNLABELLED} for an unlabelled row, in column '{column}', "
             f"found {value!r} in {index}; if the split has no labels, leave it out or name another one in data.splits"
-        )
-    if not isinstance(value, str | int | float | bool):
-        raise DataError(
-            f"{what}: expected names or numbers as labels in column '{column}', found {value!r} in {index}; "
-            "choose another column"
         )
 
 

@@ -28,7 +28,27 @@ from sklearn.metrics import (
     recall_score,
 )
 
+from hf_mtcompress.config.tasks import PRIMARY_METRICS
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
+
+__all__ = [
+    "DEFAULT_METRIC",
+    "METRICS_BY_PROBLEM",
+    "PRIMARY_METRICS",
+    "ClassificationMetric",
+    "MultiLabelMetric",
+    "RegressionMetric",
+    "TokenMetric",
+    "baseline_score",
+    "bio_spans",
+    "classification_metrics",
+    "higher_is_better",
+    "is_bio",
+    "load_metric",
+    "multi_label_metrics",
+    "regression_metrics",
+    "token_metrics",
+]
 
 Problem: TypeAlias = Literal[
     "single_label_classification", "multi_label_classification", "regression", "token_classification"
@@ -44,11 +64,6 @@ METRICS_BY_PROBLEM: Mapping[str, tuple[str, ...]] = {
 }
 LOWER_IS_BETTER = frozenset({"mse", "mae"})
 SPAN_METRICS = frozenset({"span_f1", "span_precision", "span_recall"})
-PRIMARY_METRICS: Mapping[str, tuple[str, ...]] = {
-    problem: tuple(name for name in names if name not in LOWER_IS_BETTER)
-    for problem, names in METRICS_BY_PROBLEM.items()
-}
-"""Metrics a task may be judged by. An error (mse, mae) may not: `average` and retention need higher to be better."""
 DEFAULT_METRIC: Mapping[str, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "micro_f1",
