@@ -21,11 +21,14 @@ class DataConfig:
     path: str
     """A dataset of the Hub, a local folder, or a packaged builder: json, csv, parquet, text, imagefolder."""
     name: str | None = None
+    """Configuration of a data set that has several."""
     data_dir: str | None = None
-    """Relative to the recipe; relative to the current folder when given on the command line."""
+    """Folder of the files; relative to the recipe, or to the current folder when given on the command line. Where
+    `path` is a Hub data set or a local folder: a folder inside it."""
     data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = None
-    """Relative to `data_dir`, else to the recipe."""
+    """File, files, or files by split; relative to `data_dir` where that is given, else as `data_dir`."""
     revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
     splits: dict[Role, str] = field(default_factory=dict)
     """Split that plays a role, where the names differ; slicing such as `train[:1000]` works."""
     max_rows: int | dict[Role, int] | None = None
@@ -33,4 +36,6 @@ class DataConfig:
     dataset_id: str | None = None
     """Name of the data set on the card."""
     license: str | None = None
+    """Licence of the data on the card."""
     builder_arguments: dict[str, Any] = field(default_factory=dict)
+    """Filled from keys of `data` that are not listed here; only an argument that looks like one of them is put here."""

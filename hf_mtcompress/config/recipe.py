@@ -16,10 +16,13 @@ class BudgetConfig:
     latency_b1_ratio: float | None = None
     """Batch-1 latency as a fraction of the reference in torch float32."""
     latency_b32_ratio: float | None = None
+    """The same for batches of 32."""
     size_mb: float | None = None
     """10**6 bytes of weights and graph, tokenizer apart."""
     retention: float | None = None
+    """Lowest allowed mean over tasks of score / reference score."""
     worst_task_retention: float | None = None
+    """Lowest allowed score / reference score of any main task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +30,15 @@ class BenchmarkConfig:
     """How latency is measured at the end of a run."""
 
     tokens: int = 64
+    """Real tokens in every row."""
     batch_sizes: tuple[int, ...] = (1, 32)
+    """Rows in a call."""
     repetitions: int = 20
     """Timed calls of each artefact and batch size, artefacts taking turns."""
     warmup: int = 3
+    """Calls before the timed ones."""
     threads: int | None = None
-    """Default: all cores of the machine."""
+    """Threads of each runtime; default: all cores this process may use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +46,13 @@ class PublishConfig:
     """Where and how the result is pushed by `hf-mtcompress push`."""
 
     repo_id: str
+    """Repository of the Hub, `owner/name`."""
     private: bool = True
+    """Whether only its owner sees it."""
     license: str | None = None
+    """Licence of the model, as the Hub names it, such as `apache-2.0`."""
     language: tuple[str, ...] = ()
+    """Languages of the texts, as codes such as `en`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +60,28 @@ class Recipe:
     """Everything that is wanted. Made by `hf_mtcompress.config.load.load_recipe`."""
 
     format_version: int = FORMAT_VERSION
+    """Format of the recipe; a newer one is refused with the version that it needs."""
     name: str
+    """Name of the run and, where `--output` is not given, of its folder below `runs/`."""
     seed: int = 42
+    """Everything random is drawn from it."""
     encoder: EncoderConfig
+    """The pretrained encoder that all tasks share; `encoders: {main: ...}` is read too."""
     tasks: dict[str, TaskConfig]
+    """Tasks by name: lower-case letters, digits and underscores. The name joins data, head, metrics and logs."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
+    """How often each source of rows is drawn."""
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    """How the losses of the tasks become one."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Settings of every step that trains; a step's own go first."""
     steps: tuple[StepConfig, ...]
+    """What is done, in order."""
     reference: str | None = None
     """The step that everything is compared with; default: the first one."""
     budget: BudgetConfig | None = None
+    """What the device allows; the last artefact is checked against it."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    """How latency is measured at the end."""
     publish: PublishConfig | None = None
+    """Where the result is pushed, on request."""

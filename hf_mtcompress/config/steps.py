@@ -27,9 +27,11 @@ class FinetuneStep(TrainingConfig):
     """
 
     kind: Literal["finetune"] = "finetune"
+    """Always `finetune`."""
     name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
-    """Written `from`: the step to start from; default: the latest float torch step, else the recipe's encoder."""
+    """The finetune, distill or prune step to start from; default: the latest of them, else the recipe's encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,17 +44,23 @@ class DistillStep(TrainingConfig):
     """
 
     kind: Literal["distill"] = "distill"
+    """Always `distill`."""
     name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
-    """Written `from`: the step that is trained on; not together with `student`."""
+    """The finetune, distill or prune step that is trained on; default: the latest. Not together with `student`."""
     teacher: str
     """A step of this recipe, or the path of a saved multi-task or stock model."""
     student: StudentConfig | None = None
+    """The model to make and train, instead of going on from a step."""
     criteria: tuple[Literal["logits", "hidden"], ...] = ("logits", "hidden")
+    """What the student imitates: the teacher's answers, its hidden states."""
     temperature: float = 2.0
+    """Softens the answers that are imitated; 1 leaves them as they are."""
     label_weight: float = 0.5
     """Share of the loss on the true labels; the rest is the criteria's."""
     hidden_weight: float = 1.0
+    """Weight of `hidden` beside `logits`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +73,11 @@ class PruneStep:
     """
 
     kind: Literal["prune"] = "prune"
+    """Always `prune`."""
     name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
+    """The finetune, distill or prune step to start from; default: the latest of them."""
     heads: float = 0.0
     """Fraction of all attention heads to remove."""
     feed_forward: float = 0.0
@@ -74,11 +85,13 @@ class PruneStep:
     layers: int = 0
     """Number of whole layers to remove."""
     importance: Literal["first_order", "magnitude"] = "first_order"
+    """What counts as important: how much the loss would change (measured on data), or how large the weights are."""
     rows: int = 512
     """Training rows that the importance is measured on."""
     multiple_of: int = 32
     """Feed-forward widths are rounded to multiples of this, which is what kernels like."""
     recover: FinetuneStep | DistillStep | None = None
+    """Training after the cut: a finetune or distill section without `name`, `from` and `student`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +104,15 @@ class QuantizeStep:
     """
 
     kind: Literal["quantize"] = "quantize"
+    """Always `quantize`."""
     name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
+    """The finetune, distill or prune step to start from; default: the latest of them."""
     backend: Literal["bitsandbytes", "onnxruntime"]
+    """`onnxruntime` exports a graph and is fast on CPUs; `bitsandbytes` stays in torch."""
     bits: Literal[8, 4] = 8
+    """4 needs `bitsandbytes`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +125,13 @@ class ExportStep:
     """
 
     kind: Literal["export"] = "export"
+    """Always `export`."""
     name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
+    """The finetune, distill or prune step to start from; default: the latest of them."""
     formats: tuple[Literal["vanilla", "onnx"], ...] = ("vanilla",)
+    """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads."""
 
 
 StepConfig = FinetuneStep | DistillStep | PruneStep | QuantizeStep | ExportStep

@@ -33,6 +33,7 @@ class TaskSettings:
     data: DataConfig | str
     """A source of rows, or the name of another task whose rows are shared."""
     label: str
+    """Column with the label; rows without one are not counted."""
     labels: tuple[str, ...] | None = None
     """Label names in order; default: the ClassLabel feature, else the sorted values of all splits."""
     metric: str | None = None
@@ -40,6 +41,7 @@ class TaskSettings:
     role: TaskRole = "main"
     """Auxiliary tasks are trained but do not count in `average`."""
     weight: float = 1.0
+    """Factor of the loss in the sum of all tasks."""
     head: Literal["stock", "linear", "mlp"] = "stock"
     """`stock` is the head of the family's own AutoModelFor class."""
     pooling: Literal["cls", "mean", "max"] | None = None
@@ -51,12 +53,17 @@ class SequenceClassificationConfig(TaskSettings):
     """One label, several labels or a number for a text or a pair of texts."""
 
     kind: Literal["sequence-classification"] = "sequence-classification"
+    """Always `sequence-classification`."""
     text: str
     """Column with a string or a list of words."""
     text_pair: str | None = None
+    """Column with the second text of a pair."""
     problem_type: ProblemType = "single_label_classification"
+    """What the label is: one name, a list of names, or a number."""
     class_weights: tuple[float, ...] | None = None
+    """Weight of each label in the loss, in the order of `labels`."""
     label_smoothing: float = 0.0
+    """Share of the target that is spread over all labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +71,13 @@ class TokenClassificationConfig(TaskSettings):
     """One label for each word; BIO labels are decoded to spans."""
 
     kind: Literal["token-classification"] = "token-classification"
+    """Always `token-classification`."""
     tokens: str
     """Column with a list of words."""
     class_weights: tuple[float, ...] | None = None
+    """Weight of each label in the loss, in the order of `labels`."""
     label_smoothing: float = 0.0
+    """Share of the target that is spread over all labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,10 +85,15 @@ class ImageClassificationConfig(TaskSettings):
     """One label, several labels or a number for an image."""
 
     kind: Literal["image-classification"] = "image-classification"
+    """Always `image-classification`."""
     image: str = "image"
+    """Column with the image."""
     problem_type: ProblemType = "single_label_classification"
+    """What the label is: one name, a list of names, or a number."""
     class_weights: tuple[float, ...] | None = None
+    """Weight of each label in the loss, in the order of `labels`."""
     label_smoothing: float = 0.0
+    """Share of the target that is spread over all labels."""
 
 
 TaskConfig = SequenceClassificationConfig | TokenClassificationConfig | ImageClassificationConfig
