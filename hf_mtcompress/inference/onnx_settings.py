@@ -75,5 +75,7 @@ def read_onnx_settings(folder: Path) -> OnnxSettings:
     known = {item.name for item in dataclasses.fields(OnnxSettings)}
     missing = {"tasks", "preprocessing", "inputs", "precision", "parameters"} - set(values)
     if missing:
-        raise ArtifactError(f"expected {sorted(missing)} in {folder / ONNX_SETTINGS}, found none; export the model again")
+        raise ArtifactError(
+            f"expected {sorted(missing)} in {folder / ONNX_SETTINGS}, found none; export the model again"
+        )
     return OnnxSettings(**{key: value for key, value in values.items() if key in known})

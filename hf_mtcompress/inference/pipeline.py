@@ -1,0 +1,96 @@
+"""`pipeline("multi-task", model=folder)`: one call, the answers of all tasks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils.generic import ModelOutput
+
+from hf_mtcompress.data.preprocessing import max_length_of
+from hf_mtcompress.errors import ArtifactError, DataError, TaskError
+from hf_mtcompress.model.modeling import INPUT_NAMES, MultiTaskModel
+from hf_mtcompress.tasks import Task, TokenClassification
+
+PIPELINE = "multi-task"
+
+
+class MultiTaskPipeline(Pipeline):
+    """Answers all tasks of a multi-task folder for a text, a list of words, `{"text", "text_pair"}` or a PIL image.
+
+    A list of strings is several texts, as everywhere in transformers; give words as `{"text": [...]}`.
+
+    ```python
+    answer = pipeline("multi-task", model="runs/nlu/student")("wake me at seven")
+    answer["intent"]  # {"label": "alarm", "score": 0.98}
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor = None
+    _load_feature_extractor = False
+    _load_tokenizer = None
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = sorted(set(kwargs) - {"tasks"})
+        if unknown:
+            raise TypeError(f"expected tasks=[...] as the only argument of the call, found {unknown}")
+        return dict(kwargs), dict(kwargs), dict(kwargs)
+
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
+        chosen = self._choose(preprocess_parameters.get("tasks"))
+        first = next(iter(chosen.values()))
+        if self.tokenizer is None:
+            return {**_stack(first.encode([[input_]], self.image_processor, None)), "encoding": {}}
+        text, pair = (input_["text"], input_.get("text_pair")) if isinstance(input_, dict) else (input_, None)
+        settings = (self.model.config.preprocessing or {}).get("main", {})
+        length = max_length_of(self.tokenizer, settings.get("max_length"))
+        word_task = next((task for task in chosen.values() if isinstance(task, TokenClassification)), None)
+        if word_task is None:
+            columns = [[text]] if pair is None else [[text], [pair]]
+            return {**_stack(first.encode(columns, self.tokenizer, length)), "encoding": {}}
+        if pair is not None:
+            raise DataError(
+                f"task '{word_task.name}': expected one text, found a pair; name the tasks that take pairs: tasks=[...]"
+            )
+        words = text.split() if isinstance(text, str) else list(text)
+        encoded = word_task.encode([[words]], self.tokenizer, length)
+        encoding = {"word_ids": encoded.pop("word_ids")[0], "words": words}
+        return {**_stack(encoded), "encoding": encoding}
+
+    def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> ModelOutput:
+        encoding = input_tensors.pop("encoding")
+        chosen = self._choose(forward_parameters.get("tasks"))
+        output = self.model(**input_tensors, tasks=list(chosen))
+        logits = {task.logits_name: output[task.logits_name] for task in chosen.values()}
+        return ModelOutput({**logits, "encoding": encoding})
+
+    def postprocess(self, model_outputs: ModelOutput, **postprocess_parameters: Any) -> dict[str, Any]:
+        return {
+            name: task.decode(model_outputs[task.logits_name][0].float().cpu().numpy(), model_outputs["encoding"])
+            for name, task in self._choose(postprocess_parameters.get("tasks")).items()
+        }
+
+    def _choose(self, names: Sequence[str] | None) -> dict[str, Task]:
+        model = self.model
+        if not isinstance(model, MultiTaskModel):
+            raise ArtifactError(
+                f"expected a multi-task model for pipeline('{PIPELINE}'), found {type(model).__name__}; "
+                "use the pipeline of its own task"
+            )
+        unknown = [name for name in names or () if name not in model.tasks]
+        if unknown:
+            raise TaskError(f"expected tasks among {list(model.tasks)}, found {unknown}; check the spelling")
+        return model.tasks if names is None else {name: model.tasks[name] for name in names}
+
+
+def register_pipeline() -> None:
+    """Make `pipeline("multi-task", ...)` known to transformers; calling it again changes nothing."""
+    if PIPELINE not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(PIPELINE, MultiTaskPipeline, pt_model=AutoModel, type="multimodal")
+
+
+def _stack(encoded: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.as_tensor(np.asarray(encoded[name])) for name in INPUT_NAMES if name in encoded}

@@ -1,0 +1,282 @@
+"""One way to run every saved form: arrays of model inputs to logits by task."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
+from hf_mtcompress.environment import require_extra
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.inference.onnx_settings import read_onnx_settings
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
+from hf_mtcompress.model.registration import register
+from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
+
+Form = Literal["torch", "bitsandbytes", "vanilla", "onnx"]
+
+_CONFIG = "config.json"
+_AUTO_CLASSES: dict[str, Any] = {
+    SequenceClassification.kind: AutoModelForSequenceClassification,
+    TokenClassification.kind: AutoModelForTokenClassification,
+    ImageClassification.kind: AutoModelForImageClassification,
+}
+
+
+class Runtime(ABC):
+    """A loaded artefact, whatever it runs on.
+
+    Attributes:
+        form: what kind of folder it is.
+        tasks: the tasks by name.
+        processor: tokenizer or image processor.
+        max_length: longest input in tokens, None where nothing says so.
+    """
+
+    form: Form
+    tasks: dict[str, Task]
+    processor: Any
+    max_length: int | None
+
+    @abstractmethod
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All logits of a batch.
+
+        Args:
+            batch: `input_ids`, `attention_mask` (and `token_type_ids` where the encoder takes them) of shape
+                (rows, tokens), or `pixel_values` of shape (rows, channels, height, width).
+
+        Returns:
+            By task: (rows, labels), or (rows, tokens, labels) for word-level tasks.
+        """
+
+
+class TorchRuntime(Runtime):
+    """A multi-task folder, in float precision or quantized by bitsandbytes."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        _set_threads(threads)
+        config = _load_config(folder)
+        assert isinstance(config, MultiTaskConfig)
+        self.form = "torch" if folder_form(folder) == "torch" else "bitsandbytes"
+        if self.form == "bitsandbytes":
+            require_extra("bitsandbytes")
+        self.model: MultiTaskModel = MultiTaskModel.from_pretrained(folder).eval()
+        self.tasks = dict(self.model.tasks)
+        self.processor = load_processor(folder)
+        self.max_length = (config.preprocessing or {}).get("main", {}).get("max_length")
+
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            output = self.model(**_tensors(batch))
+            return {name: _array(output[task.logits_name]) for name, task in self.tasks.items()}
+
+
+class VanillaRuntime(Runtime):
+    """A folder of plain transformers folders, one for each task; every task runs an encoder of its own."""
+
+    form = "vanilla"
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        _set_threads(threads)
+        register()
+        folders = task_folders(folder)
+        self.models: dict[str, PreTrainedModel] = {}
+        self.tasks = {}
+        for name, path in folders.items():
+            config = _load_config(path)
+            self.tasks[name] = stock_task(name, config, path)
+            model = _AUTO_CLASSES[self.tasks[name].kind].from_pretrained(path).eval()
+            align_weights(model)
+            self.models[name] = model
+        first = next(iter(folders.values()))
+        self.processor = load_processor(first)
+        limit = self.processor.model_max_length if "input_ids" in self.processor.model_input_names else None
+        # Tokenizers without a limit of their own say a number far beyond any length.
+        self.max_length = limit if limit is not None and limit < 10**6 else None
+
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        answers = {}
+        with torch.inference_mode():
+            for name, model in self.models.items():
+                inputs = _tensors(batch)
+                if "type_vocab_size" not in model.config.to_dict():
+                    inputs.pop("token_type_ids", None)
+                answers[name] = _array(model(**inputs).logits)
+        return answers
+
+
+class OnnxRuntime(Runtime):
+    """An ONNX folder, on ONNX Runtime."""
+
+    form = "onnx"
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        require_extra("onnx")
+        from hf_mtcompress.inference.onnx_session import open_session, run_session
+
+        self._run = run_session
+        settings = read_onnx_settings(folder)
+        self.session = open_session(folder / ONNX_MODEL, threads)
+        self.tasks = settings.build_tasks()
+        self.processor = load_processor(folder)
+        self.max_length = settings.preprocessing.get("max_length")
+
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._run(self.session, batch)
+        return {name: found[task.logits_name] for name, task in self.tasks.items()}
+
+
+def open_runtime(folder: Path, threads: int | None = None) -> Runtime:
+    """Load a saved folder of any form.
+
+    Args:
+        folder: a multi-task folder, a folder of plain transformers folders, or an ONNX folder.
+        threads: threads within an operation, for the whole process where the form runs on torch; None leaves them.
+
+    Raises:
+        ArtifactError: the folder is none of these, incomplete, or of a newer format.
+        MissingExtraError: the form needs a package that is not installed.
+    """
+    match folder_form(folder):
+        case "torch" | "bitsandbytes":
+            return TorchRuntime(folder, threads)
+        case "vanilla":
+            return VanillaRuntime(folder, threads)
+        case "onnx":
+            return OnnxRuntime(folder, threads)
+
+
+def folder_form(folder: Path) -> Form:
+    """What kind of artefact a folder holds.
+
+    Raises:
+        ArtifactError: it holds none that is known.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"expected a folder with a saved model, found no folder {folder}; check the path")
+    if (folder / ONNX_SETTINGS).is_file():
+        return "onnx"
+    if (folder / _CONFIG).is_file():
+        values = read_config(folder)
+        if values.get("model_type") == MultiTaskConfig.model_type:
+            return "bitsandbytes" if stores_few_bits(values) else "torch"
+        raise ArtifactError(
+            f"expected a multi-task folder, found a model of type '{values.get('model_type')}' in {folder}; a plain "
+            "transformers folder opens with transformers' own pipeline, a folder with one for each task opens here"
+        )
+    if any((path / _CONFIG).is_file() for path in folder.iterdir() if path.is_dir()):
+        return "vanilla"
+    raise ArtifactError(
+        f"expected a multi-task folder ({_CONFIG}), an ONNX folder ({ONNX_SETTINGS}) or a folder with one plain "
+        f"transformers folder for each task, found {_listing(folder)} in {folder}; give the folder that a step saved"
+    )
+
+
+def task_folders(folder: Path) -> dict[str, Path]:
+    """The plain folders inside a vanilla folder, by task name, in alphabetical order."""
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / _CONFIG).is_file()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of a folder's `config.json`.
+
+    Raises:
+        ArtifactError: it is not JSON.
+    """
+    try:
+        return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"expected JSON in {folder / _CONFIG}, found something else ({error}); save it again"
+        ) from error
+
+
+def stores_few_bits(config: Mapping[str, Any]) -> bool:
+    """Whether the config values of a torch folder speak of weights in 8 or 4 bits."""
+    mark = config.get("quantization_config") or {}
+    return bool(mark.get("load_in_8bit") or mark.get("load_in_4bit") or mark.get("bitsandbytes"))
+
+
+def load_processor(folder: Path) -> Any:
+    """The tokenizer or image processor saved in a folder.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    try:
+        if (folder / "preprocessor_config.json").is_file():
+            return AutoImageProcessor.from_pretrained(folder)
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"expected a tokenizer or image processor that loads from {folder}, found one that does not ({error}); "
+            "save it again with processor.save_pretrained(folder)"
+        ) from error
+    raise ArtifactError(
+        f"expected a tokenizer or image processor in {folder}, found {_listing(folder)}; "
+        "save it there with processor.save_pretrained(folder)"
+    )
+
+
+def stock_task(name: str, config: PreTrainedConfig, folder: Path) -> Task:
+    """The task that a plain transformers folder answers, as its config tells it.
+
+    Raises:
+        ArtifactError: its architecture is none of sequence, token or image classification.
+    """
+    architecture = (config.architectures or [""])[0]
+    names: dict[Any, str] = config.id2label or {}
+    count = len(names)
+    labels = tuple(names[index] for index in range(count))
+    problem = config.problem_type or ("regression" if count == 1 else "single_label_classification")
+    if architecture.endswith("ForTokenClassification"):
+        return TokenClassification(name, labels=labels)
+    known = None if problem == "regression" else labels
+    if architecture.endswith("ForSequenceClassification"):
+        return SequenceClassification(name, labels=known, problem_type=problem)
+    if architecture.endswith("ForImageClassification"):
+        return ImageClassification(name, labels=known, problem_type=problem)
+    raise ArtifactError(
+        f"expected a model for sequence, token or image classification in {folder}, found '{architecture}'; "
+        "only folders written by export_task, or like them, open here"
+    )
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    register()
+    return AutoConfig.from_pretrained(folder)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _tensors(batch: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+
+def _array(logits: torch.Tensor) -> np.ndarray:
+    return logits.float().numpy()
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
