@@ -181,11 +181,12 @@ def label_index(task: Task, value: Any) -> int:
     labels = task.labels or ()
     if value is None or value == UNLABELLED:
         return UNLABELLED
-    if isinstance(value, str | bool) or str(value) in labels:
-        name = str(value)
-        if name in labels:
-            return labels.index(name)
-    elif isinstance(value, int | np.integer) and 0 <= value < len(labels):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # tables read whole numbers with gaps as floats
+    if str(value) in labels:
+        return labels.index(str(value))
+    numeric = all(label.lstrip("-").isdigit() for label in labels)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and not numeric and 0 <= value < len(labels):
         return int(value)
     near = get_close_matches(str(value), labels, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""

@@ -68,7 +68,8 @@ class MultiTaskTrainer(Trainer):
         self.multi_task = isinstance(model, MultiTaskModel)
         self.train_groups: list[EncodedGroup] = []
         self.eval_groups: list[EncodedGroup] = []
-        self._window: dict[str, tuple[Tensor, float]] = {}
+        self._window: dict[str, tuple[Tensor, set[int]]] = {}
+        """By task: summed loss shares, and the steps they come from, since the last log line."""
         if isinstance(model, MultiTaskModel):
             self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             self._processor = processing_class
@@ -181,10 +182,15 @@ class MultiTaskTrainer(Trainer):
         for name, task in self.tasks.items():
             found = [task.item_count(batch[task.label_name]).cpu() for batch in batches if task.label_name in batch]
             counts[name] = torch.stack(found).sum() if found else torch.tensor(0.0)
+        counts |= self.extra_counts(batches)
         if self.args.world_size > 1:
             gathered = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
             counts = dict(zip(counts, gathered, strict=True))
         return batches, counts
+
+    def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:
+        """Further counts over the window that a subclass divides by."""
+        return {}
 
     def compute_loss(
         self,
@@ -202,9 +208,13 @@ class MultiTaskTrainer(Trainer):
         counts: ItemCounts = num_items_in_batch or {
             name: task.item_count(labels[name]) for name, task in present.items()
         }
-        outputs, losses = self.task_losses(model, features, labels, counts)
-        # Gradients are averaged over ranks, the counts are sums over them.
-        loss = self.fusion(losses) * (self.args.world_size if num_items_in_batch else 1)
+        outputs, losses, extra = self.task_losses(model, features, labels, counts)
+        loss = self.fusion(losses)
+        for term in extra.values():
+            loss = loss + term
+        if num_items_in_batch:
+            # Gradients are averaged over ranks, the counts are sums over them.
+            loss = loss * self.args.world_size
         if self.args.world_size > 1:
             loss = loss + self._touch_absent_heads(model, present)
         if not torch.isfinite(loss):
@@ -214,20 +224,20 @@ class MultiTaskTrainer(Trainer):
                 f"(now {self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate:.2g}), "
                 "check the labels of a regression for huge values, or turn off bf16/fp16"
             )
-        self._note_losses(losses, counts)
+        self._note_losses({**losses, **extra}, counts)
         return (loss, outputs) if return_outputs else loss
 
     def task_losses(
         self, model: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], counts: ItemCounts
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Model output, and by present task the loss of this batch as a share of the window's mean."""
+    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        """Model output, by present task the loss of this batch as a share of the window's mean, and further terms."""
         outputs = model(**features, tasks=list(labels))
         losses = {
             name: self.tasks[name].loss_sum(outputs[f"logits_{name}"], target)
             / counts[name].to(target.device).clamp(min=1)
             for name, target in labels.items()
         }
-        return outputs, losses
+        return outputs, losses, {}
 
     def _touch_absent_heads(self, model: nn.Module, present: Mapping[str, Task]) -> Tensor:
         """Zero, through every parameter of the heads that this batch does not use: DDP waits for all of them."""
@@ -242,17 +252,15 @@ class MultiTaskTrainer(Trainer):
     def _note_losses(self, losses: Mapping[str, Tensor], counts: ItemCounts) -> None:
         """Keep the mean loss of each task for the next log line."""
         for name, loss in losses.items():
-            if float(counts[name]) > 0:
-                total, steps = self._window.get(name, (torch.zeros(()), 0.0))
-                share = 1.0 / self.current_gradient_accumulation_steps if self.model.training else 0.0
-                self._window[name] = (total + loss.detach().float().cpu(), steps + share)
+            if float(counts.get(name, 1)) > 0:
+                total, steps = self._window.get(name, (torch.zeros(()), set()))
+                self._window[name] = (total + loss.detach().float().cpu(), steps | {self.state.global_step})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `loss_<task>` to training logs; otherwise as `Trainer.log`."""
         if self.multi_task and "loss" in logs:
             for name, (total, steps) in self._window.items():
-                if steps > 0:
-                    logs[f"loss_{name}"] = round(float(total) / steps, 6)
+                logs[f"loss_{name}"] = float(total) / len(steps)
             self._window = {}
         super().log(logs, start_time)
 

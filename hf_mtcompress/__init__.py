@@ -1,0 +1,68 @@
+"""Multi-task training and compression of pretrained encoders for Hugging Face transformers.
+
+Importing the package makes `AutoConfig`, `AutoModel`, `AutoModelFor...` and `pipeline` open what it saves.
+"""
+
+from hf_mtcompress.compression.pruning import prune
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.config import Recipe
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.errors import MTCompressError
+from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.inference.pipeline import MultiTaskPipeline, register_pipeline
+from hf_mtcompress.inference.predictor import Predictor, load_predictor
+from hf_mtcompress.losses.fusion import Fusion, WeightedSum
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.student import student_of
+from hf_mtcompress.publishing.card import render_card
+from hf_mtcompress.publishing.hub import push_folder
+from hf_mtcompress.records import RunRecord
+from hf_mtcompress.tasks import (
+    ImageClassification,
+    SequenceClassification,
+    Task,
+    TokenClassification,
+    register_task,
+)
+from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
+from hf_mtcompress.trainers.distillation import DistillationTrainer
+from hf_mtcompress.trainers.multitask import MultiTaskTrainer
+from hf_mtcompress.workflow import run as run_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "Fusion",
+    "ImageClassification",
+    "MTCompressError",
+    "MultiTaskConfig",
+    "MultiTaskModel",
+    "MultiTaskPipeline",
+    "MultiTaskTrainer",
+    "MultiTaskTrainingArguments",
+    "Predictor",
+    "Recipe",
+    "RunRecord",
+    "SequenceClassification",
+    "Task",
+    "TokenClassification",
+    "WeightedSum",
+    "export_onnx",
+    "load_predictor",
+    "load_recipe",
+    "prune",
+    "push_folder",
+    "quantize_bitsandbytes",
+    "quantize_onnx",
+    "register_task",
+    "render_card",
+    "run_recipe",
+    "student_of",
+]
+
+register()
+register_pipeline()

@@ -1,0 +1,182 @@
+"""The command line: `hf-mtcompress VERB ...`. Data on stdout, talk on stderr; a user's mistake ends with exit code 2."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_mtcompress.artifacts import CARD, write_text
+from hf_mtcompress.errors import MTCompressError
+
+if TYPE_CHECKING:
+    from hf_mtcompress.config import Recipe
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    try:
+        options.command(options)
+    except MTCompressError as error:
+        print(f"hf-mtcompress {options.verb}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-mtcompress",
+        description="Train one small checkpoint that does several tasks, and prove it.",
+        epilog="Overrides look like steps.teacher.epochs=1 or encoder.path=my/encoder.",
+    )
+    parser.add_argument("--verbose", action="store_true", help="say more on stderr")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, help_text: str, command: Any) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help_text, description=help_text)
+        sub.set_defaults(command=command)
+        return sub
+
+    def with_recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file")
+        sub.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
+
+    run = verb("run", "do all steps of a recipe and measure what comes out", _run)
+    with_recipe(run)
+    run.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
+    validate = verb("validate", "check a recipe and its data; show all mistakes", _validate)
+    with_recipe(validate)
+    plan = verb("plan", "say what a run would do, with estimated sizes", _plan)
+    with_recipe(plan)
+    plan.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+
+    evaluate = verb("evaluate", "score a saved model on the data of a recipe", _evaluate)
+    evaluate.add_argument("folder", metavar="FOLDER", type=Path, help="a step's folder, of any form")
+    with_recipe(evaluate)
+    evaluate.add_argument("--split", choices=("validation", "test"), default="validation")
+
+    bench = verb("bench", "time saved models side by side, the first one being the reference", _bench)
+    bench.add_argument("folders", metavar="FOLDER", type=Path, nargs="+")
+    bench.add_argument("--tokens", type=int, default=64, help="length of every row (default: 64)")
+    bench.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
+    bench.add_argument("--repetitions", type=int, default=20)
+    bench.add_argument("--threads", type=int, help="default: all cores")
+    bench.add_argument("--json", action="store_true", help="as JSON")
+
+    report = verb("report", "show the figures of a run", _report)
+    report.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    report.add_argument("--json", action="store_true", help="a list with one object for each step")
+    card = verb("card", "write the model card of a run again, from its record", _card)
+    card.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    push = verb("push", "upload a run to the Hub, private unless told otherwise", _push)
+    push.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    push.add_argument("--repo-id", help="OWNER/NAME (default: publish.repo_id of the recipe)")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
+    return parser
+
+
+# torch and transformers take seconds to import: --help and a misspelt option should not wait for them.
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from hf_mtcompress.config.load import load_recipe
+
+    return load_recipe(options.recipe, options.overrides)
+
+
+def _output(options: argparse.Namespace, recipe: "Recipe") -> Path:
+    return (options.output or Path("runs") / recipe.name).absolute()
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from hf_mtcompress.publishing.report import report_table
+    from hf_mtcompress.workflow import run
+
+    output = _output(options, recipe)
+    print(report_table(run(recipe, output)))
+    print(f"\nCard, record and models: {output}", file=sys.stderr)
+
+
+def _validate(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from hf_mtcompress.workflow import validate
+
+    validate(recipe)
+    print(f"{options.recipe}: {len(recipe.tasks)} tasks, {len(recipe.steps)} steps, no problems")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from hf_mtcompress.planning import plan_text
+    from hf_mtcompress.workflow import plan
+
+    planned = plan(recipe)
+    print(json.dumps(planned, indent=2) if options.json else plan_text(planned, _output(options, recipe)))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from hf_mtcompress.workflow import evaluate
+
+    print(json.dumps(dataclasses.asdict(evaluate(options.folder, recipe, options.split)), indent=2))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from hf_mtcompress.config import BenchmarkConfig
+    from hf_mtcompress.workflow import bench
+
+    config = BenchmarkConfig(
+        tokens=options.tokens,
+        batch_sizes=tuple(options.batch_sizes),
+        repetitions=options.repetitions,
+        threads=options.threads,
+    )
+    result = bench(options.folders, config)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{'artefact':<32}{'batch':>6}{'min ms':>10}{'median ms':>11}{'ratio':>8}")
+    for label, rows in result["latency"].items():
+        for row in rows:
+            print(
+                f"{label:<32}{row['batch_size']:>6}{row['minimum_ms']:>10.2f}{row['median_ms']:>11.2f}"
+                f"{row['ratio_minimum']:>8.3f}"
+            )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from hf_mtcompress.publishing.report import report_rows, report_table
+    from hf_mtcompress.workflow import load_record
+
+    record = load_record(options.run)
+    print(json.dumps(report_rows(record), indent=2) if options.json else report_table(record))
+
+
+def _card(options: argparse.Namespace) -> None:
+    from hf_mtcompress.workflow import card
+
+    write_text(options.run / CARD, card(options.run))
+    print(options.run / CARD)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from hf_mtcompress.workflow import push
+
+    for line in push(options.run, options.repo_id, public=options.public, dry_run=options.dry_run):
+        print(line)
+

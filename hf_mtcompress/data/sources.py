@@ -1,0 +1,146 @@
+"""From the `tasks` section of a recipe to tasks with labels and rows."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from hf_mtcompress.config import (
+    DataConfig,
+    ImageClassificationConfig,
+    Role,
+    SequenceClassificationConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+)
+from hf_mtcompress.data.load import (
+    check_columns,
+    check_labels,
+    content_fingerprint,
+    dataset_revision,
+    infer_labels,
+    load_splits,
+)
+from hf_mtcompress.data.preprocessing import require_column
+from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
+from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Tasks with known labels, and their rows.
+
+    Attributes:
+        tasks: by name.
+        splits: rows by task name and role; tasks that share rows hold the same objects.
+        fingerprints: digest of the rows by task name.
+        configs: the data source of each task, followed through shared names.
+    """
+
+    tasks: dict[str, Task]
+    splits: dict[str, dict[Role, Dataset]]
+    fingerprints: dict[str, str]
+    configs: dict[str, DataConfig]
+
+    def role(self, role: Role) -> dict[str, Dataset]:
+        """The rows that play a role, by task; tasks without such a split are left out."""
+        return {name: splits[role] for name, splits in self.splits.items() if role in splits}
+
+    def revision(self, name: str) -> str | None:
+        """Commit of the Hub data set of one task."""
+        return dataset_revision(self.splits[name])
+
+
+def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
+    """Read every source once, and settle labels.
+
+    Args:
+        configs: tasks of the recipe, paths absolute or relative to the current folder.
+        seed: of row limits and of validation splits that are carved from train.
+
+    Raises:
+        RecipeError: one line for each task whose data do not fit.
+    """
+    origins = {name: _origin(name, configs) for name in configs}
+    loaded: dict[str, dict[Role, Dataset]] = {}
+    problems: list[str] = []
+    for origin in dict.fromkeys(origins.values()):
+        data = configs[origin].data
+        assert isinstance(data, DataConfig)
+        try:
+            loaded[origin] = load_splits(data, Path.cwd(), seed, f"task '{origin}'")
+        except DataError as error:
+            problems.append(str(error))
+    tasks: dict[str, Task] = {}
+    for name, config in configs.items():
+        if origins[name] not in loaded:
+            continue
+        try:
+            tasks[name] = _build_task(name, config, loaded[origins[name]])
+        except MTCompressError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError(problems, "the data")
+    digests = {origin: content_fingerprint(splits) for origin, splits in loaded.items()}
+    return Sources(
+        tasks=tasks,
+        splits={name: loaded[origin] for name, origin in origins.items()},
+        fingerprints={name: digests[origin] for name, origin in origins.items()},
+        configs={name: _data_config(configs[origin]) for name, origin in origins.items()},
+    )
+
+
+def _origin(name: str, configs: Mapping[str, TaskConfig]) -> str:
+    """The task whose source this one uses, through any number of names."""
+    seen = [name]
+    while isinstance(data := configs[seen[-1]].data, str):
+        if data in seen:
+            raise RecipeError([f"tasks.{name}.data: expected rows in the end, found a circle {' -> '.join(seen)}"])
+        seen.append(data)
+    return seen[-1]
+
+
+def _data_config(config: TaskConfig) -> DataConfig:
+    assert isinstance(config.data, DataConfig)
+    return config.data
+
+
+def _build_task(name: str, config: TaskConfig, splits: dict[Role, Dataset]) -> Task:
+    """The task with its labels, after a look at every column and every label."""
+    what = f"task '{name}'"
+    task = task_of(name, config)
+    for role, rows in splits.items():
+        for column in (*task.input_columns, config.label):
+            require_column(rows.column_names, column, what, role)
+    check_columns(splits, task.input_columns, what)
+    if config.labels is None:
+        problem = None if task.problem == "token_classification" else task.problem
+        task = dataclasses.replace(task, labels=infer_labels(splits, config.label, config.kind, problem, what))
+    check_labels(splits, task, what)
+    return task
+
+
+def task_of(name: str, config: TaskConfig) -> Task:
+    """The task as the recipe declares it; labels may still be open."""
+    shared = {
+        "label": config.label,
+        "labels": config.labels,
+        "metric": config.metric,
+        "role": config.role,
+        "weight": config.weight,
+        "head": config.head,
+        "pooling": config.pooling,
+        "class_weights": config.class_weights,
+        "label_smoothing": config.label_smoothing,
+    }
+    match config:
+        case SequenceClassificationConfig():
+            return SequenceClassification(
+                name, text=config.text, text_pair=config.text_pair, problem_type=config.problem_type, **shared
+            )
+        case TokenClassificationConfig():
+            return TokenClassification(name, tokens=config.tokens, **shared)
+        case ImageClassificationConfig():
+            return ImageClassification(name, image=config.image, problem_type=config.problem_type, **shared)

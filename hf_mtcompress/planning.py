@@ -1,0 +1,167 @@
+"""What a recipe would do, told before it is done: rows, batches, steps, expected parameters and sizes."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from hf_mtcompress.config import DistillStep, ExportStep, FinetuneStep, PruneStep, QuantizeStep, Recipe, StepConfig
+from hf_mtcompress.data.preprocessing import group_tasks
+from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.steps import merged_training
+
+
+def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[str, Any]:
+    """The plan of a recipe as plain values.
+
+    Sizes are estimates from shapes alone: four bytes a parameter in float32; with onnxruntime one byte; with
+    bitsandbytes one or half a byte for linear layers and four for the rest. Measured sizes are in the record.
+
+    Args:
+        recipe: what is wanted.
+        step_sources: the step that each step starts from.
+
+    Returns:
+        `{"rows": by task and role, "groups": tasks encoded together, "steps": one dict a step}`.
+
+    Raises:
+        RecipeError: data or encoder cannot be read.
+    """
+    sources = load_sources(recipe.tasks, recipe.seed)
+    train = sources.role("train")
+    groups = group_tasks(sources.tasks, train)
+    rows = sum(len(train[group[0]]) for group in groups)
+    shapes: dict[str | None, _Shape] = {None: _encoder_shape(recipe.encoder.path)}
+    steps = []
+    for step, source in zip(recipe.steps, step_sources, strict=True):
+        start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
+        shape = start.after(step)
+        shapes[step.name] = shape
+        steps.append(
+            {
+                "step": step.name,
+                "kind": step.kind,
+                "from": source,
+                "layers": shape.layers,
+                "parameters": round(shape.parameters),
+                "estimated_mb": round(shape.megabytes(step), 1),
+                **_training_size(step, recipe, rows),
+            }
+        )
+    return {
+        "rows": {name: {role: len(rows) for role, rows in splits.items()} for name, splits in sources.splits.items()},
+        "groups": [list(group) for group in groups],
+        "steps": steps,
+    }
+
+
+class _Shape:
+    """Parameter counts of an encoder by part."""
+
+    def __init__(self, layers: int, attention: float, feed_forward: float, embedding: float, rest: float):
+        self.layers = layers
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.embedding = embedding
+        self.rest = rest
+
+    @property
+    def parameters(self) -> float:
+        return self.attention + self.feed_forward + self.embedding + self.rest
+
+    def with_layers(self, layers: int) -> "_Shape":
+        share = layers / self.layers
+        return _Shape(layers, self.attention * share, self.feed_forward * share, self.embedding, self.rest)
+
+    def after(self, step: StepConfig) -> "_Shape":
+        match step:
+            case DistillStep(student=student) if student is not None and student.layers is not None:
+                return self.with_layers(student.layers if isinstance(student.layers, int) else len(student.layers))
+            case DistillStep(student=student) if student is not None and student.path is not None:
+                return _encoder_shape(student.path)
+            case PruneStep():
+                less = self.with_layers(self.layers - step.layers) if step.layers else self
+                return _Shape(
+                    less.layers,
+                    less.attention * (1 - step.heads),
+                    less.feed_forward * (1 - step.feed_forward),
+                    less.embedding,
+                    less.rest,
+                )
+            case _:
+                return self
+
+    def megabytes(self, step: StepConfig) -> float:
+        linear = self.attention + self.feed_forward
+        match step:
+            case QuantizeStep(backend="onnxruntime"):
+                return self.parameters / 1e6
+            case QuantizeStep(bits=bits):
+                return (linear * bits / 8 + (self.parameters - linear) * 4) / 1e6
+            case _:
+                return self.parameters * 4 / 1e6
+
+
+def _encoder_shape(path: str) -> _Shape:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    with torch.device("meta"):
+        encoder: PreTrainedModel = AutoModel.from_config(config)
+    anatomy = find_anatomy(encoder)
+    table = encoder.get_input_embeddings()
+    embedding = table.weight.numel() if isinstance(table, torch.nn.Embedding) else 0
+    total = sum(parameter.numel() for parameter in encoder.parameters())
+    layers = sum(parameter.numel() for layer in anatomy.layers for parameter in layer.module.parameters())
+    feed_forward = sum(
+        parameter.numel()
+        for layer in anatomy.layers
+        for part in (*layer.feed_forward.inputs.values(), layer.feed_forward.output)
+        for parameter in part.parameters()
+    )
+    return _Shape(len(anatomy.layers), layers - feed_forward, feed_forward, embedding, total - layers - embedding)
+
+
+def _teacher_or(source: str | None, step: StepConfig) -> str | None:
+    if isinstance(step, DistillStep) and step.student is not None and step.student.layers is not None:
+        return step.teacher
+    return source
+
+
+def _training_size(step: StepConfig, recipe: Recipe, rows: int) -> dict[str, Any]:
+    """Optimizer steps of the training in a step; None where it has none."""
+    training = step.recover if isinstance(step, PruneStep) else step
+    if not isinstance(training, FinetuneStep | DistillStep):
+        return {"formats": list(step.formats)} if isinstance(step, ExportStep) else {}
+    merged = merged_training(training, recipe.training)
+    batch = (merged.batch_size or 8) * (merged.gradient_accumulation_steps or 1)
+    epochs = merged.epochs if merged.epochs is not None else 3.0
+    steps = merged.max_steps if merged.max_steps is not None else math.ceil(math.ceil(rows / batch) * epochs)
+    return {"optimizer_steps": steps, "batch_size": batch}
+
+
+def plan_text(plan: dict[str, Any], output: Path) -> str:
+    """The plan for a reader."""
+    lines = ["Rows"]
+    for name, splits in plan["rows"].items():
+        lines.append(f"  {name}: " + ", ".join(f"{role} {count:,}" for role, count in splits.items()))
+    lines.append("Encoded together")
+    lines += [f"  {' + '.join(group)}" for group in plan["groups"]]
+    lines.append(f"Steps (result in {output})")
+    for number, step in enumerate(plan["steps"], 1):
+        training = f", {step['optimizer_steps']:,} steps of {step['batch_size']} rows" if "optimizer_steps" in step else ""
+        lines.append(
+            f"  {number}. {step['step']} ({step['kind']}{' from ' + step['from'] if step['from'] else ''}): "
+            f"{step['layers']} layers, about {step['parameters'] / 1e6:.1f} M parameters, "
+            f"{step['estimated_mb']:.1f} MB{training}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,532 @@
+"""What each step of a recipe does: take a saved model, write the next one.
+
+Every function here gets a `Bench` and an empty folder that the workflow moves into place when the step is done, and
+returns a `StepOutcome`. Half-done training lies in the step's work folder, from where a killed run goes on.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_mtcompress.artifacts import ONNX, VANILLA, whole_folder
+from hf_mtcompress.compression.pruning import prune
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.config import (
+    DistillStep,
+    ExportStep,
+    FinetuneStep,
+    PruneStep,
+    QuantizeStep,
+    Recipe,
+    StepConfig,
+    TrainingConfig,
+)
+from hf_mtcompress.data.collator import MultiTaskCollator
+from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
+from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, max_length_of
+from hf_mtcompress.data.sources import Sources
+from hf_mtcompress.errors import MTCompressError, RecipeError, TrainingError
+from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
+from hf_mtcompress.model.student import student_of
+from hf_mtcompress.model.surgery import describe_structure
+from hf_mtcompress.records import Artefact
+from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
+from hf_mtcompress.trainers.distillation import DistillationTrainer
+from hf_mtcompress.trainers.multitask import MultiTaskTrainer
+
+logger = logging.getLogger(__name__)
+
+Arguments = TypeVar("Arguments", bound=MultiTaskTrainingArguments)
+_COMPLETE = "complete"
+_PROBE_ROWS = 4
+
+
+@dataclass
+class Bench:
+    """Everything the steps of one run share.
+
+    Attributes:
+        recipe: what is wanted.
+        output: folder of the run.
+        sources: tasks with labels and rows.
+        processor: tokenizer or image processor of the encoder.
+    """
+
+    recipe: Recipe
+    output: Path
+    sources: Sources
+    processor: Any
+
+    def step_folder(self, name: str) -> Path:
+        """Where a step's result lies."""
+        return self.output / name
+
+    def load(self, name: str) -> MultiTaskModel:
+        """The float model that a step saved."""
+        model = MultiTaskModel.from_pretrained(self.step_folder(name))
+        for task in self.sources.tasks.values():
+            # The saved task has no columns; those of this recipe are put back for training.
+            model.tasks[task.name] = dataclasses.replace(
+                task, labels=model.tasks[task.name].labels, weight=task.weight, role=task.role
+            )
+        return model
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest input in tokens; None for images."""
+        if "pixel_values" in self.processor.model_input_names:
+            return None
+        return max_length_of(self.processor, self.recipe.encoder.max_length)
+
+
+@dataclass
+class StepOutcome:
+    """What a step leaves: its artefacts (folders relative to the step), the shape of the model, how it was trained."""
+
+    artefacts: list[Artefact]
+    structure: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """By artefact folder: logits by task of the model in memory, for the check that it reloads."""
+
+
+def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    """Do one step.
+
+    Args:
+        step: what is wanted.
+        source: name of the step to start from; None for the recipe's encoder.
+        bench: the run.
+        folder: empty, for the result.
+        work: for checkpoints; kept when the run is killed.
+    """
+    set_seed(bench.recipe.seed)
+    match step:
+        case FinetuneStep():
+            return _finetune(step, source, bench, folder, work)
+        case DistillStep():
+            return _distill(step, source, bench, folder, work)
+        case PruneStep():
+            return _prune(step, source, bench, folder, work)
+        case QuantizeStep():
+            return _quantize(step, source, bench, folder, work)
+        case ExportStep():
+            return _export(step, source, bench, folder)
+
+
+# ---- training steps ----
+
+
+def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    model = _start_model(source, bench)
+    training = _train_finetune(step, model, bench, work)
+    return _save_trained(model, bench, folder, training)
+
+
+def _distill(step: DistillStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    teacher = load_teacher(step.teacher, bench)
+    model = _student(step, source, teacher, bench)
+    training = _train_distill(step, model, teacher, bench, work)
+    return _save_trained(model, bench, folder, training)
+
+
+def _start_model(source: str | None, bench: Bench) -> MultiTaskModel:
+    if source is not None:
+        return bench.load(source)
+    encoder = bench.recipe.encoder
+    return new_model(encoder.path, bench, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code)
+
+
+def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:
+    """Fresh heads on a pretrained encoder."""
+    try:
+        encoder = load_encoder(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
+            f"({str(error).splitlines()[0]}); check the spelling, or download it first where there is no network"
+        ) from error
+    image_size = bench.processor.size.get("height") if bench.max_length is None else None
+    return MultiTaskModel.from_encoder(
+        encoder, list(bench.sources.tasks.values()), max_length=bench.max_length, image_size=image_size
+    )
+
+
+def _student(
+    step: DistillStep, source: str | None, teacher: PreTrainedModel, bench: Bench
+) -> MultiTaskModel:
+    if step.student is None:
+        return _start_model(source, bench)
+    if step.student.path is not None:
+        return new_model(step.student.path, bench)
+    if not isinstance(teacher, MultiTaskModel):
+        raise RecipeError(
+            f"steps.{step.name}.student.layers: expected a multi-task teacher to take layers from, found a "
+            f"{type(teacher).__name__}; give student.path instead"
+        )
+    assert step.student.layers is not None
+    return student_of(teacher, step.student.layers)
+
+
+def load_teacher(name: str, bench: Bench) -> PreTrainedModel:
+    """The teacher: a step of this run, or a saved multi-task or stock model.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    if any(step.name == name for step in bench.recipe.steps):
+        return bench.load(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type == "mtcompress":
+            return MultiTaskModel.from_pretrained(name)
+        import transformers
+
+        stock = getattr(transformers, (config.architectures or [""])[0])
+        return stock.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"teacher: expected a step of this recipe or a saved model with a head, found '{name}' "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, work: Path) -> dict[str, Any]:
+    config = merged_training(step, bench.recipe.training)
+    arguments = training_arguments(MultiTaskTrainingArguments, config, bench, work)
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=bench.sources.role("train"),
+        eval_dataset=bench.sources.role("validation"),
+        processing_class=bench.processor,
+        callbacks=[MarkComplete()],
+    )
+    return _fit(trainer, work)
+
+
+def _train_distill(
+    step: DistillStep, model: MultiTaskModel, teacher: PreTrainedModel, bench: Bench, work: Path
+) -> dict[str, Any]:
+    config = merged_training(step, bench.recipe.training)
+    arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        args=arguments,
+        criteria=tuple(step.criteria),
+        temperature=step.temperature,
+        label_weight=step.label_weight,
+        hidden_weight=step.hidden_weight,
+        train_dataset=bench.sources.role("train"),
+        eval_dataset=bench.sources.role("validation"),
+        processing_class=bench.processor,
+        callbacks=[MarkComplete()],
+    )
+    return _fit(trainer, work)
+
+
+def _fit(trainer: MultiTaskTrainer, work: Path) -> dict[str, Any]:
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    history = [row for row in trainer.state.log_history if "train_runtime" not in row]
+    if not math.isfinite(result.training_loss):
+        raise TrainingError(f"expected a finite training loss, found {result.training_loss}; lower the learning rate")
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "best_step": trainer.state.best_global_step,
+        "batch_size": trainer.args.train_batch_size,
+        "learning_rate": trainer.args.learning_rate,
+        "mixing": dict(
+            zip([group.name for group in trainer.train_groups], trainer.mixing_sampler.shares, strict=True)
+        ),
+        "log": history,
+    }
+
+
+def merged_training(step: TrainingConfig, defaults: TrainingConfig) -> TrainingConfig:
+    """A step's training settings, the recipe's where it has none."""
+    values = {}
+    for item in dataclasses.fields(TrainingConfig):
+        own = getattr(step, item.name)
+        values[item.name] = own if own is not None else getattr(defaults, item.name)
+    values["arguments"] = {**defaults.arguments, **step.arguments}
+    return TrainingConfig(**values)
+
+
+def training_arguments(
+    cls: type[Arguments], config: TrainingConfig, bench: Bench, work: Path
+) -> Arguments:
+    """Training arguments of a step; what the recipe leaves open is the default of `TrainingArguments`.
+
+    Raises:
+        RecipeError: `arguments` holds a name or value that `TrainingArguments` refuses.
+    """
+    best = config.keep != "last"
+    strategy = "epoch" if config.save_steps is None else "steps"
+    settings: dict[str, Any] = {
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size or config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "bf16": config.bf16,
+        "save_steps": config.save_steps,
+        "eval_steps": config.save_steps,
+        "save_strategy": strategy,
+        "eval_strategy": strategy if best else "no",
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "average" if best else None,
+        "greater_is_better": True if best else None,
+        "save_total_limit": 2,
+        "seed": bench.recipe.seed,
+        "mixing": bench.recipe.mixing.strategy,
+        "mixing_temperature": bench.recipe.mixing.temperature,
+        "normalize_losses": bench.recipe.fusion.normalize,
+        "logging_steps": 25,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        **config.arguments,
+    }
+    try:
+        return cls(output_dir=str(work), **{key: value for key, value in settings.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"training.arguments: expected fields of transformers.TrainingArguments, found {config.arguments} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint when all its files are written, so that a half-written one is never resumed."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        (folder / _COMPLETE).touch()
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest complete checkpoint; incomplete ones are removed."""
+    found: list[tuple[int, Path]] = []
+    for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (folder / _COMPLETE).exists():
+            found.append((int(folder.name.rsplit("-", 1)[1]), folder))
+        else:
+            shutil.rmtree(folder)
+    if not found:
+        return None
+    newest = max(found)[1]
+    logger.info("going on from %s", newest.name)
+    return str(newest)
+
+
+def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, training: dict[str, Any] | None) -> StepOutcome:
+    model = model.to("cpu").eval()
+    probes = {".": probe(model, bench)}
+    model.save_pretrained(folder)
+    bench.processor.save_pretrained(folder)
+    return StepOutcome(
+        artefacts=[Artefact(form="torch", folder=".", precision="float32")],
+        structure=structure_of(model),
+        training=training,
+        probes=probes,
+    )
+
+
+def structure_of(model: MultiTaskModel) -> dict[str, Any]:
+    """Layers, heads and feed-forward widths of every encoder."""
+    return {name: describe_structure(encoder) for name, encoder in model.encoders.items()}  # type: ignore[arg-type]
+
+
+# ---- compression steps ----
+
+
+def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    cut = work / "cut"
+    if not cut.exists():
+        model = _start_model(source, bench)
+        report = prune(
+            model,
+            calibration_batches(model, bench, step.rows),
+            heads=step.heads,
+            feed_forward=step.feed_forward,
+            layers=step.layers,
+            importance=step.importance,
+            multiple_of=step.multiple_of,
+        )
+        with whole_folder(cut) as scratch:
+            model.save_pretrained(scratch)
+            (scratch / "report.json").write_text(json.dumps(dataclasses.asdict(report), default=str))
+    model = MultiTaskModel.from_pretrained(cut)
+    for name, task in bench.sources.tasks.items():
+        model.tasks[name] = task
+    training = None
+    if isinstance(step.recover, FinetuneStep):
+        training = _train_finetune(step.recover, model, bench, work)
+    elif isinstance(step.recover, DistillStep):
+        training = _train_distill(step.recover, model, load_teacher(step.recover.teacher, bench), bench, work)
+    return _save_trained(model, bench, folder, training)
+
+
+def calibration_batches(model: MultiTaskModel, bench: Bench, rows: int) -> list[dict[str, torch.Tensor]]:
+    """About `rows` training rows in batches of one source each, with the labels of all its tasks."""
+    groups = encode_groups(
+        model.tasks, bench.sources.role("train"), bench.processor, bench.recipe.encoder.max_length, "train"
+    )
+    shares = [math.ceil(rows * len(group.dataset) / sum(len(group.dataset) for group in groups)) for group in groups]
+    generator = np.random.default_rng(bench.recipe.seed)
+    chosen = []
+    for group, share in zip(groups, shares, strict=True):
+        order = generator.permutation(len(group.dataset))[:share]
+        chosen.append(EncodedGroup(group.tasks, group.dataset.select(sorted(order.tolist()))))
+    sampler = MixingSampler([len(group.dataset) for group in chosen], 16, seed=bench.recipe.seed)
+    loader: DataLoader[Any] = DataLoader(
+        MixedDataset([group.dataset for group in chosen]),
+        batch_sampler=sampler,
+        collate_fn=MultiTaskCollator(model.tasks, bench.processor if bench.max_length is not None else None),
+    )
+    return list(loader)
+
+
+def _quantize(step: QuantizeStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    assert source is not None
+    model = bench.load(source).eval()
+    match step.backend:
+        case "bitsandbytes":
+            quantized = quantize_bitsandbytes(model, step.bits)
+            assert isinstance(quantized, MultiTaskModel)
+            probes = {".": probe(quantized, bench)}
+            quantized.save_pretrained(folder)
+            bench.processor.save_pretrained(folder)
+            precision = "int8 linear layers, float32 embeddings" if step.bits == 8 else "nf4 linear layers, float32 embeddings"
+            artefact = Artefact(form="bitsandbytes", folder=".", precision=precision)
+            return StepOutcome([artefact], structure_of(model), probes=probes)
+        case "onnxruntime":
+            with whole_folder(work / "float32") as scratch:
+                export_onnx(model, bench.processor, scratch)
+            quantize_onnx(work / "float32", folder, bits=step.bits)
+            artefact = Artefact(form="onnx", folder=".", precision=f"int{step.bits}, dynamic, per channel")
+            return StepOutcome([artefact], structure_of(model))
+
+
+def _export(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
+    assert source is not None
+    model = bench.load(source).eval()
+    outcome = StepOutcome([], structure_of(model))
+    for form in step.formats:
+        match form:
+            case "vanilla":
+                for name in model.tasks:
+                    model.export_task(name, folder / VANILLA / name, bench.processor)
+                outcome.artefacts.append(Artefact(form="vanilla", folder=VANILLA, precision="float32"))
+                outcome.probes[VANILLA] = probe(model, bench)
+            case "onnx":
+                export_onnx(model, bench.processor, folder / ONNX)
+                outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
+                outcome.probes[ONNX] = probe(model, bench)
+    return outcome
+
+
+# ---- what every step needs ----
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """Tokenizer or image processor of the recipe's encoder, with the wanted image size.
+
+    Raises:
+        RecipeError: the encoder does not exist, or has neither.
+    """
+    encoder = recipe.encoder
+    options = {"revision": encoder.revision, "trust_remote_code": encoder.trust_remote_code}
+    options = {key: value for key, value in options.items() if value}
+    images = all(task.kind == "image-classification" for task in recipe.tasks.values())
+    try:
+        if not images:
+            return AutoTokenizer.from_pretrained(encoder.path, **options)
+        processor = AutoImageProcessor.from_pretrained(encoder.path, backend="pil", **options)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder with its "
+            f"{'image processor' if images else 'tokenizer'}, found '{encoder.path}' ({str(error).splitlines()[0]}); "
+            "check the spelling, or download it first where there is no network"
+        ) from error
+    if encoder.image_size is not None:
+        side = {"height": encoder.image_size, "width": encoder.image_size}
+        processor.size = side
+        if processor.crop_size is not None:
+            processor.crop_size = side
+    return processor
+
+
+def probe_batch(bench: Bench) -> tuple[dict[str, np.ndarray], list[Any]]:
+    """Model inputs of a few rows, and the rows themselves: what every saved form is asked before and after."""
+    task = next(iter(bench.sources.tasks.values()))
+    rows: Dataset = next(iter(bench.sources.splits[task.name].values()))
+    rows = rows.select(range(min(_PROBE_ROWS, len(rows))))
+    inputs = [list(rows[column]) for column in task.input_columns]
+    encoded = task.encode(inputs, bench.processor, bench.max_length)
+    encoded.pop("word_ids", None)
+    batch = MultiTaskCollator({}, bench.processor)(
+        [{key: values[index] for key, values in encoded.items()} for index in range(len(rows))]
+    )
+    samples: Sequence[Any] = inputs[0] if len(inputs) == 1 else list(zip(*inputs, strict=True))
+    return {key: value.numpy() for key, value in batch.items()}, list(samples)
+
+
+def probe(model: MultiTaskModel, bench: Bench) -> dict[str, np.ndarray]:
+    """Logits by task of the model in memory on the probe rows."""
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench)[0].items()}
+    with torch.inference_mode():
+        outputs = model.eval()(**batch)
+    return {name: outputs[f"logits_{name}"].float().numpy() for name in model.tasks}
+
+
+def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
+    """Look for what would stop a run late: exports that a head cannot take.
+
+    Raises:
+        RecipeError: one line for each.
+    """
+    problems = [
+        f"steps.{step.name}: a plain transformers folder needs a stock head, but task '{name}' has head '{task.head}'"
+        for step in recipe.steps
+        if isinstance(step, ExportStep) and "vanilla" in step.formats
+        for name, task in tasks.items()
+        if task.head != "stock"
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+__all__ = ["Bench", "MTCompressError", "StepOutcome", "load_processor", "probe_batch", "run_step"]

@@ -1,0 +1,454 @@
+"""A recipe from beginning to end: data, steps, scores, sizes, times, record, card.
+
+    load data -> for each step: skip if done, else run and save whole, score on validation
+              -> every artefact: fresh-process reload, test scores, size, latency -> record.json, card, picture
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from hf_mtcompress import records
+from hf_mtcompress.artifacts import ASSETS, CARD, RECIPE, RECORD, STEP_RECORD, WORK, whole_folder, write_text
+from hf_mtcompress.config import (
+    BenchmarkConfig,
+    DistillStep,
+    ExportStep,
+    FinetuneStep,
+    PruneStep,
+    QuantizeStep,
+    Recipe,
+    Role,
+    StepConfig,
+)
+from hf_mtcompress.config.load import dump_recipe
+from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.environment import environment_facts
+from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
+from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
+from hf_mtcompress.evaluation.compare import check_budget, compare
+from hf_mtcompress.evaluation.evaluate import evaluate_folder
+from hf_mtcompress.inference.probes import reload_checks, save_probes
+from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
+from hf_mtcompress.planning import describe_plan
+from hf_mtcompress.publishing.card import render_card
+from hf_mtcompress.publishing.hub import push_folder
+from hf_mtcompress.publishing.picture import draw_comparison
+from hf_mtcompress.publishing.portable import portable_recipe
+from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
+from hf_mtcompress.steps import Bench, check_steps_fit, load_processor, probe_batch, run_step
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, output: Path) -> RunRecord:
+    """Do every step that is not done yet, measure what came out, write record and card.
+
+    A repeated call skips finished steps; a killed run goes on from its last checkpoint.
+
+    Args:
+        recipe: what is wanted.
+        output: folder of the run; made when it is not there.
+
+    Raises:
+        RecipeError: the recipe does not fit its data or models.
+        ArtifactError: the folder cannot be written, or something saved does not reload.
+    """
+    transformers_logging.set_verbosity_error()
+    prepare_output(output)
+    sources = load_sources(recipe.tasks, recipe.seed)
+    check_steps_fit(recipe, sources.tasks)
+    bench = Bench(recipe, output, sources, load_processor(recipe))
+    write_text(output / RECIPE, dump_recipe(recipe))
+    done: dict[str, StepRecord] = {}
+    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
+        done[str(step.name)] = _do_step(step, source, done, bench)
+    record = _measure(bench, list(done.values()))
+    _write_results(bench, record)
+    return record
+
+
+def prepare_output(output: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        ArtifactError: it cannot be made or written.
+    """
+    try:
+        (output / WORK).mkdir(parents=True, exist_ok=True)
+        probe = output / WORK / "writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ArtifactError(
+            f"expected a folder that can be written at {output}, found that it cannot ({error.strerror}); "
+            "choose another with --output"
+        ) from error
+
+
+def step_sources(recipe: Recipe) -> list[str | None]:
+    """The step that each step starts from: `from`, else the latest float torch step, else None (the encoder)."""
+    sources: list[str | None] = []
+    latest: str | None = None
+    for step in recipe.steps:
+        fresh = isinstance(step, DistillStep) and step.student is not None
+        sources.append(None if fresh else step.source or latest)
+        match step:
+            case FinetuneStep() | DistillStep() | PruneStep():
+                latest = step.name
+            case QuantizeStep() | ExportStep():
+                if latest is None and step.source is None:
+                    raise RecipeError(
+                        f"steps.{step.name}: expected a finetune, distill or prune step before it, found none; "
+                        "begin with {kind: finetune}"
+                    )
+    return sources
+
+
+# ---- one step ----
+
+
+def _do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> StepRecord:
+    """Run a step unless its folder holds the result of exactly this step."""
+    name = str(step.name)
+    fingerprint = step_fingerprint(step, source, done, bench)
+    folder = bench.step_folder(name)
+    found = _read_step(folder / STEP_RECORD)
+    if found is not None and found.fingerprint == fingerprint:
+        logger.warning("%s: done already, skipped", name)
+        return found
+    logger.warning("%s: %s%s", name, step.kind, f" from {source}" if source else "")
+    work = bench.output / WORK / f"{name}-{fingerprint[:8]}"
+    work.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with whole_folder(folder) as scratch:
+        outcome = run_step(step, source, bench, scratch, work)
+        record = StepRecord(
+            name=name,
+            kind=step.kind,
+            source=source,
+            fingerprint=fingerprint,
+            settings=_plain(step),
+            seconds=0.0,
+            artefacts=[dataclasses.replace(artefact, folder=_join(name, artefact.folder)) for artefact in outcome.artefacts],
+            structure=outcome.structure,
+            training=outcome.training,
+        )
+        for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):
+            artefact.size = measure_size(scratch / made.folder)
+            artefact.scores["validation"] = _score(bench, scratch / made.folder, "validation")
+        save_probes(scratch, probe_batch(bench)[0], outcome.probes)
+        record.seconds = time.monotonic() - begin
+        write_text(scratch / STEP_RECORD, records.to_json(record))
+    shutil.rmtree(work, ignore_errors=True)
+    logger.warning("%s: done in %.0f s, validation average %s", name, record.seconds, _average(record))
+    return record
+
+
+def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> str:
+    """Digest of everything a step's result depends on: its settings, its inputs, the data and the encoder."""
+    recipe = bench.recipe
+    teachers = [getattr(step, "teacher", None), getattr(getattr(step, "recover", None), "teacher", None)]
+    parts = {
+        "format": records.FORMAT_VERSION,
+        "step": _plain(step),
+        "source": done[source].fingerprint if source is not None else None,
+        "teachers": [done[name].fingerprint if name in done else name for name in teachers if name],
+        "seed": recipe.seed,
+        "encoder": _plain(recipe.encoder),
+        "encoder_files": _folder_digest(Path(recipe.encoder.path)),
+        "tasks": {name: task.to_dict() for name, task in bench.sources.tasks.items()},
+        "data": bench.sources.fingerprints,
+        "mixing": _plain(recipe.mixing),
+        "fusion": _plain(recipe.fusion),
+        "training": _plain(recipe.training),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _folder_digest(folder: Path) -> str | None:
+    """Digest of names and sizes of a local encoder's files; None for a Hub id."""
+    if not folder.is_dir():
+        return None
+    files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _read_step(path: Path) -> StepRecord | None:
+    try:
+        return records.step_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _score(bench: Bench, folder: Path, role: Role) -> records.SplitScores:
+    return evaluate_folder(
+        folder,
+        bench.sources.tasks,
+        bench.sources.role(role),
+        split=role,
+        batch_size=bench.recipe.training.eval_batch_size or 64,
+    )
+
+
+# ---- measuring ----
+
+
+def _measure(bench: Bench, steps: list[StepRecord]) -> RunRecord:
+    """Reload, test scores and times of every artefact; results that stand in the last record are kept."""
+    recipe = bench.recipe
+    reference = recipe.reference or steps[0].name
+    record = RunRecord(
+        name=recipe.name,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        seed=recipe.seed,
+        environment=environment_facts(),
+        encoder=_encoder_facts(bench),
+        tasks={name: _task_record(name, bench) for name in bench.sources.tasks},
+        reference=reference,
+        steps=steps,
+    )
+    _check_reloads(bench.output, steps, probe_batch(bench)[1])
+    if bench.sources.role("test"):
+        for artefact in (artefact for step in steps for artefact in step.artefacts):
+            artefact.scores["test"] = _score(bench, bench.output / artefact.folder, "test")
+    _time_artefacts(bench, record, recipe.benchmark)
+    _compare(record, recipe)
+    return record
+
+
+def _check_reloads(output: Path, steps: Sequence[StepRecord], samples: Sequence[Any] | None = None) -> None:
+    """Load every artefact in a fresh process and hold its logits against those of the model before it was saved."""
+    checks: dict[str, ReloadCheck] = {}
+    for step in steps:
+        forms = {_within(step, artefact): artefact.form for artefact in step.artefacts}
+        found = reload_checks(output / step.name, forms, samples)
+        checks |= {_join(step.name, folder): check for folder, check in found.items()}
+    results = dict(zip(checks, check_reload(list(checks.values())), strict=True))
+    for artefact in (artefact for step in steps for artefact in step.artefacts):
+        artefact.reload = results.get(artefact.folder)
+        if artefact.reload is not None and not artefact.reload["passed"]:
+            logger.warning("%s does not reload as it was saved: %s", artefact.folder, artefact.reload["problems"])
+
+
+def _time_artefacts(bench: Bench, record: RunRecord, config: BenchmarkConfig) -> None:
+    artefacts = {artefact.folder: artefact for step in record.steps for artefact in step.artefacts}
+    reference = next(step for step in record.steps if step.name == record.reference).artefacts[0].folder
+    _, samples = probe_batch(bench)
+    result = benchmark(
+        {label: bench.output / label for label in artefacts}, reference=reference, config=config, samples=samples
+    )
+    for label, rows in result.latency.items():
+        artefacts[label].latency = rows
+        artefacts[label].peak_memory_mb = result.peak_memory_mb.get(label)
+    record.benchmark = result.conditions
+
+
+def _compare(record: RunRecord, recipe: Recipe) -> None:
+    reference = next(step for step in record.steps if step.name == record.reference).artefacts[0]
+    record.comparisons = [
+        compare(record.tasks, reference, artefact, step=step.name)
+        for step in record.steps
+        for artefact in step.artefacts
+    ]
+    if recipe.budget is not None:
+        last = record.steps[-1].artefacts[0]
+        comparison = next(item for item in record.comparisons if item.folder == last.folder)
+        record.budget = check_budget(recipe.budget, last, comparison)
+
+
+def _write_results(bench: Bench, record: RunRecord) -> None:
+    assets = bench.output / ASSETS
+    assets.mkdir(exist_ok=True)
+    if bench.recipe.publish is not None:
+        record.publish = _plain(bench.recipe.publish)
+    draw_comparison(record, assets / "comparison.png")
+    write_text(bench.output / RECORD, records.to_json(record))
+    recipe = dump_recipe(bench.recipe, portable=True)
+    write_text(bench.output / CARD, render_card(record, recipe))
+
+
+def _task_record(name: str, bench: Bench) -> TaskRecord:
+    task = bench.sources.tasks[name]
+    source = bench.sources.configs[name]
+    labelled: dict[str, int] = {}
+    baseline: dict[str, float] = {}
+    for role, rows in bench.sources.splits[name].items():
+        labels = _encoded(task, rows)
+        labelled[role] = int(sum(_is_labelled(label) for label in labels))
+        if role != "train":
+            baseline[role] = task.baseline([label for label in labels if _is_labelled(label)])
+    return TaskRecord(
+        name=name,
+        kind=task.kind,
+        problem_type=task.problem,
+        metric=str(task.metric),
+        role=task.role,
+        weight=task.weight,
+        labels=list(task.labels) if task.labels else None,
+        rows=labelled,
+        baseline=baseline,
+        dataset_id=source.dataset_id,
+        dataset_revision=bench.sources.revision(name),
+        license=source.license,
+    )
+
+
+def _encoded(task: Any, rows: Any) -> list[Any]:
+    """Encoded labels of raw rows, one word a position for word labels."""
+    values = list(rows[task.label])
+    words = {"word_ids": [list(range(len(value or ()))) for value in values]} if task.problem == "token_classification" else {}
+    return task.encode_labels(values, words)
+
+
+def _is_labelled(label: Any) -> bool:
+    if isinstance(label, list):
+        return any(item != -100 for item in label)
+    return label == label and label != -100
+
+
+def _encoder_facts(bench: Bench) -> dict[str, Any]:
+    encoder = bench.recipe.encoder
+    path = Path(encoder.path)
+    saved = json.loads((bench.output / str(bench.recipe.steps[0].name) / "config.json").read_text(encoding="utf-8"))
+    return {
+        "path_or_id": path.name if path.is_absolute() or path.exists() else encoder.path,
+        "hub_id": encoder.hub_id or (None if path.is_absolute() or path.exists() else encoder.path),
+        "revision": encoder.revision,
+        "max_length": bench.max_length,
+        "image_size": encoder.image_size,
+        "model_type": saved["encoders"]["main"]["model_type"],
+    }
+
+
+# ---- the other commands ----
+
+
+def validate(recipe: Recipe) -> None:
+    """Check a recipe against its data and its encoder, without training.
+
+    Raises:
+        RecipeError: it cannot be run.
+    """
+    step_sources(recipe)
+    sources = load_sources(recipe.tasks, recipe.seed)
+    check_steps_fit(recipe, sources.tasks)
+    load_processor(recipe)
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `run` would do, without doing it; see `describe_plan`."""
+    return describe_plan(recipe, step_sources(recipe))
+
+
+def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
+    """Scores of a saved folder of any form on one split of a recipe's data."""
+    sources = load_sources(recipe.tasks, recipe.seed)
+    return _score(Bench(recipe, folder.parent, sources, None), folder, role)
+
+
+def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
+    """Times of saved folders of any form, side by side; the first is the reference."""
+    labels = {str(folder): folder.absolute() for folder in folders}
+    result = benchmark(labels, reference=str(folders[0]), config=config)
+    return dataclasses.asdict(result)
+
+
+def card(folder: Path) -> str:
+    """The model card of a run, rendered again from its record."""
+    recipe = folder / RECIPE
+    text = portable_recipe(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+    return render_card(load_record(folder), text)
+
+
+def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bool = False) -> list[str]:
+    """Upload a run after it proved that it reloads; what was uploaded, one line a file.
+
+    Raises:
+        PublishingError: something does not reload, the card is wrong, or the Hub refused.
+    """
+    record = load_record(folder)
+    wanted = repo_id or (record.publish or {}).get("repo_id")
+    if wanted is None:
+        raise PublishingError("expected a repository, found none; give --repo-id OWNER/NAME or publish.repo_id")
+    private = not public and bool((record.publish or {}).get("private", True))
+    result = push_folder(folder, wanted, check=_reload_problems(folder, record), private=private, dry_run=dry_run)
+    lines = [f"{file.bytes:>12,}  {file.path}" for file in result.files]
+    total = f"{result.total_bytes:>12,}  bytes in {len(result.files)} files"
+    return [*lines, total, f"dry run: nothing was sent to {wanted}" if dry_run else f"pushed: {result.commit_url}"]
+
+
+def _reload_problems(folder: Path, record: RunRecord) -> Callable[[list[Path]], list[str]]:
+    """A check for `push_folder`: what is wrong with the artefacts among some folders when they are loaded afresh."""
+
+    def check(places: list[Path]) -> list[str]:
+        wanted = {place.resolve() for place in places}
+        chosen = []
+        for step in record.steps:
+            kept = [item for item in step.artefacts if (folder / item.folder).resolve() in wanted]
+            if kept:
+                chosen.append(dataclasses.replace(step, artefacts=kept))
+        _check_reloads(folder, chosen)
+        return [
+            f"{artefact.folder}: {'; '.join(artefact.reload['problems'])}"
+            for step in chosen
+            for artefact in step.artefacts
+            if artefact.reload is not None and not artefact.reload["passed"]
+        ]
+
+    return check
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, without what is left open."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            item.name: _plain(getattr(value, item.name))
+            for item in dataclasses.fields(value)
+            if getattr(value, item.name) is not None
+        }
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _within(step: StepRecord, artefact: Artefact) -> str:
+    """An artefact's folder relative to its step."""
+    return artefact.folder.removeprefix(step.name).strip("/") or "."
+
+
+def _join(step: str, folder: str) -> str:
+    return step if folder == "." else f"{step}/{folder}"
+
+
+def _average(record: StepRecord) -> str:
+    average = record.artefacts[0].scores["validation"].average
+    return "not defined" if average is None else f"{average:.4f}"
+
+
+def load_record(folder: Path) -> RunRecord:
+    """The record of a run.
+
+    Raises:
+        ArtifactError: there is none, or it is of a newer format.
+    """
+    path = folder / RECORD
+    try:
+        return records.run_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"expected the folder of a run with {RECORD}, found none in {folder}; run a recipe first"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"expected a readable {path.name} in {folder}, found: {error}") from error
