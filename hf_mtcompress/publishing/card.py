@@ -1,0 +1,772 @@
+"""The model card: text made from the record alone, so that it can be made again and checked."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_mtcompress.publishing.facts import (
+    ancestors,
+    batch_sizes,
+    comparison_of,
+    delivered_artefact,
+    delivered_step,
+    final_scores,
+    is_vanilla_shape,
+    latency_of,
+    layers_of,
+    reference_artefact,
+    step_named,
+)
+from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures
+from hf_mtcompress.publishing.portable import portable, portable_recipe
+from hf_mtcompress.publishing.report import lineage, markdown, task_scores
+from hf_mtcompress.publishing.repository import repository_layout
+from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
+
+LIBRARY_TAG = "hf_mtcompress"
+PICTURE = "comparison.png"
+FEW_ROWS = 500
+"""Below this many test rows a task's score is called uncertain in the card."""
+
+PIPELINES = {
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "image-classification": "image-classification",
+}
+"""Pipeline tag by kind of task."""
+AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+HUB_METRICS = {
+    "mcc": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "macro_f1": "f1",
+    "micro_f1": "f1",
+    "weighted_f1": "f1",
+    "span_f1": "f1",
+    "span_precision": "precision",
+    "span_recall": "recall",
+    "token_accuracy": "accuracy",
+}
+"""Names of the Hub for our metrics, where they differ."""
+KIND_TAGS = {"distill": "distillation", "prune": "pruned", "quantize": "quantized"}
+
+_STUB = "<!-- Text between these two marks is kept when the card is written again. -->"
+_REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*|[\w][\w.-]*")
+
+
+def render_card(
+    record: RunRecord,
+    recipe_text: str | None = None,
+    repo_id: str | None = None,
+    *,
+    picture: bool = True,
+    own_words: str | None = None,
+) -> str:
+    """Write the model card of a run.
+
+    Args:
+        record: what happened; every number of the card stands in it.
+        recipe_text: the recipe as YAML, folded into the card without local paths.
+        repo_id: where the card is published; without it the snippets name the folders of the run.
+        picture: whether `assets/comparison.png` is shown (see `draw_comparison`).
+        own_words: text of the author, shown as it is and free of checks on numbers (see `own_words_of`).
+
+    Returns:
+        Markdown with YAML front matter.
+
+    Raises:
+        PublishingError: the record holds no saved step.
+    """
+    return _render(record, recipe_text, repo_id, picture, own_words)[0]
+
+
+def allowed_numbers(record: RunRecord) -> set[str]:
+    """Every number, as text, that a card of this record may print."""
+    return _render(record, None, None, True, None)[1].allowed
+
+
+def card_metadata(record: RunRecord, repo_id: str | None = None) -> dict[str, Any]:
+    """The front matter of the card as a dictionary; what is not known is left out."""
+    return _metadata(record, repo_id).to_dict()
+
+
+def _render(
+    record: RunRecord, recipe_text: str | None, repo_id: str | None, picture: bool, own_words: str | None
+) -> tuple[str, Figures]:
+    # Local paths may stand in the settings of a step; the card shows the record as others may see it.
+    record = run_from_dict(portable(json.loads(to_json(record))))
+    figures = Figures(record)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML; strings of the record are escaped by Figures.text
+    )
+    page = _Page(record, figures, repo_id)
+    text = environment.get_template("card.md.jinja").render(
+        page=page,
+        n=figures,
+        record=record,
+        front_matter=_metadata(record, repo_id).to_yaml(),
+        table=markdown,
+        recipe=portable_recipe(recipe_text).strip() if recipe_text else None,
+        picture=picture,
+        own_words="\n".join([OWN_WORDS_BEGIN, own_words or _STUB, OWN_WORDS_END]),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", figures
+
+
+def _metadata(record: RunRecord, repo_id: str | None) -> ModelCardData:
+    publish = record.publish or {}
+    delivered = delivered_step(record)
+    chain = ancestors(record, delivered)
+    tags = [LIBRARY_TAG]
+    if len(record.tasks) > 1:
+        tags.append("multi-task")
+    tags += [tag for kind, tag in KIND_TAGS.items() if any(step.kind == kind for step in chain)]
+    forms = [artefact.form for _, artefact in repository_layout(record).values()]
+    tags += [form for form in ("onnx", "bitsandbytes") if form in forms]
+    pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in record.tasks.values() if task.kind in PIPELINES))
+    datasets = [task.dataset_id for task in record.tasks.values() if task.dataset_id]
+    base = base_model(record)
+    metrics = [hub_metric(task.metric) for task in record.tasks.values()]
+    language = list(publish.get("language") or [])
+    extra = {}
+    if base is not None:
+        untrained = all(step.kind in ("quantize", "export") for step in chain)
+        extra["base_model_relation"] = "quantized" if untrained else "finetune"
+    return ModelCardData(
+        language=language or None,
+        license=publish.get("license") or record.encoder.get("license"),
+        library_name="transformers",
+        pipeline_tag=pipelines[0] if pipelines else None,
+        base_model=base,
+        datasets=[name for name in dict.fromkeys(datasets) if _REPO_ID.fullmatch(name)] or None,
+        metrics=list(dict.fromkeys(metrics)) or None,
+        tags=[*tags, *pipelines[1:]],
+        model_name=(repo_id or record.name).rpartition("/")[2],
+        eval_results=_eval_results(record) or None,
+        **extra,
+    )
+
+
+def base_model(record: RunRecord) -> str | None:
+    """Hub id of the checkpoint that the delivered model started from, or None where that is not known."""
+    chain = ancestors(record, delivered_step(record))
+    if any((step.settings.get("student") or {}).get("path") for step in chain):
+        return None
+    return record.encoder.get("hub_id")
+
+
+def hub_metric(name: str) -> str:
+    """What the Hub calls one of our metrics."""
+    return HUB_METRICS.get(name, name)
+
+
+def _eval_results(record: RunRecord) -> list[EvalResult]:
+    scores = final_scores(delivered_artefact(record))
+    if scores is None:
+        return []
+    results = []
+    for name, task in record.tasks.items():
+        if name not in scores.tasks or task.kind not in PIPELINES:
+            continue
+        dataset = task.dataset_id if task.dataset_id and _REPO_ID.fullmatch(task.dataset_id) else None
+        metrics = scores.tasks[name].metrics
+        # The primary metric first: it is the one that the Hub shows.
+        for metric in sorted(metrics, key=lambda metric: metric != task.metric):
+            # An undefined metric is null in the record.
+            if metrics[metric] is None:
+                continue
+            results.append(
+                EvalResult(
+                    task_type=PIPELINES[task.kind],
+                    task_name=name,
+                    dataset_type=dataset or name,
+                    dataset_name=task.dataset_id or name,
+                    # Results of one task type and data set are merged by the Hub, so the task tells them apart.
+                    dataset_config=name,
+                    dataset_split=scores.split,
+                    dataset_revision=task.dataset_revision,
+                    metric_type=hub_metric(metric),
+                    metric_name=metric,
+                    metric_value=metrics[metric],
+                )
+            )
+    return results
+
+
+class _Page:
+    """What the template shows, section by section, each as text or as rows of a table."""
+
+    def __init__(self, record: RunRecord, figures: Figures, repo_id: str | None) -> None:
+        self.record = record
+        self.n = figures
+        self.repo_id = repo_id
+        self.step = delivered_step(record)
+        self.artefact = delivered_artefact(record)
+        self.reference = reference_artefact(record)
+        self.is_reference = self.reference is not None and self.reference.folder == self.artefact.folder
+        self.comparison = None if self.is_reference else comparison_of(record, self.artefact)
+        self.scores = final_scores(self.artefact)
+        self.title = (repo_id or record.name).rpartition("/")[2]
+        self.layout = repository_layout(record)
+
+    # ---- summary ----
+
+    def summary(self) -> str:
+        """One or two sentences with the numbers that matter."""
+        record, n = self.record, self.n
+        kinds = {step.kind for step in ancestors(record, self.step)}
+        made = [word for kind, word in (("distill", "distilled"), ("prune", "pruned")) if kind in kinds]
+        if "quantize" in kinds:
+            made.append(f"quantized to {n.text(self.artefact.precision)}")
+        layers = [len(part) for step in ancestors(record, self.step) for part in layers_of(step.structure).values()]
+        model_type = record.encoder.get("model_type")
+        encoder = f"{n.text(str(model_type))} encoder" if model_type else "encoder"
+        encoder += f" of {n.plain(layers[0])} layers" if layers else ""
+        names = ", ".join(f"`{name}`" for name in record.tasks)
+        heads = f"one head for each of {n.plain(len(record.tasks))} tasks" if len(record.tasks) > 1 else "one task head"
+        sentence = f"One {encoder} with {heads} ({names})"
+        sentence += f", {_join(made)}. " if made else ". "
+        return sentence + " ".join(self._claims())
+
+    def _claims(self) -> list[str]:
+        n, size = self.n, self.artefact.size
+        reference_size = self.reference.size if self.reference else None
+        claims = []
+        if size is not None:
+            claim = f"It takes {n.megabytes(size.weights_bytes)} on disk"
+            if reference_size is not None and not self.is_reference:
+                times = n.times(reference_size.weights_bytes, size.weights_bytes)
+                claim += f"; its reference, step `{self.record.reference}`, takes {times} times as much"
+            claims.append(claim + ".")
+        ratios = [(row.batch_size, row.ratio_minimum) for row in self.artefact.latency if row.ratio_minimum]
+        if ratios and not self.is_reference:
+            speeds = _join([f"{n.times_faster(ratio)} times as fast at batch size {n.plain(b)}" for b, ratio in ratios])
+            claims.append(f"On the processor named below it runs {speeds} (minimum of the timed calls).")
+        comparison = self.comparison
+        if comparison is not None and comparison.retention is not None:
+            claim = f"It keeps {n.percent(comparison.retention)} of the reference's {comparison.split} scores"
+            if comparison.worst_task is not None and comparison.worst_task_retention is not None:
+                claim += f" (worst task: `{comparison.worst_task}`, {n.percent(comparison.worst_task_retention)})"
+            claims.append(claim + ".")
+        return claims
+
+    # ---- at a glance ----
+
+    def glance(self) -> list[list[str]]:
+        """Reference and delivered model side by side."""
+        n, reference, this = self.n, self.reference, self.artefact
+        versus = reference is not None and not self.is_reference
+        columns = [reference, this] if versus and reference is not None else [this]
+        rows = [
+            ["", *([f"reference (`{self.record.reference}`)"] if versus else []), f"this model (`{self.step.name}`)"]
+        ]
+
+        def add(label: str, cells: Sequence[str]) -> None:
+            if any(cell != NOT_MEASURED for cell in cells):
+                rows.append([label, *cells])
+
+        sizes = [column.size for column in columns]
+        add("parameters", [n.parameters(size.parameters if size else None) for size in sizes])
+        add("of which embeddings", [n.parameters(size.embedding_parameters if size else None) for size in sizes])
+        add("weights on disk", [n.megabytes(size.weights_bytes if size else None) for size in sizes])
+        add("of which embeddings, on disk", [n.megabytes(size.embedding_bytes if size else None) for size in sizes])
+        add("precision", [f"{n.text(column.precision)} ({column.form})" for column in columns])
+        scores = [final_scores(column) for column in columns]
+        split = self.scores.split if self.scores else "test"
+        add(f"average of the main tasks ({split})", [n.score(one.average if one else None) for one in scores])
+        if self.comparison is not None:
+            comparison = self.comparison
+            add("scores kept, mean of tasks", ["", n.percent(comparison.retention)])
+            add("scores kept above chance", ["", n.percent(comparison.retention_above_chance)])
+            add("scores kept, worst task", ["", n.percent(comparison.worst_task_retention)])
+        for batch_size in batch_sizes(self.record):
+            latency = [latency_of(column, batch_size) for column in columns]
+            label = f"time per call, batch size {n.plain(batch_size)} (minimum)"
+            add(label, [n.milliseconds(one.minimum_ms if one else None) for one in latency])
+        add(
+            "peak memory",
+            [f"{n.plain(column.peak_memory_mb)} MB" if column.peak_memory_mb else NOT_MEASURED for column in columns],
+        )
+        return rows
+
+    # ---- tasks and quality ----
+
+    def tasks(self) -> list[list[str]]:
+        """What the model answers."""
+        n = self.n
+        rows = [["task", "kind", "answers", "metric", "role", "data", "rows (train / validation / test)"]]
+        for name, task in self.record.tasks.items():
+            answers = "a number" if task.labels is None else f"{n.plain(len(task.labels))} labels"
+            if task.problem_type == "multi_label_classification":
+                answers += ", any number of them"
+            counts = " / ".join(
+                n.count(task.rows[role]) if role in task.rows else "none" for role in ("train", "validation", "test")
+            )
+            rows.append([f"`{name}`", task.kind, answers, task.metric, task.role, self._data(task), counts])
+        return rows
+
+    def _data(self, task: TaskRecord) -> str:
+        words = [self.n.text(task.dataset_id) if task.dataset_id else "not named"]
+        if task.dataset_revision:
+            words.append(f"revision {self.n.text(task.dataset_revision)}")
+        if task.license:
+            words.append(self.n.text(task.license))
+        return ", ".join(words)
+
+    def labels(self) -> dict[str, str]:
+        """The label names by task, in order."""
+        return {
+            name: ", ".join(f"`{self.n.text(label)}`" for label in task.labels)
+            for name, task in self.record.tasks.items()
+            if task.labels
+        }
+
+    def quality(self) -> list[list[str]]:
+        """Scores per task, against the reference where there is one."""
+        n, scores = self.n, self.scores
+        if scores is None:
+            return []
+        role = next(role for role, one in self.artefact.scores.items() if one is scores)
+        versus = self.comparison is not None
+        header = ["task", "metric", *(["reference"] if versus else []), "this model"]
+        header += ["difference", "kept", "kept above chance"] if versus else []
+        rows = [[*header, "chance", "rows"]]
+        for name, task in self.record.tasks.items():
+            if name not in scores.tasks:
+                continue
+            worst = versus and self.comparison is not None and self.comparison.worst_task == name
+            row = [f"**`{name}`**" if worst else f"`{name}`", task.metric]
+            value = n.score(scores.tasks[name].metrics.get(task.metric))
+            if self.comparison is not None:
+                compared = self.comparison.tasks.get(name, {})
+                row += [n.score(compared.get("reference")), value, n.difference(compared.get("difference"))]
+                undefined = "undefined" if name in self.comparison.undefined else None
+                row += [undefined or n.percent(compared.get("retention"))]
+                row += [undefined or n.percent(compared.get("retention_above_chance"))]
+            else:
+                row.append(value)
+            rows.append([*row, n.score(task.baseline.get(role)), n.count(scores.tasks[name].rows)])
+        return rows
+
+    def other_metrics(self) -> list[list[str]]:
+        """Every metric of the delivered model that is not a primary one."""
+        rows = [["task", "metric", "this model"]]
+        if self.scores is not None:
+            rows += [
+                [f"`{name}`", metric, self.n.plain(value)]
+                for name, score in self.scores.tasks.items()
+                for metric, value in score.metrics.items()
+                if name in self.record.tasks and metric != self.record.tasks[name].metric
+            ]
+        return rows if len(rows) > 1 else []
+
+    def all_scores(self) -> list[list[str]]:
+        """Primary metrics of every saved form, where there is more than the delivered one."""
+        rows = [["step", "form", "precision", "split", "average", *(f"`{name}`" for name in self.record.tasks)]]
+        for step, artefact in self._artefacts():
+            scores = final_scores(artefact)
+            if scores is not None:
+                cells = [self._step_name(step, artefact), artefact.form, self.n.text(artefact.precision), scores.split]
+                rows.append([*cells, self.n.score(scores.average), *task_scores(self.record, artefact, self.n)])
+        return rows if len(rows) > 2 else []
+
+    def _artefacts(self) -> list[tuple[StepRecord, Artefact]]:
+        return [(step, artefact) for step in self.record.steps for artefact in step.artefacts]
+
+    def _step_name(self, step: StepRecord, artefact: Artefact) -> str:
+        return f"**`{step.name}`**" if artefact is self.artefact else f"`{step.name}`"
+
+    # ---- steps ----
+
+    def lineage(self) -> str:
+        """The steps as a tree."""
+        return lineage(self.record.steps, self.step.name)
+
+    def steps(self) -> list[list[str]]:
+        """What every step left behind."""
+        n = self.n
+        rows = [["step", "kind", "from", "layers", "heads a layer", "feed-forward width", "parameters", "weights"]]
+        rows[0] += ["validation average", "test average", "kept", "time"]
+        for step in self.record.steps:
+            artefact = step.artefacts[0] if step.artefacts else None
+            size = artefact.size if artefact else None
+            comparison = comparison_of(self.record, artefact) if artefact else None
+            scores = artefact.scores if artefact else {}
+            validation, test = scores.get("validation"), scores.get("test")
+            kept = n.percent(comparison.retention if comparison else None)
+            source = step.source if step_named(self.record, step.source) is not None else None
+            rows.append(
+                [
+                    f"**`{step.name}`**" if step is self.step else f"`{step.name}`",
+                    step.kind,
+                    f"`{source}`" if source else "encoder",
+                    *self._shape(step),
+                    n.parameters(size.parameters if size else None),
+                    n.megabytes(size.weights_bytes if size else None),
+                    n.score(validation.average if validation else None),
+                    n.score(test.average if test else None),
+                    "reference" if step.name == self.record.reference else kept,
+                    n.duration(step.seconds),
+                ]
+            )
+        return _without_empty_columns(rows)
+
+    def _shape(self, step: StepRecord) -> list[str]:
+        shapes = list(layers_of(step.structure).values())
+        if not shapes:
+            return [NOT_MEASURED] * 3
+        columns = [" + ".join(self.n.plain(len(layers)) for layers in shapes)]
+        for role in ("heads", "feed_forward"):
+            values = [layer[role] for layers in shapes for layer in layers if layer.get(role) is not None]
+            low, high = (min(values), max(values)) if values else (None, None)
+            columns.append(self.n.plain(low) if low == high else f"{self.n.plain(low)} to {self.n.plain(high)}")
+        return columns
+
+    # ---- size and latency ----
+
+    def latency(self) -> list[list[str]]:
+        """Size and time of every saved form that was timed."""
+        n, sizes = self.n, batch_sizes(self.record)
+        rows = [["step", "form", "precision", "weights"]]
+        for size in sizes:
+            b = f"batch {n.plain(size)}"
+            rows[0] += [f"{b}, minimum", f"{b}, median", f"{b}, times as fast"]
+        for step, artefact in self._artefacts():
+            if not artefact.latency:
+                continue
+            weights = n.megabytes(artefact.size.weights_bytes if artefact.size else None)
+            row = [self._step_name(step, artefact), artefact.form, n.text(artefact.precision), weights]
+            for size in sizes:
+                one = latency_of(artefact, size)
+                row += [n.milliseconds(one.minimum_ms if one else None), n.milliseconds(one.median_ms if one else None)]
+                row.append(n.times_faster(one.ratio_minimum if one else None))
+            rows.append(row)
+        return rows if len(rows) > 1 else []
+
+    def conditions(self) -> list[list[str]]:
+        """The machine and the way of measuring, as they stand in the record."""
+        n = self.n
+        rows = [["condition", "value"]]
+        timed = [row for _, artefact in self._artefacts() for row in artefact.latency]
+        for label, values in (
+            ("tokens", {row.tokens for row in timed}),
+            ("timed calls of each artefact", {row.repetitions for row in timed}),
+        ):
+            if values:
+                rows.append([label, ", ".join(n.plain(value) for value in sorted(values))])
+        rows += [[_words(key), n.any(value)] for key, value in (self.record.benchmark or {}).items() if key != "tokens"]
+        rows += [
+            [_words(key), n.any(value)]
+            for key, value in self.record.environment.items()
+            if key not in ("packages", "python") and key not in (self.record.benchmark or {})
+        ]
+        return rows
+
+    def versions(self) -> list[list[str]]:
+        """Versions of what the run was made with; packages that were not there are left out."""
+        packages = self.record.environment.get("packages")
+        found = {"python": self.record.environment.get("python")}
+        found |= packages if isinstance(packages, Mapping) else {}
+        rows = [[self.n.text(str(name)), self.n.any(version)] for name, version in found.items() if version is not None]
+        return [["package", "version"], *rows] if rows else []
+
+    def budget(self) -> list[list[str]]:
+        """Limit, finding and verdict for each limit of the budget."""
+        rows = [["limit", "allowed", "found", "met"]]
+        for name, entry in (self.record.budget or {}).items():
+            if isinstance(entry, Mapping) and "limit" in entry:
+                met = "not checked" if entry.get("met") is None else "yes" if entry["met"] else "**no**"
+                rows.append([_words(name), self.n.plain(entry["limit"]), self.n.plain(entry.get("found")), met])
+        return rows if len(rows) > 1 else []
+
+    def alternative_text(self) -> str:
+        """The picture in words."""
+        n = self.n
+        points = []
+        for step, artefact in self._artefacts():
+            scores, latency = final_scores(artefact), [latency_of(artefact, size) for size in batch_sizes(self.record)]
+            if scores is None or scores.average is None:
+                continue
+            words = f"{step.name} ({artefact.form}, {n.text(artefact.precision)}) average {n.score(scores.average)}"
+            if latency and latency[0] is not None and latency[0].ratio_minimum:
+                words += f" at {n.percent(latency[0].ratio_minimum)} of the reference's time"
+            points.append(words)
+        return ("Quality and time of every saved form: " + "; ".join(points)).replace("[", "(").replace("]", ")")
+
+    # ---- use ----
+
+    def places(self) -> list[list[str]]:
+        """What lies where."""
+        rows = [["folder", "what it is", "step", "opens with"]]
+        opens = {
+            "torch": "`AutoModel` after `import hf_mtcompress`",
+            "bitsandbytes": "`AutoModel` after `import hf_mtcompress`, with bitsandbytes",
+            "onnx": "`hf_mtcompress.load_predictor`, or ONNX Runtime itself",
+            "vanilla": "plain transformers, one folder per task",
+        }
+        if self.repo_id is not None:
+            listed = [(place or ".", *found) for place, found in self.layout.items()]
+        else:
+            listed = [(artefact.folder, step, artefact) for step, artefact in self._artefacts()]
+        for folder, step, artefact in listed:
+            how = opens[artefact.form]
+            if artefact.form == "vanilla" and not is_vanilla_shape(self.record, step):
+                how = "transformers after `import hf_mtcompress`, one folder per task"
+            what = f"all tasks, {self.n.text(artefact.precision)}"
+            if artefact.form == "vanilla":
+                what = f"one task each, {self.n.text(artefact.precision)}"
+            rows.append([f"`{folder}`", what, self._step_name(step, artefact), how])
+        return rows
+
+    def not_published(self) -> list[str]:
+        """Saved forms of the run that are not in the repository."""
+        if self.repo_id is None:
+            return []
+        kept = {artefact.folder for _, artefact in self.layout.values()}
+        return [
+            f"`{step.name}` ({artefact.form}, {self.n.text(artefact.precision)})"
+            for step, artefact in self._artefacts()
+            if artefact.folder not in kept
+        ]
+
+    def _place(self, form: str) -> tuple[str, StepRecord, Artefact] | None:
+        for place, (step, artefact) in self.layout.items():
+            if artefact.form == form:
+                return (place if self.repo_id is not None else artefact.folder), step, artefact
+        return None
+
+    def _example(self) -> str:
+        kinds = {task.kind for task in self.record.tasks.values()}
+        return '"picture.png"' if kinds == {"image-classification"} else '"Put your own text here."'
+
+    def snippets(self) -> list[tuple[str, str]]:
+        """Heading and Python code for each way of loading."""
+        return [
+            snippet
+            for snippet in (self._torch_snippet(), self._vanilla_snippet(), self._onnx_snippet(), self._small_snippet())
+            if snippet is not None
+        ]
+
+    def _torch_snippet(self) -> tuple[str, str] | None:
+        found = self._place("torch")
+        if found is None:
+            return None
+        source = self.repo_id or found[0]
+        code = f"""\
+import hf_mtcompress  # makes the model known to transformers; runs no code from the repository
+from transformers import AutoModel, pipeline
+
+answer = pipeline("multi-task", model={_quoted(source)})
+print(answer({self._example()}))
+
+model = AutoModel.from_pretrained({_quoted(source)})  # logits_<task> for every task, and last_hidden_state"""
+        return f"All tasks at once, in PyTorch (step `{found[1].name}`)", code
+
+    def _vanilla_snippet(self) -> tuple[str, str] | None:
+        found = self._place("vanilla")
+        tasks = [(name, task) for name, task in self.record.tasks.items() if task.kind in PIPELINES]
+        if found is None or not tasks:
+            return None
+        place, step, _ = found
+        name, task = tasks[0]
+        plain = is_vanilla_shape(self.record, step)
+        auto, tag = AUTO_CLASSES[task.kind], PIPELINES[task.kind]
+        processor, argument = ("AutoTokenizer", "tokenizer")
+        if task.kind == "image-classification":
+            processor, argument = ("AutoImageProcessor", "image_processor")
+        first = "" if plain else "import hf_mtcompress  # lets transformers build the pruned shapes\n"
+        if self.repo_id is not None:
+            origin = f'"{self.repo_id}", subfolder="{place}/{name}"'
+        else:
+            origin = f'"{place}/{name}"'
+        code = f"""\
+{first}from transformers import {auto}, {processor}, pipeline
+
+model = {auto}.from_pretrained({origin})
+{argument} = {processor}.from_pretrained({origin})
+answer = pipeline("{tag}", model=model, {argument}={argument})
+print(answer({self._example()}))"""
+        title = "One task, with transformers alone" if plain else "One task, with the stock classes"
+        return f"{title} (step `{step.name}`; here `{name}`)", code
+
+    def _onnx_snippet(self) -> tuple[str, str] | None:
+        found = self._place("onnx")
+        if found is None:
+            return None
+        place, step, artefact = found
+        fetch, folder = self._download(place)
+        code = f"""\
+{fetch}from hf_mtcompress import load_predictor
+
+predictor = load_predictor({folder})
+print(predictor.predict([{self._example()}]))"""
+        return f"All tasks at once, in ONNX Runtime (step `{step.name}`, {self.n.text(artefact.precision)})", code
+
+    def _small_snippet(self) -> tuple[str, str] | None:
+        found = self._place("bitsandbytes")
+        if found is None:
+            return None
+        place, step, artefact = found
+        fetch, folder = self._download(place)
+        code = f"""\
+{fetch}from hf_mtcompress import load_predictor
+
+predictor = load_predictor({folder})  # needs bitsandbytes
+print(predictor.predict([{self._example()}]))"""
+        return f"All tasks at once, with bitsandbytes (step `{step.name}`, {self.n.text(artefact.precision)})", code
+
+    def _download(self, place: str) -> tuple[str, str]:
+        if self.repo_id is None:
+            return "", f'"{place}"'
+        code = "from pathlib import Path\n\nfrom huggingface_hub import snapshot_download\n"
+        return (
+            code,
+            f'Path(snapshot_download("{self.repo_id}", allow_patterns="{place}/*")) / "{place}"',
+        )
+
+    # ---- training, limits ----
+
+    def settings(self) -> dict[str, list[list[str]]]:
+        """What every step was told and how its training ended."""
+        tables = {}
+        for step in self.record.steps:
+            values = _flatten(step.settings) | {
+                f"training: {key}": value for key, value in _flatten(step.training or {}).items()
+            }
+            rows = [[_words(key), self.n.any(value)] for key, value in values.items() if value is not None]
+            if rows:
+                tables[f"{step.name} ({step.kind})"] = [["setting", "value"], *rows]
+        return tables
+
+    def limitations(self) -> list[str]:
+        """What the record itself gives reason to warn of."""
+        record, n = self.record, self.n
+        facts = []
+        if record.encoder.get("max_length"):
+            facts.append(f"Inputs longer than {n.plain(record.encoder['max_length'])} tokens are cut.")
+        if not (record.publish or {}).get("language"):
+            facts.append("The language of the training data is not stated in the record.")
+        facts += self._quality_limits()
+        facts.append(
+            f"Everything is from one run with one seed ({n.plain(record.seed)}); other seeds give other scores."
+        )
+        if any(artefact.latency for _, artefact in self._artefacts()):
+            facts.append(
+                "Times are from one machine, named above; the ratios are likelier to carry over than the times."
+            )
+        pruned = [step for step in ancestors(record, self.step) if not is_vanilla_shape(record, step)]
+        if pruned and "torch" in {artefact.form for _, artefact in self.layout.values()}:
+            facts.append(
+                "Heads or neurons were removed unevenly: the PyTorch form needs hf_mtcompress to be rebuilt, "
+                "transformers alone cannot."
+            )
+        if self.artefact.form == "onnx":
+            facts.append("The ONNX form runs through ONNX Runtime and is not opened by the `Auto` classes.")
+        if self.artefact.form == "bitsandbytes":
+            facts.append("bitsandbytes saves memory; on a processor without a GPU it is usually slower than float32.")
+        facts += self._reload_limits()
+        restricted = [
+            f"`{name}` ({n.text(task.license)})"
+            for name, task in record.tasks.items()
+            if task.license and "nc" in task.license.lower()
+        ]
+        if restricted:
+            facts.append(f"Trained on data whose licence excludes commercial use: {', '.join(restricted)}.")
+        return facts
+
+    def _quality_limits(self) -> list[str]:
+        n, facts, scores, comparison = self.n, [], self.scores, self.comparison
+        if scores is None:
+            return ["The delivered form was not scored; see the steps it was made from."]
+        if scores.split != "test" and "test" not in self.artefact.scores:
+            facts.append(
+                "There was no test split: the scores are from the validation split that decisions were made on."
+            )
+        if comparison is not None and comparison.worst_task is not None and comparison.worst_task_retention is not None:
+            facts.append(
+                f"Compression cost `{comparison.worst_task}` most: it keeps "
+                f"{n.percent(comparison.worst_task_retention)} of the reference's score."
+            )
+        if comparison is not None:
+            facts += [
+                f"`{name}`: what is kept is undefined, because {n.text(why)}."
+                for name, why in comparison.undefined.items()
+            ]
+        few = [f"`{name}` ({n.count(score.rows)})" for name, score in scores.tasks.items() if score.rows < FEW_ROWS]
+        if few:
+            facts.append(f"Few rows were scored, so small differences mean little: {', '.join(few)}.")
+        missing = [f"`{name}`" for name in self.record.tasks if name not in scores.tasks]
+        if missing:
+            facts.append(f"Not scored: {', '.join(missing)}.")
+        auxiliary = [f"`{name}`" for name, task in self.record.tasks.items() if task.role == "auxiliary"]
+        if auxiliary:
+            facts.append(f"Trained as a help to the others and not counted in averages: {', '.join(auxiliary)}.")
+        return facts
+
+    def _reload_limits(self) -> list[str]:
+        n, facts = self.n, []
+        for step, artefact in self.layout.values():
+            result = artefact.reload or {}
+            difference = result.get("max_difference")
+            if result.get("passed") is False:
+                facts.append(f"`{step.name}` ({artefact.form}) did not give the same outputs after loading again.")
+            elif isinstance(difference, int | float) and difference > 0:
+                facts.append(
+                    f"`{step.name}` ({artefact.form}): outputs after loading differ by up to {n.plain(difference)}."
+                )
+        return facts
+
+    def requirement(self) -> str:
+        """What pip has to install, with the extras of the forms that the run made."""
+        forms = {artefact.form for _, artefact in self._artefacts()}
+        extras = [form for form in ("bitsandbytes", "onnx") if form in forms]
+        return f'"hf_mtcompress[{",".join(extras)}]"' if extras else "hf_mtcompress"
+
+    def reload_claim(self) -> str | None:
+        """The sentence on loading again, where it was tried on everything that is published."""
+        results = [artefact.reload for _, artefact in self.layout.values()]
+        if not results or not all(result and result.get("passed") for result in results):
+            return None
+        return "Every form above was loaded again in a fresh process and compared with the model before it was saved."
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif not (isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)):
+            # Lists of rows, such as the log history, are left to the record.
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
+    kept = [column for column in range(len(rows[0])) if any(row[column] != NOT_MEASURED for row in rows[1:])]
+    return [[row[column] for column in kept] for row in rows]
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

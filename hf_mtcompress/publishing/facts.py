@@ -1,0 +1,113 @@
+"""Questions that card, report and picture all ask of a record; pure, and no number is made here."""
+
+from typing import Any, Literal
+
+from hf_mtcompress.errors import PublishingError
+from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, RunRecord, SplitScores, StepRecord
+
+LoadableForm = Literal["torch", "bitsandbytes", "vanilla", "onnx"]
+
+
+def step_named(record: RunRecord, name: str | None) -> StepRecord | None:
+    """The step called `name`, or None."""
+    return next((step for step in record.steps if step.name == name), None)
+
+
+def delivered_step(record: RunRecord) -> StepRecord:
+    """The step that the run was made for: the last one that saved something.
+
+    Raises:
+        PublishingError: no step of the record saved anything.
+    """
+    for step in reversed(record.steps):
+        if step.artefacts:
+            return step
+    raise PublishingError(
+        f"expected a record with at least one saved step, found none in '{record.name}'; finish the run first"
+    )
+
+
+def delivered_artefact(record: RunRecord) -> Artefact:
+    """The artefact that speaks for the delivered step."""
+    return delivered_step(record).artefacts[0]
+
+
+def reference_artefact(record: RunRecord) -> Artefact | None:
+    """The artefact that everything is compared with, or None where the reference saved nothing."""
+    step = step_named(record, record.reference)
+    return step.artefacts[0] if step is not None and step.artefacts else None
+
+
+def comparison_of(record: RunRecord, artefact: Artefact) -> Comparison | None:
+    """How `artefact` compares with the reference, or None where that was not computed."""
+    return next((comparison for comparison in record.comparisons if comparison.folder == artefact.folder), None)
+
+
+def final_scores(artefact: Artefact) -> SplitScores | None:
+    """Scores on the test split, else on validation, else None."""
+    return artefact.scores.get("test") or artefact.scores.get("validation")
+
+
+def latency_of(artefact: Artefact, batch_size: int) -> LatencyRecord | None:
+    """The latency row of one batch size, or None where it was not measured."""
+    return next((row for row in artefact.latency if row.batch_size == batch_size), None)
+
+
+def batch_sizes(record: RunRecord) -> list[int]:
+    """Every batch size that was timed, ascending."""
+    return sorted({row.batch_size for step in record.steps for artefact in step.artefacts for row in artefact.latency})
+
+
+def ancestors(record: RunRecord, step: StepRecord) -> list[StepRecord]:
+    """`step` and what it was made from, nearest first."""
+    chain = [step]
+    while (above := step_named(record, chain[-1].source)) is not None and above not in chain:
+        chain.append(above)
+    return chain
+
+
+def root_artefact(record: RunRecord) -> tuple[StepRecord, Artefact] | None:
+    """The float torch folder that a published repository opens with.
+
+    It is the nearest one on the way from the delivered step back to the encoder; None where the run saved none.
+    """
+    for step in ancestors(record, delivered_step(record)):
+        for artefact in step.artefacts:
+            if artefact.form == "torch":
+                return step, artefact
+    return None
+
+
+def shipped_artefact(record: RunRecord, form: LoadableForm) -> tuple[StepRecord, Artefact] | None:
+    """The artefact of one form that goes into the repository: the delivered one, else the last of that form."""
+    delivered = delivered_step(record)
+    for step in [delivered, *reversed(record.steps)]:
+        for artefact in step.artefacts:
+            if artefact.form == form:
+                return step, artefact
+    return None
+
+
+def layers_of(structure: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+    """Layers by encoder name, from a structure that is keyed by encoder or speaks of the only one."""
+    if not structure:
+        return {}
+    if isinstance(structure.get("layers"), list):
+        return {"main": structure["layers"]}
+    return {
+        name: part["layers"]
+        for name, part in structure.items()
+        if isinstance(part, dict) and isinstance(part.get("layers"), list)
+    }
+
+
+def is_vanilla_shape(record: RunRecord, step: StepRecord) -> bool:
+    """Whether the layers of `step` are all alike and lost no single heads, so that stock classes can build them."""
+    for ancestor in ancestors(record, step):
+        heads = ancestor.settings.get("heads") if ancestor.kind == "prune" else None
+        if isinstance(heads, int | float) and heads > 0:
+            return False
+        for layers in layers_of(ancestor.structure).values():
+            if any(layer != layers[0] for layer in layers):
+                return False
+    return True

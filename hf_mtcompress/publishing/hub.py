@@ -1,0 +1,366 @@
+"""From a folder to a repository on the Hub: checked first, then sent as one commit.
+
+Everything is looked at before the first request: the card, secrets, local paths, pickled files, and whether the models
+load again. One commit means that a reader sees the old repository or the new one, never half of it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from hf_mtcompress import artifacts
+from hf_mtcompress.errors import PublishingError
+from hf_mtcompress.publishing.card import PICTURE, render_card
+from hf_mtcompress.publishing.figures import own_words_of
+from hf_mtcompress.publishing.lint import lint_card_of_files
+from hf_mtcompress.publishing.portable import (
+    local_paths_in,
+    places_of_this_machine,
+    portable,
+    portable_recipe,
+    secrets_in,
+)
+from hf_mtcompress.publishing.repository import collect_repository, files_of, repository_layout
+from hf_mtcompress.records import RunRecord, run_from_dict
+
+PICKLES = frozenset(
+    {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".mar", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+)
+"""Files that can run code when they are opened, or hold weights that nothing here writes."""
+WEIGHTS = frozenset({".safetensors", ".onnx"})
+TEXTS = frozenset({".cfg", ".csv", ".jinja", ".json", ".jsonl", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"})
+VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
+"""Lists of words: what looks like a path in there mostly is a word."""
+
+Content = Path | bytes
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """One file of the repository."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was pushed, or would be."""
+
+    repo_id: str
+    files: list[PushedFile]
+    commit_url: str | None
+    """None after a dry run."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.bytes for file in self.files)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    check: Callable[[list[Path]], list[str]],
+    private: bool = True,
+    dry_run: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+) -> PushResult:
+    """Push a run, or any folder with a model and a card, to the Hub as one commit.
+
+    Of a run, the delivered artefacts go up as `collect_repository` lays them out, the recipe and the record without
+    local paths, and the card with the repository's name in its snippets. An edited card goes up as it is.
+
+    Args:
+        folder: the output folder of a run, or a folder with a model and its README.md.
+        repo_id: `name` or `namespace/name`.
+        check: given the model folders that are to be pushed, returns a line for each that does not load again.
+        private: for a repository that has to be made; pushing to an existing public one then needs `private=False`.
+        dry_run: do everything but send.
+        token: access token; default: the saved one or HF_TOKEN. It is never shown.
+        revision: branch, made where it is missing; default: main.
+
+    Returns:
+        The files with their sizes, and the address of the commit.
+
+    Raises:
+        PublishingError: something is wrong with the folder, or the Hub refused; nothing in the repository has changed.
+    """
+    folder = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishingError(
+            f"expected a repository such as 'name' or 'namespace/name', found '{repo_id}'; {error}"
+        ) from error
+    if not folder.is_dir():
+        raise PublishingError(f"expected a folder to push, found none at '{folder.name}'; check the path")
+    record = read_record(folder)
+    contents = repository_contents(folder, record, repo_id)
+    problems = content_problems(contents, folder) + _card_problems(contents, record)
+    if not problems:
+        # Loading takes long, so it comes last and only for what is otherwise in order.
+        models = (
+            [folder] if record is None else [folder / found.folder for _, found in repository_layout(record).values()]
+        )
+        problems = check(models)
+    if problems:
+        raise PublishingError("\n".join([f"{folder.name} is not pushed:", *(f"  - {problem}" for problem in problems)]))
+    files = [PushedFile(path, _length(content)) for path, content in contents.items()]
+    if dry_run:
+        return PushResult(repo_id, files, None)
+    return PushResult(repo_id, files, _send(contents, repo_id, private=private, token=token, revision=revision))
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of a run folder, or None where the folder holds none.
+
+    Raises:
+        PublishingError: there is one that cannot be read.
+    """
+    path = Path(folder) / artifacts.RECORD
+    if not path.is_file():
+        return None
+    try:
+        return run_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PublishingError(
+            f"expected the record of a run in {artifacts.RECORD}, found something else ({error}); run the recipe again"
+        ) from error
+
+
+def repository_contents(folder: Path, record: RunRecord | None, repo_id: str) -> dict[str, Content]:
+    """What the repository will hold, by path: files as they are on disk, or bytes where they differ from those.
+
+    Args:
+        folder: the output folder of a run, or any other folder.
+        record: the record of the run; None pushes the folder as it is.
+        repo_id: the name that the card's snippets load.
+    """
+    if record is None:
+        return dict(files_of(folder))
+    contents: dict[str, Content] = dict(collect_repository(folder, record))
+    recipe_text = None
+    if artifacts.RECIPE in contents:
+        recipe_text = (folder / artifacts.RECIPE).read_text(encoding="utf-8")
+        try:
+            contents[artifacts.RECIPE] = portable_recipe(recipe_text).encode()
+        except yaml.YAMLError as error:
+            raise PublishingError(f"expected YAML in {artifacts.RECIPE}, found a mistake: {error}") from error
+    data = json.loads((folder / artifacts.RECORD).read_text(encoding="utf-8"))
+    if (cleaned := portable(data)) != data:
+        contents[artifacts.RECORD] = (json.dumps(cleaned, indent=2, allow_nan=False) + "\n").encode()
+    contents[artifacts.CARD] = _card(folder, record, recipe_text, repo_id).encode()
+    return dict(sorted(contents.items()))
+
+
+def _card(folder: Path, record: RunRecord, recipe_text: str | None, repo_id: str) -> str:
+    picture = (folder / artifacts.ASSETS / PICTURE).is_file()
+    path = folder / artifacts.CARD
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    own_words = own_words_of(existing) if existing is not None else None
+    # Only the author's own words may differ from what would be written here, else it is the author's card.
+    untouched = existing is None or any(
+        existing == render_card(record, recipe_text, name, picture=shown, own_words=own_words)
+        for name in (None, repo_id)
+        for shown in (True, False)
+    )
+    if existing is not None and not untouched:
+        return existing
+    return render_card(record, recipe_text, repo_id, picture=picture, own_words=own_words)
+
+
+def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]:
+    """Files that must not go up: pickles, links out of the folder, and texts with secrets or local paths."""
+    problems = [] if contents else ["expected files to push, found none; check the folder"]
+    inside = folder.resolve()
+    here = places_of_this_machine(folder)
+    for name, content in contents.items():
+        if isinstance(content, Path):
+            if not content.resolve().is_relative_to(inside):
+                problems.append(f"{name}: expected a file of the folder, found a link out of it; copy the file")
+                continue
+            suffix = content.suffix.lower()
+        else:
+            suffix = Path(name).suffix.lower()
+        if suffix in PICKLES or (suffix not in WEIGHTS | TEXTS and _is_pickle(content)):
+            problems.append(f"{name}: expected safetensors or ONNX, found a pickled or binary file; save it anew")
+        elif suffix in TEXTS:
+            problems += _text_problems(name, _bytes(content).decode("utf-8", errors="replace"), here)
+        elif suffix in WEIGHTS:
+            raw = _bytes(content) if suffix == ".onnx" else _safetensors_header(content)
+            problems += [
+                f"{name}: expected no path of this machine, found one ({place.decode(errors='replace')}...); "
+                "strip the metadata of the file"
+                for place in here
+                if place in raw
+            ][:1]
+    return problems
+
+
+def _text_problems(name: str, text: str, here: list[bytes]) -> list[str]:
+    problems = [
+        f"{name}: expected no secret, found what looks like {kind}; take it out and revoke it"
+        for kind in secrets_in(text)
+    ]
+    if Path(name).name in VOCABULARIES:
+        paths = [place.decode(errors="replace") for place in here if place.decode(errors="replace") in text]
+    else:
+        paths = local_paths_in(text)
+    problems += [
+        f"{name}: expected no path of a machine, found '{path}'; name the file or folder without it"
+        for path in list(dict.fromkeys(paths))[:3]
+    ]
+    return problems
+
+
+def _card_problems(contents: Mapping[str, Content], record: RunRecord | None) -> list[str]:
+    if artifacts.CARD not in contents:
+        return [f"{artifacts.CARD}: expected a model card, found none; write one with `hf-mtcompress card`"]
+    text = _bytes(contents[artifacts.CARD]).decode("utf-8", errors="replace")
+    # Paths and secrets have been looked for in every text file, this one included.
+    return [
+        f"{artifacts.CARD}: {problem}"
+        for problem in lint_card_of_files(text, set(contents), record)
+        if "path of a machine" not in problem and "no secret" not in problem
+    ]
+
+
+def _bytes(content: Content) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _length(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _is_pickle(content: Content) -> bool:
+    if isinstance(content, bytes):
+        head = content[:4096]
+    else:
+        with content.open("rb") as file:
+            head = file.read(4096)
+    # Protocols 2 to 5 start like this; torch.save writes a zip with such a file inside.
+    return (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1) or (
+        head.startswith(b"PK") and b"data.pkl" in head
+    )
+
+
+def _safetensors_header(content: Content) -> bytes:
+    if isinstance(content, bytes):
+        return content[8 : 8 + int.from_bytes(content[:8], "little")]
+    with content.open("rb") as file:
+        return file.read(min(int.from_bytes(file.read(8), "little"), content.stat().st_size))
+
+
+def _send(
+    contents: Mapping[str, Content], repo_id: str, *, private: bool, token: str | None, revision: str | None
+) -> str:
+    api = HfApi(token=token)
+    try:
+        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and api.model_info(full_id).private is False:
+            raise PublishingError(
+                f"expected '{full_id}' to be private, found a public repository; push with private=False (--public) if "
+                "everybody may see it, or make it private in its settings"
+            )
+        if revision is not None:
+            api.create_branch(full_id, branch=revision, exist_ok=True)
+        operations = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in contents.items()
+        ]
+        # Not `upload_folder`: that one may split a large folder into several commits.
+        commit = api.create_commit(full_id, operations, commit_message="Model, card and record", revision=revision)
+    except PublishingError:
+        raise
+    except Exception as error:
+        # HTTP errors, OSError, ValueError and, around uploads, RuntimeError with the reason as its cause.
+        raise PublishingError(_explain(error, repo_id, token)) from None
+    return str(commit.commit_url)
+
+
+def _explain(error: BaseException, repo_id: str, token: str | None) -> str:
+    reasons = [error]
+    while (cause := reasons[-1].__cause__ or reasons[-1].__context__) is not None and cause not in reasons:
+        reasons.append(cause)
+    answered = next((reason for reason in reasons if isinstance(reason, HfHubHTTPError)), None)
+    message = _answer(answered, repo_id) if answered is not None else _no_answer(reasons, repo_id)
+    # A server may send back what it was sent.
+    return message.replace(token, "***") if token else message
+
+
+def _answer(error: HfHubHTTPError, repo_id: str) -> str:
+    status = int(error.response.status_code)
+    said = " ".join((error.server_message or "").split())
+    said = f" The Hub says: {said}" if said else ""
+    match status:
+        case 400:
+            return f"expected the Hub to take the files for '{repo_id}', but it found a mistake in them (400).{said}"
+        case 401:
+            return (
+                f"expected a token that the Hub knows, but it refused the one for '{repo_id}', or there was none "
+                f"(401); log in with `hf auth login` or set HF_TOKEN.{said}"
+            )
+        case 403:
+            return (
+                f"expected a token that may write to '{repo_id}', but this one may not (403); use one with write "
+                f"access to that namespace.{said}"
+            )
+        case 404:
+            return (
+                f"expected the repository '{repo_id}', but the Hub does not find it or does not show it to this token "
+                f"(404); check the name and the token.{said}"
+            )
+        case 409:
+            return (
+                f"expected to write to '{repo_id}', but the name or another change is in the way (409); try again, or "
+                f"choose another name.{said}"
+            )
+        case 412:
+            return f"expected '{repo_id}' unchanged, but somebody else committed meanwhile (412); push again.{said}"
+        case 429:
+            return (
+                f"expected to write to '{repo_id}', but the Hub wants fewer requests (429); push again in a few "
+                f"minutes.{said}"
+            )
+        case _ if status >= 500:
+            return (
+                f"expected the Hub to take '{repo_id}', but it failed itself ({status}); push again later: files that "
+                f"arrived are not sent twice.{said}"
+            )
+        case _:
+            return f"expected the Hub to take '{repo_id}', but it answered {status}.{said}"
+
+
+def _no_answer(reasons: list[BaseException], repo_id: str) -> str:
+    kinds = [type(reason).__name__ for reason in reasons]
+    if any(isinstance(reason, OfflineModeIsEnabled) for reason in reasons):
+        return f"expected to reach the Hub for '{repo_id}', but HF_HUB_OFFLINE is set; unset it and push again"
+    if any(isinstance(reason, LocalTokenNotFoundError) for reason in reasons):
+        return f"expected a token for '{repo_id}', found none; log in with `hf auth login` or set HF_TOKEN"
+    # By name: which HTTP library raises these depends on the version of huggingface_hub.
+    if any("Timeout" in kind for kind in kinds):
+        return (
+            f"expected an answer of the Hub for '{repo_id}', but none came in time; push again: files that arrived are "
+            "not sent twice"
+        )
+    if any("Connect" in kind or "Network" in kind or "Protocol" in kind or "ReadError" in kind for kind in kinds):
+        return (
+            f"expected to reach the Hub for '{repo_id}', but there was no connection; check the network and HF_ENDPOINT"
+        )
+    return f"expected the Hub to take '{repo_id}', but it came to this: {_first_line(reasons[0])}"
+
+
+def _first_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,233 @@
+"""The comparison picture of a card, with its data beside it as CSV."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_mtcompress import artifacts
+from hf_mtcompress.publishing.facts import (
+    batch_sizes,
+    comparison_of,
+    delivered_artefact,
+    final_scores,
+    latency_of,
+    reference_artefact,
+)
+from hf_mtcompress.records import Artefact, RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, which readers with colour-blindness tell apart; forms differ in shape as well.
+REFERENCE_COLOUR, DELIVERED_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00", "#7F7F7F"
+MARKERS = {"torch": "o", "bitsandbytes": "s", "onnx": "D", "vanilla": "^"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One saved form in the picture."""
+
+    step: str
+    form: str
+    precision: str
+    folder: str
+    average: float
+    retention: float | None
+    size_mb: float | None
+    ratios: dict[int, float | None]
+    """Latency ratio (minimum / minimum of the reference) by batch size."""
+
+
+def comparison_points(record: RunRecord) -> list[Point]:
+    """Every saved form that was scored, in the order of the steps."""
+    points = []
+    for step in record.steps:
+        for artefact in step.artefacts:
+            scores, comparison = final_scores(artefact), comparison_of(record, artefact)
+            if scores is None or scores.average is None:
+                continue
+            latency = {size: latency_of(artefact, size) for size in batch_sizes(record)}
+            points.append(
+                Point(
+                    step=step.name,
+                    form=artefact.form,
+                    precision=artefact.precision,
+                    folder=artefact.folder,
+                    average=scores.average,
+                    retention=comparison.retention if comparison else None,
+                    size_mb=artefact.size.weights_bytes / 1e6 if artefact.size else None,
+                    ratios={size: row.ratio_minimum if row else None for size, row in latency.items()},
+                )
+            )
+    return points
+
+
+def draw_comparison(record: RunRecord, path: Path) -> list[Path]:
+    """Draw quality against time (or size) of every saved form, and the tasks one by one.
+
+    Args:
+        record: what happened.
+        path: the PNG to write; the same data go into a CSV of the same name.
+
+    Returns:
+        The files written; none where no saved form was scored.
+    """
+    points = comparison_points(record)
+    if not points:
+        return []
+    # Slow to import, and whoever only reads a report needs none of it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _draw_points(left, points, record)
+    _draw_tasks(right, record)
+    figure.suptitle(f"{record.name}: what compression costs and brings", fontsize=12)
+    figure.savefig(path, metadata={"Software": "hf_mtcompress"})
+    data = path.with_suffix(".csv")
+    artifacts.write_text(data, _csv(points, record))
+    return [path, data]
+
+
+def _draw_points(axes: "Axes", points: Sequence[Point], record: RunRecord) -> None:
+    sizes = batch_sizes(record)
+    timed = bool(sizes) and any(point.ratios.get(sizes[0]) for point in points)
+    places = [(_horizontal(point, sizes[0] if timed else None), point) for point in points]
+    shown = [(x, point) for x, point in places if x is not None]
+    if not shown:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "time and size: not measured", ha="center", va="center", transform=axes.transAxes)
+        return
+    axes.set_xscale("log")
+    reference, delivered = reference_artefact(record), delivered_artefact(record)
+    for x, point in shown:
+        colour = _colour(point.folder, reference, delivered)
+        axes.scatter(x, point.average, s=90, color=colour, marker=MARKERS[point.form], zorder=3, edgecolor="white")
+    axes.set_xlabel(
+        f"times as fast as {record.reference} (batch size {sizes[0]}, log scale)" if timed else "size in MB (log scale)"
+    )
+    split = next((scores.split for scores in [final_scores(delivered)] if scores), "test")
+    axes.set_ylabel(f"average of the main tasks ({split})")
+    _round_ticks(axes, [x for x, _ in shown], [point.average for _, point in shown])
+    _label(axes, shown)
+    axes.grid(color="#DDDDDD", linewidth=0.7, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _horizontal(point: Point, batch_size: int | None) -> float | None:
+    if batch_size is None:
+        return point.size_mb
+    ratio = point.ratios.get(batch_size)
+    return 1 / ratio if ratio else None
+
+
+def _round_ticks(axes: "Axes", xs: Sequence[float], ys: Sequence[float]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    # Room to the right for labels, below and above so that no point sits on the frame.
+    span = max(max(xs) / min(xs), 2.0)
+    low, high = min(xs) / span**0.08, max(xs) * span**0.35
+    axes.set_xlim(low, high)
+    steps = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
+    axes.xaxis.set_major_locator(FixedLocator([step for step in steps if low <= step <= high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    spread = max(max(ys) - min(ys), 0.02)
+    axes.set_ylim(min(ys) - 0.2 * spread, max(ys) + 0.25 * spread)
+
+
+def _label(axes: "Axes", shown: Sequence[tuple[float, Point]]) -> None:
+    """Write each label right of its point, and push a label down where it would lie on another."""
+    axes.figure.canvas.draw()  # settles the layout, so that data coordinates become pixels as they will be saved
+    taken: list[tuple[float, float]] = []
+    for x, point in sorted(shown, key=lambda item: (-item[1].average, item[0])):
+        size = "" if point.size_mb is None else f", {point.size_mb:.1f} MB"
+        text = f"{point.step}\n{point.form} {point.precision}{size}"
+        across, up = axes.transData.transform((x, point.average))
+        # 34 pixels a label at 150 dpi and 8 points in two lines, 190 across: near enough to keep them apart.
+        wanted = up
+        while any(abs(across - other) < 230 and abs(wanted - height) < 40 for other, height in taken):
+            wanted -= 10
+        taken.append((across, wanted))
+        axes.annotate(
+            text,
+            (x, point.average),
+            xytext=(10, (wanted - up) * 72 / 150),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            linespacing=1.1,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6} if wanted < up - 15 else None,
+        )
+
+
+def _draw_tasks(axes: "Axes", record: RunRecord) -> None:
+    reference, delivered = reference_artefact(record), delivered_artefact(record)
+    pair = [("this model", delivered, DELIVERED_COLOUR)]
+    if reference is not None and reference.folder != delivered.folder:
+        pair.insert(0, (record.reference, reference, REFERENCE_COLOUR))
+    names = [
+        name for name in record.tasks if any(_score(record, artefact, name) is not None for _, artefact, _ in pair)
+    ]
+    if not names:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "tasks: not measured", ha="center", va="center", transform=axes.transAxes)
+        return
+    height = 0.8 / len(pair)
+    for number, (label, artefact, colour) in enumerate(pair):
+        values = [_score(record, artefact, name) or 0.0 for name in names]
+        places = [position + height * (number - (len(pair) - 1) / 2) for position in range(len(names))]
+        bars = axes.barh(places, values, height * 0.92, color=colour, label=label, zorder=3)
+        if len(names) <= 12:
+            axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=3, fontsize=8)
+    role = next((role for role, scores in delivered.scores.items() if scores is final_scores(delivered)), "test")
+    chance = [record.tasks[name].baseline.get(role) for name in names]
+    for position, value in enumerate(chance):
+        if value is not None:
+            label = "chance" if position == 0 else None
+            axes.plot(
+                [value, value], [position - 0.42, position + 0.42], color="black", linewidth=1.5, zorder=4, label=label
+            )
+    axes.set_yticks(range(len(names)), [f"{name}\n{record.tasks[name].metric}" for name in names], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(min(0.0, *(value or 0.0 for value in chance)), 1.12)
+    axes.set_xlabel("score")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.7, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=3, frameon=False, fontsize=8)
+
+
+def _score(record: RunRecord, artefact: Artefact, name: str) -> float | None:
+    scores = final_scores(artefact)
+    if scores is None or name not in scores.tasks:
+        return None
+    return scores.tasks[name].metrics.get(record.tasks[name].metric)
+
+
+def _colour(folder: str, reference: Artefact | None, delivered: Artefact) -> str:
+    if folder == delivered.folder:
+        return DELIVERED_COLOUR
+    return REFERENCE_COLOUR if reference is not None and folder == reference.folder else OTHER_COLOUR
+
+
+def _csv(points: Sequence[Point], record: RunRecord) -> str:
+    sizes = batch_sizes(record)
+    target = StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(
+        ["step", "form", "precision", "average", "retention", "size_mb", *(f"latency_b{size}_ratio" for size in sizes)]
+    )
+    for point in points:
+        values = [point.average, point.retention, point.size_mb, *(point.ratios.get(size) for size in sizes)]
+        writer.writerow(
+            [point.step, point.form, point.precision, *("" if value is None else value for value in values)]
+        )
+    return target.getvalue()

@@ -1,0 +1,195 @@
+"""The record as rows: for `report --json`, for the terminal and for the card.
+
+A latency ratio is minimum / minimum of the reference. The minimum of repeated calls hardly moves when something else
+runs on the machine, the median does; both stand in the rows, the median under its own key.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hf_mtcompress.publishing.facts import batch_sizes, comparison_of, delivered_step, final_scores, latency_of
+from hf_mtcompress.publishing.figures import NOT_MEASURED, Figures
+from hf_mtcompress.records import Artefact, RunRecord, StepRecord
+
+REPORTED_BATCH_SIZES = (1, 32)
+
+
+def report_rows(record: RunRecord) -> list[dict[str, Any]]:
+    """One object for each step, in order; what was not measured is None.
+
+    Returns:
+        Objects with `step`, `kind`, `from`, `split`, `rows`, `average`, `retention`, `retention_above_chance`,
+        `worst_task_retention`, `worst_task`, `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
+        weights and graph), `latency_b1_ratio` and `latency_b32_ratio` (minimum over minimum of the reference), the same
+        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `seconds`, `delivered`, and `artefacts`: the same of
+        every saved form, with `form`, `folder` and `precision`. A step's own numbers are its first artefact's.
+    """
+    delivered = delivered_step(record).name if any(step.artefacts for step in record.steps) else None
+    return [
+        {
+            "step": step.name,
+            "kind": step.kind,
+            "from": step.source,
+            **_measured(record, step.artefacts[0] if step.artefacts else None),
+            "seconds": step.seconds,
+            "delivered": step.name == delivered,
+            "artefacts": [
+                {
+                    "form": artefact.form,
+                    "folder": artefact.folder,
+                    "precision": artefact.precision,
+                    **_measured(record, artefact),
+                }
+                for artefact in step.artefacts
+            ],
+        }
+        for step in record.steps
+    ]
+
+
+def _measured(record: RunRecord, artefact: Artefact | None) -> dict[str, Any]:
+    scores = final_scores(artefact) if artefact is not None else None
+    comparison = comparison_of(record, artefact) if artefact is not None else None
+    size = artefact.size if artefact is not None else None
+    row: dict[str, Any] = {
+        "split": scores.split if scores else None,
+        "average": scores.average if scores else None,
+        "retention": comparison.retention if comparison else None,
+        "retention_above_chance": comparison.retention_above_chance if comparison else None,
+        "worst_task_retention": comparison.worst_task_retention if comparison else None,
+        "worst_task": comparison.worst_task if comparison else None,
+        "scores": {
+            name: scores.tasks[name].metrics.get(task.metric)
+            for name, task in record.tasks.items()
+            if name in scores.tasks
+        }
+        if scores
+        else {},
+        "rows": {name: score.rows for name, score in scores.tasks.items()} if scores else {},
+        "parameters": size.parameters if size else None,
+        "size_mb": size.weights_bytes / 1e6 if size else None,
+    }
+    for batch_size in sorted({*REPORTED_BATCH_SIZES, *batch_sizes(record)}):
+        latency = latency_of(artefact, batch_size) if artefact is not None else None
+        row[f"latency_b{batch_size}_ratio"] = latency.ratio_minimum if latency else None
+        row[f"latency_b{batch_size}_ratio_median"] = latency.ratio_median if latency else None
+        row[f"minimum_ms_b{batch_size}"] = latency.minimum_ms if latency else None
+        row[f"median_ms_b{batch_size}"] = latency.median_ms if latency else None
+    return row
+
+
+def report_table(record: RunRecord) -> str:
+    """The run as plain aligned text for the terminal: one line per saved artefact, one column per task."""
+    figures = Figures(record)
+    sizes = batch_sizes(record)
+    header = ["step", "form", "precision", "split", "average", "kept", "worst task"]
+    header += ["parameters", "size", *(f"time b{size}" for size in sizes), *record.tasks]
+    rows = [
+        [
+            f"{step.name} *" if step is delivered_step(record) and number == 0 else step.name if number == 0 else "",
+            artefact.form,
+            artefact.precision,
+            *_score_cells(record, artefact, figures),
+            figures.parameters(artefact.size.parameters if artefact.size else None),
+            figures.megabytes(artefact.size.weights_bytes if artefact.size else None),
+            *(_ratio(artefact, size, figures) for size in sizes),
+            *task_scores(record, artefact, figures),
+        ]
+        for step in record.steps
+        for number, artefact in enumerate(step.artefacts)
+    ]
+    metrics = ", ".join(f"{name}: {task.metric}" for name, task in record.tasks.items())
+    notes = [
+        f"* what the run delivers. Kept and time are against '{record.reference}': mean of score / reference score "
+        "over the main tasks, and minimum / minimum time."
+        if rows
+        else "No step has saved anything yet.",
+        f"Metrics: {metrics}." if metrics else "",
+    ]
+    if record.budget:
+        notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
+    cells = [[cell.replace(NOT_MEASURED, "-") for cell in row] for row in [header, *rows]]
+    return "\n".join([align(cells), "", *(note for note in notes if note)]) + "\n"
+
+
+def _score_cells(record: RunRecord, artefact: Artefact, figures: Figures) -> list[str]:
+    scores, comparison = final_scores(artefact), comparison_of(record, artefact)
+    return [
+        scores.split if scores else "-",
+        figures.score(scores.average if scores else None),
+        figures.percent(comparison.retention if comparison else None),
+        figures.percent(comparison.worst_task_retention if comparison else None),
+    ]
+
+
+def _ratio(artefact: Artefact, batch_size: int, figures: Figures) -> str:
+    latency = latency_of(artefact, batch_size)
+    return figures.percent(latency.ratio_minimum if latency else None)
+
+
+def task_scores(record: RunRecord, artefact: Artefact, figures: Figures) -> list[str]:
+    """The primary metric of every task of the run, in order."""
+    scores = final_scores(artefact)
+    values = [
+        scores.tasks[name].metrics.get(task.metric) if scores is not None and name in scores.tasks else None
+        for name, task in record.tasks.items()
+    ]
+    return [figures.score(value) for value in values]
+
+
+def budget_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """One phrase for each limit of the budget: what was allowed, what was found, whether it holds."""
+    phrases = []
+    for name, entry in (record.budget or {}).items():
+        if isinstance(entry, dict) and "limit" in entry:
+            verdict = "not checked" if entry.get("met") is None else "met" if entry["met"] else "missed"
+            found = entry.get("found")
+            phrases.append(
+                f"{figures.text(name)} {verdict} (limit {figures.plain(entry['limit'])}, "
+                f"found {'nothing measured' if found is None else figures.plain(found)})"
+            )
+    return phrases
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns; cells that start with a digit or a sign are set to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if cell[:1].isdigit() or cell[:1] in ("+", "-") else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table; the first row is the header, columns of figures are set to the right."""
+    columns = range(len(rows[0]))
+    body = rows[1:]
+    right = [all(_is_figure(row[column]) for row in body) for column in columns]
+    rule = ["---:" if right[column] and body else "---" for column in columns]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def _is_figure(cell: str) -> bool:
+    return cell == NOT_MEASURED or cell == "reference" or cell.lstrip("*+-~`")[:1].isdigit()
+
+
+def lineage(steps: Sequence[StepRecord], delivered: str) -> str:
+    """The steps as a tree: what was made from what."""
+    names = {step.name for step in steps}
+
+    def branch(parent: str | None, indent: str) -> list[str]:
+        children = [step for step in steps if (step.source if step.source in names else None) == parent]
+        lines = []
+        for child in children:
+            last = child is children[-1]
+            fork = "" if parent is None else ("└─ " if last else "├─ ")
+            mark = "   <- this model" if child.name == delivered else ""
+            lines.append(f"{indent}{fork}{child.name} ({child.kind}){mark}")
+            lines += branch(child.name, indent + ("" if parent is None else "   " if last else "│  "))
+        return lines
+
+    return "\n".join(branch(None, ""))
