@@ -32,7 +32,7 @@ check: $(DEV) ## Check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 fix: $(DEV) ## Format, and repair what can be repaired without judgement
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,39 @@
+"""The floors of the house hold, in the text of the code and when it runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+LIGHT = ["artifacts", "config", "config.load", "environment", "errors", "records"]
+
+
+def test_imports_only_look_down():
+    """A cycle or an import of torch from the light floors would creep in unseen."""
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run(
+        [linter, "--no-cache", "--config", "pyproject.toml"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_run_without_torch(name: str):
+    """The linter reads the text only; here the module is really imported while torch and transformers are refused.
+
+    The package's own `__init__` registers with transformers, so it is replaced by an empty one.
+    """
+    program = f"""
+import sys, types
+package = types.ModuleType("hf_mtcompress")
+package.__path__ = ["hf_mtcompress"]
+sys.modules.update(hf_mtcompress=package, torch=None, transformers=None)
+import hf_mtcompress.{name}
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
