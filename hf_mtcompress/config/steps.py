@@ -1,6 +1,5 @@
 """The steps of a recipe, one frozen class each, joined in the union `StepConfig`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,18 +138,3 @@ StepConfig = FinetuneStep | DistillStep | PruneStep | QuantizeStep | ExportStep
 
 FLOAT_STEPS = ("finetune", "distill", "prune")
 """Kinds of steps that leave a model in float, from which others may start; quantized and exported ones are leaves."""
-
-
-def step_sources(steps: Sequence[StepConfig]) -> dict[str, str | None]:
-    """For each step by name: the step that it starts from.
-
-    None means the recipe's encoder; for a `distill` step with `student`, the student that the section describes.
-    """
-    sources: dict[str, str | None] = {}
-    latest = None
-    for step in steps:
-        made = isinstance(step, DistillStep) and step.student is not None
-        sources[str(step.name)] = None if made else step.source or latest
-        if step.kind in FLOAT_STEPS:
-            latest = step.name
-    return sources

@@ -16,7 +16,6 @@ from hf_mtcompress.config import (
     SequenceClassificationConfig,
 )
 from hf_mtcompress.config.load import dump_recipe, json_schema, load_recipe, parse_recipe
-from hf_mtcompress.config.steps import step_sources
 from hf_mtcompress.config.text import read_yaml
 from hf_mtcompress.errors import RecipeError
 
@@ -186,18 +185,6 @@ def test_portable_dump_holds_no_local_path(tmp_path: Path):
 def test_a_key_without_value_counts_as_left_out():
     recipe = parse_recipe(small(budget=None, mixing=None, training={"epochs": None}))
     assert recipe == parse_recipe(small())
-
-
-def test_steps_start_from_the_latest_float_step(tmp_path: Path):
-    recipe = parse_recipe(raw(), tmp_path)
-    assert step_sources(recipe.steps) == {
-        "teacher": None,
-        "student": None,
-        "export": "student",
-        "pruned": "student",
-        "quantize": "pruned",
-        "quantize_2": "pruned",
-    }
 
 
 def test_automatic_names_step_aside_for_given_ones():
