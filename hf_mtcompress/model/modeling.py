@@ -106,6 +106,8 @@ class MultiTaskModel(PreTrainedModel):
             encoders={"main": _config_dict(loaded.config)},
             tasks=[task.to_dict() for task in tasks],
             preprocessing={"main": {key: value for key, value in preprocessing.items() if value is not None}},
+            # Trainer aligns these with the tokenizer's, and says so, where they are missing.
+            **{key: getattr(loaded.config, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
         )
         model = cls(config, encoders={"main": loaded})
         for task in tasks:

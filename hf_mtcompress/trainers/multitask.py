@@ -220,7 +220,7 @@ class MultiTaskTrainer(Trainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"expected a finite loss at step {self.state.global_step}, found "
-                f"{ {name: float(value) for name, value in losses.items()} }; lower the learning rate "
+                f"{ {name: float(value.detach()) for name, value in losses.items()} }; lower the learning rate "
                 f"(now {self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate:.2g}), "
                 "check the labels of a regression for huge values, or turn off bf16/fp16"
             )

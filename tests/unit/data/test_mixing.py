@@ -1,0 +1,77 @@
+"""Laws of mixing."""
+
+from collections import Counter
+
+import pytest
+
+from hf_mtcompress.data.mixing import MixingSampler, batch_shares
+from hf_mtcompress.errors import DataError
+
+
+def test_proportional_gives_every_row_once_an_epoch() -> None:
+    sampler = MixingSampler([10, 3, 7], 4)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        seen = Counter(index for batch in sampler for index in batch)
+        assert set(seen.values()) == {1}
+        assert len(seen) == 20
+
+
+@pytest.mark.parametrize("strategy", ["proportional", "temperature", "uniform", "round_robin"])
+def test_batches_are_a_pure_function_of_seed_and_epoch(strategy: str) -> None:
+    """A sampler with hidden state gives a resumed run other rows."""
+
+    def epoch(seed: int, number: int) -> list[list[tuple[int, int]]]:
+        sampler = MixingSampler([10, 3, 7], 4, strategy=strategy, seed=seed)  # type: ignore[arg-type]  # a Literal
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    assert epoch(1, 2) == epoch(1, 2)
+    assert epoch(1, 2) != epoch(1, 3)
+    assert epoch(1, 2) != epoch(2, 2)
+
+
+@pytest.mark.parametrize("strategy", ["proportional", "temperature", "uniform", "round_robin"])
+def test_a_batch_has_one_source_and_the_length_is_right(strategy: str) -> None:
+    sampler = MixingSampler([10, 3, 7], 4, strategy=strategy)  # type: ignore[arg-type]  # a Literal
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert all(len({source for source, _ in batch}) == 1 for batch in batches)
+    assert {source for batch in batches for source, _ in batch} == {0, 1, 2}
+
+
+def test_processes_get_batches_of_the_same_source_in_every_step() -> None:
+    """Dealt one by one, rank 0 would train one task for ever and rank 1 the other."""
+    sampler = MixingSampler([10, 3, 7], 2, num_processes=2, strategy="round_robin")
+    batches = list(sampler)
+    assert len(batches) % 2 == 0
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert {source for source, _ in first} == {source for source, _ in second}
+
+
+def test_shares_by_strategy() -> None:
+    assert batch_shares([90, 10], 10, "proportional", 2.0) == [9, 1]
+    assert batch_shares([90, 10], 10, "temperature", 1.0) == [9, 1]
+    assert batch_shares([160, 10], 10, "temperature", 2.0) == [14, 3]
+    assert batch_shares([90, 10], 10, "uniform", 2.0) == [5, 5]
+    assert batch_shares([1000, 1], 1000, "temperature", 1.0) == [1, 1]
+
+
+def test_a_source_that_repeats_gives_all_rows_before_any_again() -> None:
+    sampler = MixingSampler([30, 5], 5, strategy="uniform")
+    rows: list[int] = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        rows += [row for batch in sampler for source, row in batch if source == 1]
+    assert len(rows) % 5 == 0
+    for start in range(0, len(rows), 5):
+        assert sorted(rows[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+def test_round_robin_takes_turns() -> None:
+    assert MixingSampler([4, 4], 2, strategy="round_robin").order() == [0, 1, 0, 1]
+
+
+def test_an_empty_source_is_refused() -> None:
+    with pytest.raises(DataError, match="expected at least one row in every source"):
+        MixingSampler([3, 0], 2)

@@ -1,0 +1,164 @@
+"""Laws of distillation, on tiny real models."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from tests.unit.trainers.test_multitask import gradients
+
+from hf_mtcompress import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    MultiTaskModel,
+    SequenceClassification,
+    TokenClassification,
+    student_of,
+)
+from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+
+
+def teacher_model(family: str = "bert", **overrides: Any) -> MultiTaskModel:
+    tasks = [
+        SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label"),
+        SequenceClassification("strength", problem_type="regression", text="text", label="intensity"),
+        TokenClassification("tags", labels=TAG_LABELS, tokens="tokens", label="tags"),
+    ]
+    return MultiTaskModel.from_encoder(tiny_encoder(family, **overrides), tasks, max_length=32).eval()
+
+
+def build(student: MultiTaskModel, teacher: Any, folder: Path, **settings: Any) -> DistillationTrainer:
+    texts, tokens = tiny_text_rows(8), tiny_token_rows(6)
+    return DistillationTrainer(
+        model=student,
+        teacher=teacher,
+        args=DistillationTrainingArguments(
+            str(folder),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        ),
+        train_dataset={"mood": texts, "strength": texts, "tags": tokens},
+        processing_class=tiny_tokenizer(),
+        **settings,
+    )
+
+
+def losses(trainer: DistillationTrainer) -> dict[str, float]:
+    trainer.model.eval()
+    found: dict[str, float] = {}
+    for batch in trainer.get_train_dataloader():
+        present = {name: task for name, task in trainer.tasks.items() if task.label_name in batch}
+        labels = {name: batch[task.label_name] for name, task in present.items()}
+        features = {key: value for key, value in batch.items() if not key.startswith("labels_")}
+        counts = {name: task.item_count(labels[name]) for name, task in present.items()}
+        with torch.no_grad():
+            _, by_task, extra = trainer.task_losses(trainer.model, features, labels, counts)
+        for name, value in {**by_task, **extra}.items():
+            found[name] = max(found.get(name, 0.0), float(value))
+    return found
+
+
+def test_distilling_a_copy_of_the_teacher_starts_at_zero(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    found = losses(build(copy.deepcopy(teacher), teacher, tmp_path, label_weight=0.0))
+    assert found.keys() == {"mood", "strength", "tags", "hidden"}
+    assert max(found.values()) < 1e-6
+
+
+def test_permuting_the_teachers_labels_changes_nothing(tmp_path: Path) -> None:
+    """Logits compared by position teach the student other classes, and accuracy alone shows it late."""
+    teacher = teacher_model()
+    permuted = copy.deepcopy(teacher)
+    order = [2, 0, 1]
+    task = permuted.tasks["mood"]
+    task.labels = tuple(FEELING_LABELS[index] for index in order)
+    classifier = permuted.heads["task_mood"].classifier
+    with torch.no_grad():
+        classifier.weight.copy_(classifier.weight[order])
+        classifier.bias.copy_(classifier.bias[order])
+    student = student_of(teacher, 2)
+    plain = losses(build(copy.deepcopy(student), teacher, tmp_path, label_weight=0.0))
+    other = losses(build(copy.deepcopy(student), permuted, tmp_path, label_weight=0.0))
+    assert plain["mood"] > 1e-4
+    assert other["mood"] == pytest.approx(plain["mood"], rel=1e-5)
+
+
+def test_splitting_a_window_differently_changes_no_gradient(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    trainer = build(student_of(teacher, 2), teacher, tmp_path)
+    rows = trainer.train_groups[0].dataset
+    collate = trainer.data_collator
+    trainer.create_optimizer_and_scheduler(10)
+    whole = [collate([rows[index] for index in range(6)])]
+    split = [collate([rows[index] for index in part]) for part in ([0], [1, 2, 3], [4, 5])]
+    one, other = gradients(trainer, [whole, split])
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_teacher_is_never_trained_or_saved(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = build(student_of(teacher, 1), teacher, tmp_path)
+    trainer.train()
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert trained.isdisjoint(id(parameter) for parameter in teacher.parameters())
+    trainer.save_model(str(tmp_path / "saved"))
+    reloaded = MultiTaskModel.from_pretrained(tmp_path / "saved")
+    assert reloaded.state_dict().keys() == trainer.model.state_dict().keys()
+
+
+def test_a_narrower_student_learns_through_projections_that_are_not_saved(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    student = teacher_model(hidden_size=16, num_hidden_layers=2, intermediate_size=32)
+    keys = student.state_dict().keys()
+    trainer = build(student, teacher, tmp_path)
+    trainer.train()
+    assert student.state_dict().keys() == keys
+
+
+def test_student_layers_are_the_teachers(tmp_path: Path) -> None:
+    """Off by one, the student keeps the wrong depths and only quality tells."""
+    teacher = teacher_model(num_hidden_layers=6)
+    student = student_of(teacher, 3)
+    assert student.encoder.config.num_hidden_layers == 3
+    own, theirs = student.encoder.state_dict(), teacher.encoder.state_dict()
+    for mine, origin in zip(range(3), (1, 3, 5), strict=True):
+        for key, value in own.items():
+            if f"layer.{mine}." in key:
+                assert torch.equal(value, theirs[key.replace(f"layer.{mine}.", f"layer.{origin}.")])
+
+
+def test_more_layers_than_the_teacher_has_are_refused() -> None:
+    with pytest.raises(UnsupportedEncoderError, match="expected layers of a teacher that has 3"):
+        student_of(teacher_model(), 4)
+
+
+def test_a_teacher_without_the_task_is_refused(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    student = copy.deepcopy(teacher)
+    del teacher.tasks["tags"]
+    with pytest.raises(TaskError, match="expected a teacher with the task 'tags'"):
+        build(student, teacher, tmp_path)
+
+
+def test_other_label_names_are_refused(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    student = copy.deepcopy(teacher)
+    teacher.tasks["mood"].labels = ("bad", "plain", "great")
+    with pytest.raises(TaskError, match=r"only the student has \['good'\], only the teacher has \['great'\]"):
+        build(student, teacher, tmp_path)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    teacher = teacher_model(vocab_size=500)
+    with pytest.raises(TaskError, match="expected teacher and student with one tokenizer"):
+        build(teacher_model(), teacher, tmp_path)

@@ -1,0 +1,286 @@
+"""Laws of the multi-task trainer, on tiny real models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_config, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_mtcompress import (
+    MultiTaskModel,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+    SequenceClassification,
+    Task,
+    TokenClassification,
+)
+from hf_mtcompress.errors import DataError, TaskError, TrainingError
+
+
+def arguments(folder: Path, **settings: Any) -> MultiTaskTrainingArguments:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+    return MultiTaskTrainingArguments(str(folder), **{**defaults, **settings})
+
+
+def text_tasks() -> list[Task]:
+    return [
+        SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label"),
+        SequenceClassification("strength", problem_type="regression", text="text", label="intensity"),
+    ]
+
+
+def tag_task() -> Task:
+    return TokenClassification("tags", labels=TAG_LABELS, tokens="tokens", label="tags")
+
+
+def build(folder: Path, rows: int = 12, seed: int = 0, **settings: Any) -> MultiTaskTrainer:
+    """Three tasks over two sources: two share rows, one has its own."""
+    set_seed(seed)
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [*text_tasks(), tag_task()], max_length=32)
+    texts, tokens = tiny_text_rows(rows), tiny_token_rows(rows // 2)
+    data = {"mood": texts, "strength": texts, "tags": tokens}
+    return MultiTaskTrainer(
+        model=model,
+        args=arguments(folder, **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def test_one_task_and_a_stock_model_equals_trainer_bit_for_bit(tmp_path: Path) -> None:
+    """A drop-in that shifts a seed, a loss scale or a key would change results of existing scripts unnoticed."""
+    tokenizer = tiny_tokenizer()
+    rows = tiny_text_rows(20)
+    encoded = rows.map(lambda row: tokenizer(row["text"]), remove_columns=["text", "pair", "topics", "same", "intensity"])
+    encoded = encoded.map(lambda row: {"label": FEELING_LABELS.index(row["label"])})
+
+    def run(cls: type[Trainer], args_cls: type[TrainingArguments], folder: Path) -> tuple[Any, Any, list[str], Any]:
+        set_seed(3)
+        config = tiny_config("bert", hidden_dropout_prob=0.1, num_labels=len(FEELING_LABELS))
+        model = AutoModelForSequenceClassification.from_config(config)
+        args = args_cls(
+            str(folder),
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        trainer = cls(
+            model=model,
+            args=args,
+            train_dataset=encoded,
+            eval_dataset=encoded,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda output: {"first": float(output.predictions[0, 0])},
+        )
+        trainer.train()
+        timings = ("runtime", "per_second")
+        history = [
+            {key: value for key, value in row.items() if not key.endswith(timings)} for row in trainer.state.log_history
+        ]
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        return history, trainer.evaluate().keys(), files, model.state_dict()
+
+    ours = run(MultiTaskTrainer, MultiTaskTrainingArguments, tmp_path / "ours")
+    theirs = run(Trainer, TrainingArguments, tmp_path / "theirs")
+    assert ours[:3] == theirs[:3]
+    assert all(torch.equal(ours[3][key], theirs[3][key]) for key in theirs[3])
+
+
+def gradients(trainer: MultiTaskTrainer, windows: list[list[dict[str, Any]]]) -> list[torch.Tensor]:
+    """Gradients after one accumulation window made of the given micro-batches."""
+    collected = []
+    for window in windows:
+        trainer.model.zero_grad()
+        trainer.model.train()
+        batches, counts = trainer.get_batch_samples(iter(window), len(window), torch.device("cpu"))
+        trainer.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            trainer.training_step(trainer.model, dict(batch), counts)
+        collected.append(
+            torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in trainer.model.parameters()])
+        )
+    return collected
+
+
+def test_splitting_a_window_differently_changes_no_gradient(tmp_path: Path) -> None:
+    """Dividing by the number of batches weighs tokens of short batches more; the loss curve would hide it."""
+    trainer = build(tmp_path)
+    texts = trainer.train_groups[0].dataset.with_format(None)
+    tags = trainer.train_groups[1].dataset.with_format(None)
+    collate = trainer.data_collator
+
+    def batch(rows: Dataset, *indices: int) -> dict[str, Any]:
+        return collate([rows[index] for index in indices])
+
+    whole = [batch(texts, 0, 1, 2, 3, 4), batch(tags, 0, 1, 2)]
+    split = [batch(texts, 0), batch(tags, 1, 2), batch(texts, 1, 2, 3), batch(tags, 0), batch(texts, 4)]
+    trainer.create_optimizer_and_scheduler(10)
+    one, other = gradients(trainer, [whole, split])
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Resume that reshuffles or forgets the epoch trains on other rows, and nothing says so."""
+    whole = build(tmp_path / "whole", save_strategy="steps", save_steps=4, max_steps=11)
+    whole.train()
+    stopped = build(tmp_path / "stopped", save_strategy="steps", save_steps=4, max_steps=11)
+    stopped.args.output_dir = str(tmp_path / "stopped")
+    stopped.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, stopped.model.state_dict()[name]), name
+
+
+def test_evaluation_gives_every_task_and_one_average(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    metrics = trainer.evaluate()
+    primary = [metrics["eval_mood_accuracy"], metrics["eval_strength_pearson"], metrics["eval_tags_span_f1"]]
+    assert metrics["eval_average"] == pytest.approx(sum(primary) / 3)
+    assert {"eval_mood_loss", "eval_strength_loss", "eval_tags_loss", "eval_loss"} <= metrics.keys()
+
+
+def test_auxiliary_tasks_do_not_count_in_the_average(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    trainer.tasks["tags"].role = "auxiliary"
+    metrics = trainer.evaluate()
+    assert metrics["eval_average"] == pytest.approx(
+        (metrics["eval_mood_accuracy"] + metrics["eval_strength_pearson"]) / 2
+    )
+
+
+def test_best_checkpoint_is_chosen_by_the_average(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="average",
+        greater_is_better=True,
+        num_train_epochs=3,
+    )
+    trainer.train()
+    averages = [row["eval_average"] for row in trainer.state.log_history if "eval_average" in row]
+    assert trainer.state.best_metric == max(averages)
+    assert trainer.evaluate()["eval_average"] == pytest.approx(max(averages))
+
+
+def test_task_losses_stand_in_the_log(tmp_path: Path) -> None:
+    """A task that does not learn must be seen while it trains."""
+    trainer = build(tmp_path)
+    trainer.train()
+    logged = [key for row in trainer.state.log_history for key in row if key.startswith("loss_")]
+    assert {"loss_mood", "loss_strength", "loss_tags"} == set(logged)
+    json.dumps(trainer.state.log_history)
+
+
+def test_training_lowers_every_loss(tmp_path: Path) -> None:
+    trainer = build(tmp_path, rows=32, num_train_epochs=8, learning_rate=3e-3)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for task in trainer.tasks:
+        assert after[f"eval_{task}_loss"] < before[f"eval_{task}_loss"], task
+
+
+def test_tasks_on_the_same_rows_share_batches(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    assert [group.tasks for group in trainer.train_groups] == [("mood", "strength"), ("tags",)]
+
+
+def test_one_dataset_with_several_label_columns(tmp_path: Path) -> None:
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
+    trainer = MultiTaskTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=tiny_text_rows(8), processing_class=tiny_tokenizer()
+    )
+    assert [group.tasks for group in trainer.train_groups] == [("mood", "strength")]
+    trainer.train()
+
+
+def test_unlabelled_rows_change_nothing(tmp_path: Path) -> None:
+    """A row without a label must give no gradient and no score to that task."""
+    trainer = build(tmp_path)
+    rows = trainer.train_groups[0].dataset.with_format(None)
+    batch = trainer.data_collator([rows[0], rows[1]])
+    masked = {**batch, "labels_mood": torch.tensor([-100, -100])}
+    trainer.model.eval()
+    full = trainer.compute_loss(trainer.model, {key: value for key, value in batch.items() if key != "labels_mood"})
+    none = trainer.compute_loss(trainer.model, masked)
+    assert torch.equal(full, none)
+
+
+def test_rows_of_an_unknown_task_are_refused(tmp_path: Path) -> None:
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
+    with pytest.raises(DataError, match="expected rows for the tasks .*mood.* found rows for .*moood"):
+        MultiTaskTrainer(
+            model=model,
+            args=arguments(tmp_path),
+            train_dataset={"moood": tiny_text_rows(4)},
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_raw_rows_without_a_processor_are_refused(tmp_path: Path) -> None:
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
+    with pytest.raises(DataError, match="expected a processing_class"):
+        MultiTaskTrainer(model=model, args=arguments(tmp_path), train_dataset=tiny_text_rows(4))
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
+    with pytest.raises(DataError, match="expected rows in the train split, found none"):
+        MultiTaskTrainer(
+            model=model,
+            args=arguments(tmp_path),
+            train_dataset=tiny_text_rows(4).select([]),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_a_loss_that_is_no_number_stops_training(tmp_path: Path) -> None:
+    """Trainer's filter replaces NaN losses by averages, and a broken model would be saved."""
+    trainer = build(tmp_path)
+    with torch.no_grad():
+        next(trainer.model.heads["task_mood"].parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="expected a finite loss at step.*mood.*nan"):
+        trainer.train()
+
+
+def test_functions_by_task_need_a_multi_task_model(tmp_path: Path) -> None:
+    stock = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    with pytest.raises(TaskError, match="expected one compute_metrics function"):
+        MultiTaskTrainer(model=stock, args=arguments(tmp_path), compute_metrics={"mood": lambda output: {}})
+
+
+def test_extra_metrics_by_task(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    trainer.task_metrics = {"mood": lambda output: {"rows": float(len(output.predictions))}}
+    assert trainer.evaluate()["eval_mood_rows"] == 12
