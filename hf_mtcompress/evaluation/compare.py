@@ -1,13 +1,13 @@
 """What an artefact keeps of the reference: pure arithmetic on records.
 
-Definitions. `average` is the mean of the main tasks' primary metrics. The retention of a task is s / t, and above chance
-(s - b) / (t - b), with the artefact's score s, the reference's score t and the score b of the majority class or the mean
-predictor. The retention of an artefact is the mean over the main tasks, its worst task retention the minimum. Where the
-reference is not above b there is nothing to keep: both forms are then undefined for that task, which is left out of
-means and minimum and named with the reason.
+Definitions. `average` is the mean of the main tasks' primary metrics. The retention of a task is s / t, and above
+chance (s - b) / (t - b), with the artefact's score s, the reference's score t and the score b of the majority class or
+the mean predictor. The retention of an artefact is the mean over the main tasks, its worst task retention the minimum.
+Where the reference is not above b there is nothing to keep: both forms are then undefined for that task, which is left
+out of means and minimum and named with the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.config import BudgetConfig
@@ -157,6 +157,6 @@ def _why_undefined(score: float | None, target: float | None, baseline: float | 
     return None
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None

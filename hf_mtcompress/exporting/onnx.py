@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError, UnsupportedEncoderError
+from hf_mtcompress.evaluation.benchmark import count_parameters
 from hf_mtcompress.inference.onnx_settings import OnnxSettings, read_onnx_settings, write_onnx_settings
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -162,21 +163,6 @@ def largest_difference(found: Mapping[str, np.ndarray], expected: Mapping[str, n
         difference = np.abs(found[name] - array).max(initial=0.0) / max(np.abs(array).max(initial=0.0), _FLOOR)
         worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
     return worst
-
-
-def count_parameters(model: MultiTaskModel) -> dict[str, int]:
-    """Numbers of parameters by part: `encoder` (with `embedding`, the word embeddings, inside) and `head`."""
-    embedding = 0
-    for encoder in model.encoders.values():
-        assert isinstance(encoder, PreTrainedModel)
-        table = encoder.get_input_embeddings()
-        if isinstance(table, torch.nn.Embedding):
-            embedding += table.weight.numel()
-    return {
-        "encoder": sum(parameter.numel() for parameter in model.encoders.parameters()),
-        "embedding": embedding,
-        "head": sum(parameter.numel() for parameter in model.heads.parameters()),
-    }
 
 
 # ---- tracing ----

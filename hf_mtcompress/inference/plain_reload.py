@@ -3,8 +3,9 @@
     python -I plain_reload.py manifest.json results.json
 
 It imports nothing of this package, and refuses to report when something else did. `manifest.json` holds `threads` and a
-list of `checks`, each with `folder` (one plain folder a task inside), `inputs` and `expected` (.npz files), `samples`
-(raw inputs or null). `results.json` gets one object for each check: `difference`, `problems`, `how`.
+list of `checks`, each with `folder` (one plain folder a task inside), `inputs` and `expected` (.npz files), `labels`
+(names in order by task), `samples` (raw inputs or null). `results.json` gets one object for each check: `difference`,
+`problems`, `how`.
 """
 
 import json
@@ -31,7 +32,8 @@ def check_plain_folder(check: dict[str, Any]) -> dict[str, Any]:
     for name, wanted in expected.items():
         folder = Path(check["folder"]) / name
         try:
-            difference, auto_class, pipeline = _check_task(folder, inputs, wanted, check.get("samples"))
+            labels = check.get("labels", {}).get(name)
+            difference, auto_class, pipeline = _check_task(folder, inputs, wanted, labels, check.get("samples"))
         except Exception as error:  # any failure to load or run is the result that is asked for
             problems.append(f"{name}: {type(error).__name__}: {error}")
             continue
@@ -61,12 +63,19 @@ def read_sample(sample: Any) -> Any:
 
 
 def _check_task(
-    folder: Path, inputs: dict[str, np.ndarray], expected: np.ndarray, samples: list[Any] | None
+    folder: Path,
+    inputs: dict[str, np.ndarray],
+    expected: np.ndarray,
+    labels: list[str] | None,
+    samples: list[Any] | None,
 ) -> tuple[float, str, str | None]:
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
+    names: dict[Any, str] = config.id2label or {}
+    if labels is not None and [names[index] for index in sorted(names)] != labels:
+        raise ValueError(f"expected the labels {labels} in this order, found {list(names.values())}")
     architecture = (config.architectures or [""])[0]
     auto_class, task = next(names for ending, names in PIPELINES.items() if architecture.endswith(ending))
     model, info = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True)
@@ -85,7 +94,8 @@ def _check_task(
     difference = largest_difference(found, expected)
     if not samples:
         return difference, auto_class, None
-    pipe = transformers.pipeline(task, model=str(folder), device="cpu")
+    build: Any = transformers.pipeline  # its type lists the tasks one by one
+    pipe = build(task, model=str(folder), device="cpu")
     for row, sample in enumerate(samples):
         _compare_answer(pipe(_pipeline_input(read_sample(sample), task)), expected[row], config, task)
     return difference, auto_class, f"pipeline({task})"

@@ -19,7 +19,9 @@ ONNX_TOLERANCE = 1e-3
 """Largest difference of logits between torch and a float32 graph of the same model."""
 
 
-def save_probes(folder: Path, inputs: Mapping[str, np.ndarray], expected: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def save_probes(
+    folder: Path, inputs: Mapping[str, np.ndarray], expected: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
     """Write probes into the folder of a step.
 
     Args:

@@ -1,4 +1,4 @@
-"""Proof that saved folders reload: fresh processes load them and compare what they answer with what was answered before.
+"""Proof that saved folders reload: fresh processes load them and compare their answers with those given before.
 
 Folders of this package are loaded in one process through `AutoModel`, the `multi-task` pipeline and ONNX Runtime; plain
 transformers folders in a second one in which this package is never imported.
@@ -34,6 +34,7 @@ class ReloadCheck:
         expected: logits by task for these inputs, computed on the processor in eval mode with as many threads as torch
             has now, by the model in memory.
         tolerance: largest absolute difference that passes; 0 asks for equal bits.
+        labels: label names in order by task, where they are to be compared too.
         samples: raw inputs of the same rows in the same order (texts, lists of words, `(text, text)` tuples, PIL
             images); the pipelines are then run on them and must choose the same labels.
     """
@@ -42,6 +43,7 @@ class ReloadCheck:
     inputs: Mapping[str, np.ndarray]
     expected: Mapping[str, np.ndarray]
     tolerance: float = 0.0
+    labels: Mapping[str, Sequence[str]] | None = None
     samples: Sequence[Any] | None = None
     form: str = field(init=False)
 
@@ -57,8 +59,8 @@ def check_reload(checks: Sequence[ReloadCheck], timeout: float = 900.0) -> list[
         timeout: seconds after which a process is ended.
 
     Returns:
-        For each check `{"passed", "max_difference", "tolerance", "how", "problems"}`, in order. `max_difference` is None
-        where a folder did not load.
+        For each check `{"passed", "max_difference", "tolerance", "how", "problems"}`, in order. `max_difference` is
+        None where a folder did not load.
 
     Raises:
         ArtifactError: a process ended without results.
@@ -102,14 +104,15 @@ def _run_child(checks: list[ReloadCheck], scratch: Path, *, plain: bool, timeout
     rows = []
     for index, check in enumerate(checks):
         inputs, expected = scratch / f"inputs{index}.npz", scratch / f"expected{index}.npz"
-        np.savez(inputs, **dict(check.inputs))
-        np.savez(expected, **dict(check.expected))
+        save_arrays(inputs, check.inputs)
+        save_arrays(expected, check.expected)
         rows.append(
             {
                 "folder": str(check.folder.resolve()),
                 "form": check.form,
                 "inputs": str(inputs),
                 "expected": str(expected),
+                "labels": {name: list(labels) for name, labels in (check.labels or {}).items()},
                 "samples": _write_samples(check.samples, scratch / f"samples{index}"),
             }
         )
@@ -134,9 +137,16 @@ def _run_child(checks: list[ReloadCheck], scratch: Path, *, plain: bool, timeout
     if child.returncode != 0 or not results.is_file():
         last = "\n".join(child.stderr.strip().splitlines()[-5:])
         raise ArtifactError(
-            f"expected a fresh process to reload {len(checks)} folders, but it ended with code {child.returncode}:\n{last}"
+            f"expected a fresh process to reload {len(checks)} folders, but it ended with code {child.returncode}:\n"
+            f"{last}"
         )
     return json.loads(results.read_text(encoding="utf-8"))
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name to an .npz file."""
+    write: Any = np.savez  # its type takes the names of arrays for options
+    write(path, **arrays)
 
 
 def child_environment(threads: int | None = None) -> dict[str, str]:

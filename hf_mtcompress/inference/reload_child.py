@@ -42,12 +42,14 @@ def _check_torch(check: dict[str, Any]) -> dict[str, Any]:
     lost += [] if check["form"] == "bitsandbytes" else [*info["unexpected_keys"]]
     problems = [f"weights do not fit: {lost[:3]}"] if lost else []
     tasks: dict[str, Task] = model.eval().tasks
+    problems += _compare_labels(tasks, check)
     with torch.inference_mode():
         output = model(**{key: torch.from_numpy(array) for key, array in inputs.items()})
     found = {name: output[task.logits_name].float().numpy() for name, task in tasks.items() if name in expected}
     how = "AutoModel"
     if check.get("samples") and not problems:
-        pipe = pipeline(PIPELINE, model=check["folder"], device="cpu")
+        build: Any = pipeline  # its type lists the tasks of transformers only
+        pipe = build(PIPELINE, model=check["folder"], device="cpu")
         for row, sample in enumerate(check["samples"]):
             problems += _compare_answer(pipe(read_sample(sample)), {n: expected[n][row] for n in expected}, tasks)
         how += f", pipeline({PIPELINE})"
@@ -56,8 +58,17 @@ def _check_torch(check: dict[str, Any]) -> dict[str, Any]:
 
 def _check_onnx(check: dict[str, Any]) -> dict[str, Any]:
     inputs, expected = dict(np.load(check["inputs"])), dict(np.load(check["expected"]))
-    found = load_predictor(check["folder"], torch.get_num_threads()).logits(inputs)
-    return {"difference": _worst(found, expected), "problems": [], "how": "ONNX Runtime"}
+    predictor = load_predictor(check["folder"], torch.get_num_threads())
+    problems = _compare_labels(predictor.tasks, check)
+    return {"difference": _worst(predictor.logits(inputs), expected), "problems": problems, "how": "ONNX Runtime"}
+
+
+def _compare_labels(tasks: dict[str, Task], check: dict[str, Any]) -> list[str]:
+    return [
+        f"'{name}': expected the labels {labels} in this order, found {list(tasks[name].labels or ())}"
+        for name, labels in check.get("labels", {}).items()
+        if list(tasks[name].labels or ()) != labels
+    ]
 
 
 def _worst(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

@@ -58,7 +58,9 @@ def test_the_reference_against_itself_is_one():
 
 def test_a_better_student_is_not_capped():
     """Capping at one would hide that one task gained what another lost."""
-    result = compare(TASKS, artefact(mood=0.8, topic=0.4, extra=0.4), artefact(mood=0.9, topic=0.4, extra=0.4), step="s")
+    result = compare(
+        TASKS, artefact(mood=0.8, topic=0.4, extra=0.4), artefact(mood=0.9, topic=0.4, extra=0.4), step="s"
+    )
     assert result.retention == pytest.approx((0.9 / 0.8 + 1.0) / 2)
 
 

@@ -12,7 +12,8 @@ from onnx import TensorProto, numpy_helper
 
 from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
 from hf_mtcompress.errors import ArtifactError, RecipeError
-from hf_mtcompress.exporting.onnx import count_parameters, export_onnx, largest_difference, quantize_onnx
+from hf_mtcompress.evaluation.benchmark import count_parameters
+from hf_mtcompress.exporting.onnx import export_onnx, largest_difference, quantize_onnx
 from hf_mtcompress.inference.onnx_session import open_session, run_session
 from hf_mtcompress.inference.onnx_settings import read_onnx_settings
 from hf_mtcompress.inference.predictor import load_predictor
@@ -62,7 +63,7 @@ def test_plain_onnx_runtime_is_enough(saved: Saved):
 
 
 def test_int8_is_close_and_small(saved: Saved):
-    """A saturated or per-tensor weight would move the logits by their own size; a float table would hide in the file."""
+    """A saturated or per-tensor weight would move logits by their own size; a float table would hide in the file."""
     folder = saved.folders["int8"]
     found = load_predictor(folder, threads=1).logits(saved.inputs)
     for name, array in saved.logits().items():

@@ -20,6 +20,7 @@ def check(saved: Saved, folder: Path, tolerance: float = 0.0, *, samples: bool =
         expected=saved.logits(),
         tolerance=tolerance,
         samples=saved.samples if samples else None,
+        labels={name: list(task.labels) for name, task in saved.model.tasks.items() if task.labels},
     )
 
 
@@ -59,9 +60,10 @@ def test_every_form_reloads_and_tampering_is_caught(tmp_path: Path):
             check(text, broken_task, samples=False),
             check(text, text.folders["int8"], 1e-6),
             check(text, short, samples=False),
+            check(text, relabelled, samples=False),
         ]
     )
-    assert [result["passed"] for result in results] == [True] * 5 + [False] * 4, results
+    assert [result["passed"] for result in results] == [True] * 5 + [False] * 5, results
     for result, how in zip(
         results, ["AutoModel", "without hf_mtcompress", "ONNX", "AutoModel", "without"], strict=False
     ):
@@ -73,6 +75,7 @@ def test_every_form_reloads_and_tampering_is_caught(tmp_path: Path):
     assert results[5]["max_difference"] > 0
     assert results[8]["max_difference"] is None
     assert results[8]["problems"][0].startswith("tags: OSError")
+    assert "in this order" in results[9]["problems"][0]
 
 
 def test_a_process_that_dies_is_an_error(tmp_path: Path):

@@ -1,0 +1,479 @@
+"""Size, latency and memory of saved artefacts.
+
+What is timed is the whole multi-task graph: model inputs as arrays in memory -> the logits of all tasks as arrays;
+tokenization is not part of it. Every artefact runs in a process of its own and they take turns, because two runtimes in
+one process disturb each other and because other work on the machine must hit all of them alike.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_mtcompress.artifacts import ONNX_MODEL
+from hf_mtcompress.config import BenchmarkConfig
+from hf_mtcompress.data.preprocessing import max_length_of
+from hf_mtcompress.environment import available_cores, load_average
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.inference.onnx_settings import read_onnx_settings
+from hf_mtcompress.inference.reload_check import child_environment, save_arrays
+from hf_mtcompress.inference.runtimes import Form, folder_form, load_processor, read_config, stock_task, task_folders
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.marking import read_mark
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.surgery import apply_structure
+from hf_mtcompress.model.vanilla import stock_class
+from hf_mtcompress.records import LatencyRecord, SizeRecord
+
+_PROCESSOR_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+_SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
+"""Instruction sets that decide how fast 8-bit and bfloat16 kernels are."""
+_PAUSE_SECONDS = 0.01
+"""Threads of the last artefact may spin this long after its call."""
+_SETTLE_BELOW_MS = 50.0
+"""Calls shorter than this get one untimed call first, since another process has just emptied the caches."""
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What was measured, by the label of the artefact.
+
+    Attributes:
+        latency: one row for each batch size.
+        peak_memory_mb: largest resident memory of the artefact's process, interpreter and libraries included.
+        conditions: how it was measured; `suspicious` lists figures that contradict each other.
+    """
+
+    latency: dict[str, list[LatencyRecord]]
+    peak_memory_mb: dict[str, float | None]
+    conditions: dict[str, Any]
+
+
+def benchmark(
+    folders: Mapping[str, Path],
+    *,
+    reference: str,
+    config: BenchmarkConfig,
+    samples: Sequence[Any],
+    timeout: float = 300.0,
+) -> BenchmarkResult:
+    """Time saved artefacts in turns.
+
+    Args:
+        folders: artefacts by label.
+        reference: label of the one that ratios refer to; a torch folder in float32.
+        config: tokens, batch sizes, repetitions, threads.
+        samples: texts, lists of words, pairs of texts or images. Texts are repeated and cut to exactly
+            `config.tokens` tokens (fewer where the model's `max_length` is shorter); no padding is timed.
+        timeout: seconds that one answer of a process may take.
+
+    Raises:
+        ArtifactError: the reference is no float torch folder, or an artefact does not load or run.
+    """
+    if reference not in folders:
+        raise ArtifactError(f"expected the reference among {list(folders)}, found '{reference}'; add it to the folders")
+    forms: dict[str, Form] = {label: folder_form(folder) for label, folder in folders.items()}
+    if forms[reference] != "torch":
+        raise ArtifactError(
+            f"expected a torch folder in float32 as reference, found '{reference}' of form {forms[reference]}; "
+            "name the step that everything is compared with"
+        )
+    threads = config.threads if config.threads is not None else available_cores()
+    before = load_average()
+    times: dict[str, dict[int, list[float]]] = {label: {size: [] for size in config.batch_sizes} for label in folders}
+    tokens: dict[str, int] = {}
+    with TemporaryDirectory() as scratch, ExitStack() as stack:
+        workers: dict[str, _Worker] = {}
+        for index, (label, folder) in enumerate(folders.items()):
+            place = Path(scratch) / str(index)
+            place.mkdir()
+            inputs = real_inputs(folder, samples, config.tokens, max(config.batch_sizes))
+            first = inputs.get("input_ids")
+            tokens[label] = 0 if first is None else int(first.shape[1])
+            batches = {}
+            for size in config.batch_sizes:
+                batches[str(size)] = str(place / f"{size}.npz")
+                save_arrays(Path(batches[str(size)]), {name: array[:size] for name, array in inputs.items()})
+            worker = _Worker(label, folder, forms[label], threads, batches, place, timeout)
+            workers[label] = stack.enter_context(worker)
+        for worker in workers.values():
+            worker.wait_until_ready()
+        for size in config.batch_sizes:
+            for worker in workers.values():
+                worker.time(size, max(config.warmup, 1))
+            _take_turns(workers, size, config.repetitions, times)
+        peaks = {label: worker.peak_mb() for label, worker in workers.items()}
+    latency = {
+        label: [_row(times[label][size], times[reference][size], size, tokens[label]) for size in config.batch_sizes]
+        for label in folders
+    }
+    minimum = {label: {row.batch_size: row.minimum_ms for row in rows} for label, rows in latency.items()}
+    middle = {label: {row.batch_size: row.median_ms for row in rows} for label, rows in latency.items()}
+    costs = {label: _cost(folder, forms[label]) for label, folder in folders.items()}
+    after = load_average()
+    return BenchmarkResult(
+        latency=latency,
+        peak_memory_mb=peaks,
+        conditions={
+            "reference": reference,
+            "tokens": max(tokens.values()),
+            "batch_sizes": list(config.batch_sizes),
+            "repetitions": config.repetitions,
+            "warmup": config.warmup,
+            "threads": threads,
+            "cores": available_cores(),
+            "instructions": processor_instructions(),
+            "load_before": before,
+            "load_after": after,
+            "order": "one process for each artefact, taking turns, one timed call a turn",
+            "timed": "model inputs in memory to the logits of all tasks in memory; tokenization is not included",
+            "suspicious": contradictions(minimum, middle, costs),
+        },
+    )
+
+
+def real_inputs(folder: Path, samples: Sequence[Any], tokens: int, rows: int) -> dict[str, np.ndarray]:
+    """Model inputs made of real data, without padding, as this artefact's own processor makes them.
+
+    Args:
+        folder: a saved artefact.
+        samples: texts, lists of words, pairs of texts or images.
+        tokens: wanted length.
+        rows: wanted rows; samples are used again when there are fewer.
+
+    Returns:
+        `input_ids`, `attention_mask` ... of shape (rows, tokens), or `pixel_values`.
+    """
+    form = folder_form(folder)
+    processor = load_processor(next(iter(task_folders(folder).values())) if form == "vanilla" else folder)
+    chosen = [samples[index % len(samples)] for index in range(rows)]
+    if "pixel_values" in processor.model_input_names:
+        pictures = [image.convert("RGB") for image in chosen]
+        return {"pixel_values": np.stack(processor(pictures, return_tensors="np")["pixel_values"])}
+    if form == "onnx":
+        limit = read_onnx_settings(folder).preprocessing.get("max_length")
+    elif form == "vanilla":
+        limit = None
+    else:
+        limit = (read_config(folder).get("preprocessing") or {}).get("main", {}).get("max_length")
+    length = min(tokens, max_length_of(processor, limit))
+    texts = []
+    for sample in chosen:
+        text = sample if isinstance(sample, str) else " ".join(sample)
+        # A word is at least one token in every vocabulary, so this is always long enough.
+        texts.append(" ".join([text or "text"] * length))
+    encoded = processor(texts, truncation=True, max_length=length, return_tensors="np")
+    return {name: np.asarray(array) for name, array in encoded.items()}
+
+
+def contradictions(
+    minimum: Mapping[str, Mapping[int, float]],
+    middle: Mapping[str, Mapping[int, float]],
+    costs: Mapping[str, tuple[str, int | None]],
+) -> list[str]:
+    """Figures that cannot all be true: a sign that something else ran on the machine.
+
+    Args:
+        minimum: smallest times by label and batch size.
+        middle: medians by label and batch size.
+        costs: by label: a group of artefacts that run the same kernels, and the encoder's parameters without
+            embeddings, None where unknown.
+
+    Returns:
+        One sentence each. Within a group, with k times the parameters a call cannot be faster than the smaller model's
+        nor more than k times slower, with half as much again for leeway. A median of three times the minimum is noise.
+    """
+    notes = []
+    for label, rows in minimum.items():
+        for size, value in rows.items():
+            if middle[label][size] > 3 * value:
+                notes.append(
+                    f"{label}, batch {size}: the median ({middle[label][size]:.1f} ms) is more than three times the "
+                    f"minimum ({value:.1f} ms)"
+                )
+    labels = list(minimum)
+    for small in labels:
+        for large in labels:
+            (group, few), (other, many) = costs[small], costs[large]
+            if group != other or few is None or many is None or not few < many:
+                continue
+            for size in minimum[small]:
+                fast, slow = minimum[small][size], minimum[large][size]
+                if fast > 1.5 * slow:
+                    notes.append(
+                        f"batch {size}: {small} ({fast:.1f} ms) is slower than {large} ({slow:.1f} ms), which has "
+                        f"{many / few:.1f} times its parameters"
+                    )
+                elif slow > 1.5 * fast * many / few:
+                    notes.append(
+                        f"batch {size}: {small} ({fast:.1f} ms) is {slow / fast:.1f} times as fast as {large} "
+                        f"({slow:.1f} ms), which has only {many / few:.1f} times its parameters"
+                    )
+    return notes
+
+
+def processor_instructions() -> list[str]:
+    """Instruction sets of this processor that matter for speed; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    flags = next(
+        (line.split(":", 1)[1].split() for line in text.splitlines() if line.lower().startswith(("flags", "features"))),
+        [],
+    )
+    return [name for name in _INSTRUCTIONS if name in flags]
+
+
+# ---- size ----
+
+
+def measure_size(folder: Path) -> SizeRecord:
+    """Bytes on disk and parameters of a saved artefact of any form.
+
+    Weights and graph are counted apart from the tokenizer (or image processor); configs and cards are not counted. A
+    folder of plain folders is counted whole: every task holds an encoder of its own.
+
+    Raises:
+        ArtifactError: the folder holds no artefact.
+    """
+    form = folder_form(folder)
+    if form == "onnx":
+        settings = read_onnx_settings(folder)
+        parts, embedding_bytes = [settings.parameters], settings.embedding_bytes
+        weights = (folder / ONNX_MODEL).stat().st_size
+        places = [folder]
+    else:
+        places = list(task_folders(folder).values()) if form == "vanilla" else [folder]
+        models = [_empty_model(place) for place in places]
+        parts = [count_parameters(model) for model in models]
+        tables = [_table_bytes(place, model) for place, model in zip(places, models, strict=True)]
+        known = [size for size in tables if size is not None]
+        embedding_bytes = sum(known) if known and len(known) == len(tables) else None
+        weights = sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
+    processor = {file for place in places for pattern in _PROCESSOR_FILES for file in place.glob(pattern)}
+    encoder, embedding, head = (sum(part[name] for part in parts) for name in ("encoder", "embedding", "head"))
+    return SizeRecord(
+        weights_bytes=weights,
+        tokenizer_bytes=sum(file.stat().st_size for file in processor),
+        embedding_bytes=embedding_bytes,
+        parameters=encoder + head,
+        encoder_parameters=encoder,
+        embedding_parameters=embedding or None,
+        head_parameters=head,
+    )
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers of parameters by part: `encoder` (with `embedding`, the word embeddings, inside) and `head`."""
+    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [model.base_model]
+    encoder = sum(parameter.numel() for part in encoders for parameter in part.parameters())
+    tables = [table for part in encoders if (table := _table(part)) is not None]
+    return {
+        "encoder": encoder,
+        "embedding": sum(table.weight.numel() for table in tables),
+        "head": sum(parameter.numel() for parameter in model.parameters()) - encoder,
+    }
+
+
+def _table(encoder: torch.nn.Module) -> torch.nn.Embedding | None:
+    """The word embeddings; None for images, whose input layer is a convolution."""
+    assert isinstance(encoder, PreTrainedModel)
+    try:
+        table = encoder.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, torch.nn.Embedding) else None
+
+
+def _empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder without weights, in the shapes that it has in float precision."""
+    register()
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        if isinstance(config, MultiTaskConfig):
+            return MultiTaskModel(config)
+        stock = stock_class(stock_task("task", config, folder), config)
+        if stock is None:
+            raise ArtifactError(f"expected a stock model in {folder}, found model type '{config.model_type}'")
+        mark = read_mark(config)
+        model = stock._from_config(config)
+        if mark is not None and mark.structure is not None:
+            encoder = model.base_model
+            assert isinstance(encoder, PreTrainedModel)
+            apply_structure(encoder, mark.structure)
+        return model
+
+
+def _table_bytes(folder: Path, model: PreTrainedModel) -> int | None:
+    """Bytes of the word embeddings in the weight files, None where there are none or they cannot be told."""
+    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [model.base_model]
+    tables = [table for part in encoders if (table := _table(part)) is not None]
+    names = {name for name, value in model.named_parameters() for table in tables if value is table.weight}
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in names & set(tensors.keys()):
+                part = tensors.get_slice(name)
+                total += int(np.prod(part.get_shape())) * _SAFETENSORS_BYTES[part.get_dtype()]
+    return total or None
+
+
+# ---- time ----
+
+
+class _Worker:
+    """The process of one artefact, seen from here; ended by its own handle, whatever happens."""
+
+    def __init__(
+        self,
+        label: str,
+        folder: Path,
+        form: Form,
+        threads: int,
+        batches: Mapping[str, str],
+        place: Path,
+        timeout: float,
+    ) -> None:
+        self.label = label
+        self._timeout = timeout
+        self._last_ms: dict[int, float] = {}
+        settings = place / "settings.json"
+        values = {"folder": str(folder.resolve()), "form": form, "threads": threads, "batches": dict(batches)}
+        settings.write_text(json.dumps(values), encoding="utf-8")
+        self._errors = (place / "stderr.txt").open("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            # -P: the folder of the script is not searched for modules.
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=child_environment(threads),
+            cwd=place,
+        )
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            _close(stream)
+
+    def wait_until_ready(self) -> None:
+        self._read()
+
+    def time(self, batch_size: int, calls: int) -> list[float]:
+        """Milliseconds of each call."""
+        times = self._ask({"do": "time", "batch": str(batch_size), "calls": calls})["ms"]
+        self._last_ms[batch_size] = times[-1]
+        return times
+
+    def timed_turn(self, batch_size: int) -> float:
+        """Milliseconds of one call; a short one is called once before, untimed."""
+        settle = self._last_ms.get(batch_size, 0.0) < _SETTLE_BELOW_MS
+        return self.time(batch_size, 2 if settle else 1)[-1]
+
+    def peak_mb(self) -> float | None:
+        return self._ask({"do": "peak"})["mb"]
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:  # the process has ended
+            raise self._failure("ended") from error
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        watchdog = threading.Timer(self._timeout, self._process.kill)
+        watchdog.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            late = not watchdog.is_alive()
+            watchdog.cancel()
+        if not line:
+            raise self._failure(f"gave no answer within {self._timeout:.0f} s" if late else "ended")
+        return json.loads(line)
+
+    def _failure(self, what: str) -> ArtifactError:
+        self._process.wait()
+        self._errors.seek(0)
+        last = "\n".join(self._errors.read().strip().splitlines()[-3:])
+        return ArtifactError(f"expected '{self.label}' to load and answer, but its process {what}:\n{last}")
+
+
+def _take_turns(
+    workers: Mapping[str, _Worker], size: int, repetitions: int, times: dict[str, dict[int, list[float]]]
+) -> None:
+    labels = list(workers)
+    for repetition in range(repetitions):
+        # Another one begins each time, so that nobody always follows the same neighbour.
+        start = repetition % len(labels)
+        for label in labels[start:] + labels[:start]:
+            time.sleep(_PAUSE_SECONDS)
+            times[label][size].append(workers[label].timed_turn(size))
+
+
+def _row(times: Sequence[float], reference: Sequence[float], size: int, tokens: int) -> LatencyRecord:
+    return LatencyRecord(
+        batch_size=size,
+        tokens=tokens,
+        minimum_ms=min(times),
+        median_ms=median(times),
+        ratio_minimum=min(times) / min(reference),
+        ratio_median=median(times) / median(reference),
+        repetitions=len(times),
+    )
+
+
+def _cost(folder: Path, form: Form) -> tuple[str, int | None]:
+    """The group of artefacts that run the same kernels, and the parameters that a call multiplies with."""
+    size = measure_size(folder)
+    precision = read_onnx_settings(folder).precision if form == "onnx" else ""
+    if size.encoder_parameters is None:
+        return f"{form} {precision}", None
+    return f"{form} {precision}", size.encoder_parameters - (size.embedding_parameters or 0)
+
+
+def _close(stream: IO[str] | None) -> None:
+    if stream is None:
+        return
+    with suppress(OSError):  # a broken pipe: the process has ended
+        stream.close()

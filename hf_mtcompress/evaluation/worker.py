@@ -1,0 +1,92 @@
+"""One artefact in a process of its own, timed on request. Run as a script, by its path; started by `benchmark`.
+
+    python worker.py settings.json
+
+`settings.json` holds `folder`, `form`, `threads` and `batches` (name -> .npz file of model inputs). Requests and
+answers are JSON, one a line, on standard input and output:
+
+    {"do": "time", "batch": "1", "calls": 1}  ->  {"ms": [12.5]}
+    {"do": "peak"}                            ->  {"mb": 310.2}
+
+A first line `{"ready": true}` says that the artefact is loaded. An ONNX folder is run without importing torch or this
+package, so that its peak memory is that of ONNX Runtime.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def load(folder: Path, form: str, threads: int) -> Call:
+    """The artefact as a function from arrays of model inputs to arrays of logits."""
+    if form == "onnx":
+        # By its path: importing it by name would import this package, and with it torch.
+        path = Path(__file__).resolve().parents[1] / "inference" / "onnx_session.py"
+        spec = importlib.util.spec_from_file_location("onnx_session", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        session = module.open_session(folder / "model.onnx", threads)
+        return lambda batch: module.run_session(session, batch)
+    import torch
+
+    from hf_mtcompress.inference.runtimes import open_runtime
+
+    torch.set_num_interop_threads(1)
+    return open_runtime(folder, threads).logits
+
+
+def peak_mb() -> float | None:
+    """Largest resident memory of this process so far, in 10**6 bytes; None where the system does not tell."""
+    try:
+        # Not getrusage: on Linux that starts with the memory of the process that started this one.
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return None
+
+
+def main(settings_path: str) -> None:
+    """Serve requests until standard input ends."""
+    # Libraries may print; the answers keep a channel of their own.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(values: dict[str, Any]) -> None:
+        channel.write(json.dumps(values) + "\n")
+
+    settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
+    batches = {name: dict(np.load(path)) for name, path in settings["batches"].items()}
+    call = load(Path(settings["folder"]), settings["form"], settings["threads"])
+    answer({"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "time":
+            times = []
+            for _ in range(request["calls"]):
+                begin = time.perf_counter()
+                call(batches[request["batch"]])
+                times.append((time.perf_counter() - begin) * 1000)
+            answer({"ms": times})
+        elif request["do"] == "peak":
+            answer({"mb": peak_mb()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

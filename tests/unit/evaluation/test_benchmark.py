@@ -1,0 +1,181 @@
+"""Sizes are counted to the byte; artefacts take turns in processes of their own; contradictions are named."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_mtcompress.artifacts import ONNX_MODEL
+from hf_mtcompress.config import BenchmarkConfig
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.evaluation import benchmark as module
+from hf_mtcompress.evaluation.benchmark import (
+    benchmark,
+    contradictions,
+    count_parameters,
+    measure_size,
+    real_inputs,
+)
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.surgery import cut, describe_structure
+from tests.tiny import tiny_image_rows
+from tests.unit.inference.artefacts import saved_images, saved_text
+
+CONFIG = BenchmarkConfig(tokens=16, batch_sizes=(1, 3), repetitions=4, warmup=1, threads=1)
+LONG = ["the very happy fox sleeps in the old barn"]
+
+
+def test_artefacts_take_turns(monkeypatch: pytest.MonkeyPatch):
+    """Timing one artefact after the other would blame whichever ran while the machine was busy."""
+    saved = saved_text()
+    turns: list[tuple[str, int]] = []
+    timed = module._Worker.timed_turn
+
+    def noted(self: module._Worker, batch_size: int) -> float:
+        turns.append((self.label, batch_size))
+        return timed(self, batch_size)
+
+    monkeypatch.setattr(module._Worker, "timed_turn", noted)
+    folders = {"teacher": saved.folders["torch"], "int8": saved.folders["int8"]}
+    result = benchmark(folders, reference="teacher", config=CONFIG, samples=LONG)
+    forward, backward = ["teacher", "int8"], ["int8", "teacher"]
+    assert [label for label, size in turns if size == 1] == forward + backward + forward + backward
+    assert [size for _, size in turns] == [1] * 8 + [3] * 8
+    for label in folders:
+        assert [(row.batch_size, row.tokens, row.repetitions) for row in result.latency[label]] == [
+            (1, 16, 4),
+            (3, 16, 4),
+        ]
+        assert all(0 < row.minimum_ms <= row.median_ms for row in result.latency[label])
+        assert (result.peak_memory_mb[label] or 0) > 10
+    assert [row.ratio_minimum for row in result.latency["teacher"]] == [1.0, 1.0]
+    small, large = result.latency["int8"][0], result.latency["teacher"][0]
+    assert small.ratio_minimum == pytest.approx(small.minimum_ms / large.minimum_ms)
+    # The process of an ONNX artefact does not load torch, which alone takes more than this.
+    assert (result.peak_memory_mb["int8"] or 0) < 0.6 * (result.peak_memory_mb["teacher"] or 0)
+    assert result.conditions["threads"] == 1
+    assert result.conditions["tokens"] == 16
+    json.dumps(result.conditions)
+
+
+def test_no_process_outlives_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A worker left behind would disturb every later measurement."""
+    started: list[module._Worker] = []
+    begin = module._Worker.__enter__
+
+    def noted(self: module._Worker) -> module._Worker:
+        started.append(self)
+        return begin(self)
+
+    monkeypatch.setattr(module._Worker, "__enter__", noted)
+    saved = saved_text()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in saved.folders["onnx"].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / ONNX_MODEL).write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="expected 'broken' to load and answer, but its process ended"):
+        benchmark(
+            {"teacher": saved.folders["torch"], "broken": broken}, reference="teacher", config=CONFIG, samples=LONG
+        )
+    assert len(started) == 2
+    for worker in started:
+        assert worker._process.returncode is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker._process.pid, 0)
+
+
+def test_a_worker_that_hangs_is_ended():
+    """A benchmark that waits for ever is worse than one that fails."""
+    begin = time.monotonic()
+    with pytest.raises(ArtifactError, match="no answer within 0 s"):
+        benchmark(
+            {"teacher": saved_text().folders["torch"]}, reference="teacher", config=CONFIG, samples=LONG, timeout=0.2
+        )
+    assert time.monotonic() - begin < 30
+
+
+def test_the_reference_must_be_float_torch():
+    """Ratios to an artefact that is already fast would make everything look slow."""
+    saved = saved_text()
+    with pytest.raises(ArtifactError, match="found 'onnx' of form onnx"):
+        benchmark({"onnx": saved.folders["onnx"]}, reference="onnx", config=CONFIG, samples=LONG)
+    with pytest.raises(ArtifactError, match="found 'teacher'"):
+        benchmark({"onnx": saved.folders["onnx"]}, reference="teacher", config=CONFIG, samples=LONG)
+
+
+@pytest.mark.parametrize("form", ["torch", "vanilla", "onnx"])
+def test_inputs_are_full_of_real_tokens(form: str):
+    """Padding is cheaper than tokens in some runtimes, and a short text would time less than is claimed."""
+    inputs = real_inputs(saved_text().folders[form], [*LONG, ["the", "owl"], ("a fox", "an owl"), ""], 16, 6)
+    assert inputs["input_ids"].shape == (6, 16)
+    assert inputs["attention_mask"].all()
+    assert (inputs["input_ids"] == 1).sum() == 0
+    too_long = real_inputs(saved_text().folders[form], LONG, 1000, 1)
+    assert too_long["input_ids"].shape[1] == (64 if form == "vanilla" else 24)
+    pictures = list(tiny_image_rows(2)["image"])
+    assert real_inputs(saved_images().folders[form], pictures, 16, 3)["pixel_values"].shape == (3, 3, 32, 32)
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx", "int8"])
+def test_size_of_one_folder(form: str):
+    """Tokenizer bytes in the weights, or embeddings counted as compressed, would shift every claim about size."""
+    saved = saved_text()
+    size = measure_size(saved.folders[form])
+    files = {file.name: file.stat().st_size for file in saved.folders[form].iterdir()}
+    assert size.weights_bytes == files["model.safetensors" if form == "torch" else ONNX_MODEL]
+    assert size.tokenizer_bytes == sum(count for name, count in files.items() if name.startswith("tokenizer"))
+    assert size.parameters == sum(parameter.numel() for parameter in saved.model.parameters())
+    assert size.embedding_parameters == 160 * 32
+    assert size.embedding_bytes == 160 * 32 * (1 if form == "int8" else 4)
+    assert size.encoder_parameters is not None
+    assert size.head_parameters is not None
+    assert size.encoder_parameters + size.head_parameters == size.parameters
+
+
+def test_size_of_plain_folders_is_their_sum():
+    """Four tasks are four encoders on disk; the size of one of them would be a false promise."""
+    saved = saved_text()
+    size = measure_size(saved.folders["vanilla"])
+    assert size.weights_bytes == sum(file.stat().st_size for file in saved.folders["vanilla"].rglob("*.safetensors"))
+    assert size.parameters == sum(model.num_parameters() for model in map(saved.model.to_stock, saved.model.tasks))
+    assert size.embedding_bytes == 4 * 160 * 32 * 4
+
+
+def test_size_of_images_and_of_uneven_shapes(tmp_path: Path):
+    """Images have no word embeddings; a cut model must not be counted in the shape of its config."""
+    size = measure_size(saved_images().folders["torch"])
+    assert (size.embedding_bytes, size.embedding_parameters) == (None, None)
+    saved = saved_text()
+    model = MultiTaskModel.from_pretrained(saved.folders["torch"])
+    cut(model.encoder, heads={0: [0, 2]}, feed_forward={1: list(range(40))})
+    model.config.structure = {"main": describe_structure(model.encoder)}
+    model.save_pretrained(tmp_path / "cut")
+    saved.processor.save_pretrained(tmp_path / "cut")
+    model.export_task("mood", tmp_path / "plain" / "mood", saved.processor)
+    assert measure_size(tmp_path / "cut").parameters == model.num_parameters()
+    assert measure_size(tmp_path / "plain").parameters == model.to_stock("mood").num_parameters()
+    parts = count_parameters(model)
+    assert parts["encoder"] + parts["head"] == model.num_parameters()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="found nothing"):
+        measure_size(tmp_path / "empty")
+
+
+def test_contradictions():
+    """A figure that cannot be true is worse in a card than none."""
+    costs = {"six": ("torch ", 600), "three": ("torch ", 300), "int8": ("onnx int8", 300), "unknown": ("torch ", None)}
+
+    def notes(**times: float) -> list[str]:
+        rows = {label: {1: value} for label, value in times.items()}
+        return contradictions(rows, rows, costs)
+
+    assert notes(six=20.0, three=10.0, int8=1.0, unknown=99.0) == []
+    assert notes(six=29.0, three=10.0) == []
+    assert "3.1 times as fast as six" in notes(six=31.0, three=10.0)[0]
+    assert "three (16.0 ms) is slower than six (10.0 ms)" in notes(six=10.0, three=16.0)[0]
+    assert notes(int8=1.0, unknown=2.0) == []
+    noisy = contradictions({"six": {1: 1.0}}, {"six": {1: 3.5}}, costs)
+    assert "more than three times the minimum" in noisy[0]
