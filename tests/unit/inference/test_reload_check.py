@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.surgery import cut, describe_structure
 from tests.unit.inference.artefacts import Saved, saved_images, saved_text
 
 
@@ -35,6 +39,28 @@ def tampered(source: Path, folder: Path, key_part: str) -> Path:
     return folder
 
 
+def cut_model(saved: Saved, root: Path) -> Saved:
+    """The same model with layers of unequal shape, which plain transformers cannot build."""
+    model = MultiTaskModel.from_pretrained(saved.folders["torch"]).eval()
+    cut(model.encoder, heads={0: [0, 2]}, feed_forward={1: list(range(40))})
+    model.config.structure = {"main": describe_structure(model.encoder)}
+    folders = {"torch": root / "torch", "vanilla": root / "vanilla"}
+    model.save_pretrained(folders["torch"])
+    saved.processor.save_pretrained(folders["torch"])
+    for name in model.tasks:
+        model.export_task(name, folders["vanilla"] / name, saved.processor)
+    return replace(saved, model=model, folders=folders)
+
+
+def few_bits(saved: Saved, folder: Path) -> Saved:
+    """The same model with 8-bit weights."""
+    model = quantize_bitsandbytes(saved.model, 8)
+    assert isinstance(model, MultiTaskModel)
+    model.save_pretrained(folder)
+    saved.processor.save_pretrained(folder)
+    return replace(saved, model=model.eval(), folders={"bitsandbytes": folder})
+
+
 def test_every_form_reloads_and_tampering_is_caught(tmp_path: Path):
     """One process for all folders: a result that lands at the wrong folder would pass a broken one."""
     text, images = saved_text(), saved_images()
@@ -49,6 +75,7 @@ def test_every_form_reloads_and_tampering_is_caught(tmp_path: Path):
     short = tmp_path / "short"
     shutil.copytree(text.folders["vanilla"], short)
     (short / "tags" / "model.safetensors").unlink()
+    uneven, eight = cut_model(text, tmp_path / "cut"), few_bits(text, tmp_path / "eight")
     results = check_reload(
         [
             check(text, text.folders["torch"]),
@@ -61,9 +88,12 @@ def test_every_form_reloads_and_tampering_is_caught(tmp_path: Path):
             check(text, text.folders["int8"], 1e-6),
             check(text, short, samples=False),
             check(text, relabelled, samples=False),
+            check(uneven, uneven.folders["torch"]),
+            check(uneven, uneven.folders["vanilla"]),
+            check(eight, eight.folders["bitsandbytes"]),
         ]
     )
-    assert [result["passed"] for result in results] == [True] * 5 + [False] * 5, results
+    assert [result["passed"] for result in results] == [True] * 5 + [False] * 5 + [True] * 3, results
     for result, how in zip(
         results, ["AutoModel", "without hf_mtcompress", "ONNX", "AutoModel", "without"], strict=False
     ):
@@ -76,6 +106,8 @@ def test_every_form_reloads_and_tampering_is_caught(tmp_path: Path):
     assert results[8]["max_difference"] is None
     assert results[8]["problems"][0].startswith("tags: OSError")
     assert "in this order" in results[9]["problems"][0]
+    assert [result["max_difference"] for result in results[10:]] == [0.0] * 3
+    assert "without" not in results[11]["how"]
 
 
 def test_a_process_that_dies_is_an_error(tmp_path: Path):
