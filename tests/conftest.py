@@ -44,7 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
         TOKENIZERS_PARALLELISM="false",
         OMP_NUM_THREADS=str(config.getoption("--threads")),
         MPLBACKEND="Agg",
-        CUDA_VISIBLE_DEVICES="" if "not gpu" in config.getoption("-m") else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+        CUDA_VISIBLE_DEVICES=""
+        if "not gpu" in str(config.getoption("-m"))
+        else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
     )
 
 

@@ -1,7 +1,9 @@
 """The floors of the house hold, in the text of the code and when it runs."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,15 @@ sys.modules.update(hf_mtcompress=package, torch=None, transformers=None)
 import hf_mtcompress.{name}
 """
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+
+
+def test_contributors_read_the_floors_that_are_checked():
+    """Written down twice, so compared."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    checked = [re.sub(r"[()]", "", floor) for floor in settings["contracts"][0]["layers"]]
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.search(r"```\n(cli > .*?)\n```", text, re.DOTALL)
+    assert shown is not None
+    assert [" ".join(floor.split()) for floor in shown[1].split(">")] == [
+        floor for floor in checked if floor != "__main__"
+    ]
