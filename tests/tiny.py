@@ -178,15 +178,15 @@ def tiny_inputs(family: str, batch: int = 3, length: int = 9, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     if family in IMAGE_FAMILIES:
         return {"pixel_values": torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)}
-    tokenizer = tiny_tokenizer(family)
-    input_ids = torch.randint(5, len(tokenizer), (batch, length), generator=generator)
+    # Ids below 5 are special: 1 padding, 2 start, 3 end.
+    input_ids = torch.randint(5, len(tiny_tokenizer()), (batch, length), generator=generator)
     attention_mask = torch.ones(batch, length, dtype=torch.long)
-    input_ids[:, 0] = tokenizer.cls_token_id
+    input_ids[:, 0] = 2
     for row in range(batch):
         # The first row is full; every further one is two tokens shorter, down to three.
         end = max(length - 2 * row, min(3, length))
-        input_ids[row, end - 1] = tokenizer.sep_token_id
-        input_ids[row, end:] = tokenizer.pad_token_id
+        input_ids[row, end - 1] = 3
+        input_ids[row, end:] = 1
         attention_mask[row, end:] = 0
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if family in _WITH_TOKEN_TYPES:

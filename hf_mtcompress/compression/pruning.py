@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_mtcompress.compression.importance import Scores, add, combine, first_order, gated, magnitude
 from hf_mtcompress.compression.selection import check_fraction, select_heads, select_layers, select_neurons
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
-from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, describe_structure, is_vanilla, keep_layers
 
@@ -80,11 +80,12 @@ def prune(
     start = time.monotonic()
     check_fraction("heads", heads)
     check_fraction("feed_forward", feed_forward)
-    encoder = model.encoder if isinstance(model, MultiTaskModel) else model.base_model
+    encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
         raise ValueError(f"layers: expected 0 to {count - 1} layers to remove from {count}, found {layers}")
-    data = [{key: value.to(encoder.device) for key, value in batch.items()} for batch in batches]
+    device = next(encoder.parameters()).device
+    data = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     if importance == "first_order":
         _check_labels(model, data)
     before, parameters_before = describe_structure(encoder), _count(model)

@@ -14,25 +14,24 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
-from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.marking import StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.structured import keep_exact
 
 logger = logging.getLogger(__name__)
 
-_ROWS = {8: 1, 4: 32}
-_COLUMNS = {8: 1, 4: 64}
-"""What the kernels of plain transformers and bitsandbytes need the sizes of a layer to be multiples of."""
+_BFLOAT16_BLOCK = (32, 64)
+"""Rows and columns that the bfloat16 kernel for 4 bits works on; two weights share a byte otherwise."""
 
 
 def quantize_bitsandbytes(model: PreTrainedModel, bits: Literal[8, 4]) -> PreTrainedModel:
     """A copy of `model` with the linear layers of its encoder in 8 bits (LLM.int8) or 4 bits (NF4).
 
     The copy computes in float32 around those layers. `save_pretrained` writes it; `from_pretrained` gives it back
-    bit-equal, with two things to know about 4 bits in a stock model that plain transformers can load: opened without
-    this package's help, a processor with AVX512-BF16 computes it in bfloat16 (logits of MiniLM then differ by 3e-4), and
-    layers whose sizes that kernel cannot take stay float.
+    bit-equal. The one exception are 4 bits in a stock model that plain transformers loads by itself: opened so, a
+    processor with AVX512-BF16 computes it in bfloat16 (logits of MiniLM then differ by 3e-4), and layers of sizes that
+    this kernel cannot take stay float.
 
     Args:
         model: a `MultiTaskModel` or a stock model, with float weights.
@@ -80,28 +79,29 @@ def quantize_bitsandbytes(model: PreTrainedModel, bits: Literal[8, 4]) -> PreTra
 
 def _skipped(model: PreTrainedModel, bits: int, *, exact: bool) -> list[str]:
     """Names of the linear layers that stay float: those outside of the stack, and those of sizes that do not fit."""
-    encoders = model.encoders.values() if isinstance(model, MultiTaskModel) else [model.base_model]
+    encoders = model.encoders.values() if isinstance(model, MultiTaskModel) else [encoder_of(model)]
     inside: set[nn.Module] = set()
     for encoder in encoders:
         assert isinstance(encoder, PreTrainedModel)
         inside |= set(find_anatomy(encoder).stack.modules())
+    rows, columns = (1, 1) if bits == 8 else (1, 2) if exact else _BFLOAT16_BLOCK
+    # With a single column, torch's product of 8-bit matrices (2.13, CPU) is wrong.
+    fewest = 2
     skipped, odd = [], []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if module not in inside:
             skipped.append(name)
-        elif module.out_features % (2 if exact else _ROWS[bits]) or module.in_features % (
-            2 if exact else _COLUMNS[bits]
-        ):
+        elif module.out_features % rows or module.in_features % columns or module.in_features < fewest:
             odd.append(name)
     if odd:
         logger.warning(
-            "%d of the encoder's linear layers stay float: %d-bit kernels need %d x %d blocks, such as '%s' does not have",
+            "%d linear layers stay float, such as '%s': %d bits need multiples of %d rows and %d columns (2 at least)",
             len(odd),
-            bits,
-            _ROWS[bits],
-            _COLUMNS[bits],
             odd[0],
+            bits,
+            rows,
+            columns,
         )
     return skipped + odd

@@ -81,6 +81,13 @@ class Anatomy:
     """Heads of a bias table that all layers share (MPNet), else None."""
 
 
+def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of a stock model with a head; an encoder itself."""
+    encoder = model.base_model
+    assert isinstance(encoder, PreTrainedModel)
+    return encoder
+
+
 def find_anatomy(encoder: PreTrainedModel) -> Anatomy:
     """Find layers, attention and feed-forward parts of `encoder`, whatever was cut before.
 
@@ -100,6 +107,8 @@ def find_anatomy(encoder: PreTrainedModel) -> Anatomy:
         )
         for name, layer in ((f"{stack_name}.{index}", layer) for index, layer in enumerate(stack))
     ]
+    for layer in layers:
+        _refuse_other_parameters(encoder, layer, hidden_size)
     _refuse_shared_weights(encoder, layers)
     embedding_name, embedding = _find_word_embedding(encoder)
     return Anatomy(
@@ -181,18 +190,17 @@ def _find_attention(encoder: nn.Module, name: str, layer: nn.Module, hidden_size
         and output.out_features == hidden_size
         and remainder == 0
         and len(around) <= 1
-        and (isinstance(core, EmptyAttention) or bool(projections) and len(projections) != 2)
+        and (isinstance(core, EmptyAttention) or len(projections) not in (0, 2))
         and all(shape_of[child] == (hidden_size, blocks * heads * head_size) for child in projections)
     )
     if not fits:
         raise _unsupported(
             encoder,
-            f"in '{name}.{path}' query, key and value from {hidden_size} to heads of {head_size}, or one fused layer of "
-            f"three times that, and one output projection back to {hidden_size}",
+            f"in '{name}.{path}' query, key and value from {hidden_size} to heads of {head_size}, or one fused layer "
+            f"of three times that, and one output projection back to {hidden_size}",
             f"linear layers {shape_of}",
         )
     assert isinstance(output, nn.Linear | Constant)
-    _refuse_other_parameters(encoder, f"{name}.{path}", core, head_size)
     selections = [hook for hook in core._forward_pre_hooks.values() if isinstance(hook, SelectHeads)]
     return Attention(
         name=f"{name}.{path}",
@@ -254,14 +262,18 @@ def _find_feed_forward(
     )
 
 
-def _refuse_other_parameters(encoder: nn.Module, name: str, core: nn.Module, head_size: int) -> None:
-    """Weights in an attention that are neither projections nor norms within a head would not follow a cut."""
-    known = {f"{path}.{leaf}" for path, linear in _linear_like(core) for leaf, _ in linear.named_parameters()}
-    for path, parameter in core.named_parameters():
-        if path not in known and tuple(parameter.shape) != (head_size,):
+def _refuse_other_parameters(encoder: nn.Module, layer: Layer, hidden_size: int) -> None:
+    """Weights that are neither linear layers nor norms may belong to heads, and would not follow a cut."""
+    core = layer.attention.name.removeprefix(f"{layer.name}.")
+    known = {f"{path}.{leaf}" for path, linear in _linear_like(layer.module) for leaf, _ in linear.named_parameters()}
+    for path, parameter in layer.module.named_parameters():
+        # A norm over all heads together would see other statistics after a cut; one over the hidden state does not.
+        allowed = layer.attention.head_size if path.startswith(f"{core}.") else hidden_size
+        if path not in known and tuple(parameter.shape) != (allowed,):
             raise _unsupported(
                 encoder,
-                f"in '{name}' no weights besides linear layers and norms within a head",
+                f"in '{layer.name}' no weights besides linear layers, norms within a head and norms of the hidden "
+                "state",
                 f"'{path}' of shape {tuple(parameter.shape)}",
             )
 

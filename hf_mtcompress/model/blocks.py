@@ -14,10 +14,11 @@ class Constant(nn.Module):
         bias: of shape (out_features,), or None for zeros.
     """
 
-    def __init__(self, out_features: int, bias: nn.Parameter | None):
+    def __init__(self, out_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features = 0
         self.out_features = out_features
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     @property
@@ -28,7 +29,11 @@ class Constant(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(..., any width) to (..., out_features)."""
         shape = (*features.shape[:-1], self.out_features)
-        return features.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+        constant = features.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+        if torch.is_grad_enabled() and features.requires_grad:
+            # Zero, so that what computed the input takes part in the backward pass: DDP waits for every weight.
+            constant = constant + features[..., :0].sum()
+        return constant
 
     def extra_repr(self) -> str:
         return f"out_features={self.out_features}, bias={self.bias is not None}"
@@ -37,7 +42,7 @@ class Constant(nn.Module):
 class NoFeatures(nn.Module):
     """A linear layer all of whose outputs were cut."""
 
-    def __init__(self, in_features: int):
+    def __init__(self, in_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = 0
@@ -63,7 +68,7 @@ class EmptyAttention(nn.Module):
         output: name and module of the output projection, where the attention holds it.
     """
 
-    def __init__(self, head_size: int, output: tuple[str, Constant] | None):
+    def __init__(self, head_size: int, output: tuple[str, Constant] | None) -> None:
         super().__init__()
         self.head_size = head_size
         self.output_name = None if output is None else output[0]
@@ -87,7 +92,7 @@ class SelectHeads:
         total: heads of the encoder.
     """
 
-    def __init__(self, kept: list[int], total: int):
+    def __init__(self, kept: list[int], total: int) -> None:
         self.kept = kept
         self.total = total
 

@@ -41,7 +41,8 @@ class StructureConfig(QuantizationConfigMixin):
                 "update hf_mtcompress to load this model"
             )
         bits = None if bitsandbytes is None else 8 if bitsandbytes.get("load_in_8bit") else 4
-        self.quant_method = METHODS[bits]
+        # The base class names the type of its own methods, an enumeration; plain names are what registration takes.
+        self.quant_method = METHODS[bits]  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.structure = None if structure is None else dict(structure)
         self.bitsandbytes = None if bitsandbytes is None else dict(bitsandbytes)
@@ -53,7 +54,7 @@ def read_mark(config: PreTrainedConfig) -> StructureConfig | None:
     if isinstance(found, StructureConfig):
         return found
     if isinstance(found, dict) and found.get("quant_method") in METHODS.values():
-        return StructureConfig.from_dict(found)
+        return StructureConfig(**found)
     return None
 
 
@@ -62,4 +63,4 @@ def write_mark(config: PreTrainedConfig, structure: Mapping[str, Any] | None) ->
     if structure is not None:
         config.quantization_config = StructureConfig(structure)
     elif read_mark(config) is not None:
-        del config.quantization_config
+        del config.__dict__["quantization_config"]

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.marking import METHODS, StructureConfig, write_mark
 from hf_mtcompress.model.modeling import align_weights
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
@@ -24,19 +25,19 @@ def mark_structure(model: PreTrainedModel) -> None:
 
     `cut` and `keep_layers` do this by themselves; call it on a model whose config was made in another way.
     """
-    encoder = model.base_model
+    encoder = encoder_of(model)
     write_mark(model.config, None if is_vanilla(encoder) else describe_structure(encoder))
 
 
 def keep_exact(model: nn.Module) -> None:
     """Compute 4-bit layers in the precision of their input on every processor.
 
-    On processors with AVX512-BF16, bitsandbytes 0.50 repacks a layer on its first forward pass in eval mode and computes
-    in bfloat16 from then on. Saving undoes the packing, but with single quantization leaves the scales of the blocks in
-    another order: the file and the model in memory are then both wrong (logits of MiniLM move by 0.05). Without packing
-    what is saved and loaded is bit-equal.
+    On processors with AVX512-BF16, bitsandbytes 0.50 repacks a layer on its first forward pass in eval mode and
+    computes in bfloat16 from then on. Saving undoes the packing, but with single quantization leaves the scales of the
+    blocks in another order: the file and the model in memory are then both wrong (logits of MiniLM move by 0.05).
+    Without packing what is saved and loaded is bit-equal.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -50,7 +51,7 @@ class StructureQuantizer(HfQuantizer):
     quantization_config: StructureConfig
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
-        apply_structure(model.base_model, self.quantization_config.structure)
+        apply_structure(encoder_of(model), self.quantization_config.structure)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # The entry stays in the config, so that saving writes it again; the model itself is an ordinary one.
@@ -59,11 +60,12 @@ class StructureQuantizer(HfQuantizer):
         align_weights(model)
         return model
 
-    def is_serializable(self) -> bool:
+    # The base class annotates neither method, so a checker takes both for returning None.
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
 
@@ -77,7 +79,7 @@ class Structured8BitQuantizer(Bnb8BitHfQuantizer):
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
-        apply_structure(model.base_model, self.structure_config.structure)
+        apply_structure(encoder_of(model), self.structure_config.structure)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -95,7 +97,7 @@ class Structured4BitQuantizer(Bnb4BitHfQuantizer):
         self.structure_config = quantization_config
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
-        apply_structure(model.base_model, self.structure_config.structure)
+        apply_structure(encoder_of(model), self.structure_config.structure)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -8,9 +8,9 @@ Two keys appear only where a family needs them: `bias_heads` (which heads are le
 bias per head) and `template` on the first layer (it is built like that layer of the stock class, for ModernBERT, whose
 first layer lacks a norm, after that first layer was dropped). The number of layers stands in the encoder's config.
 
-What a stock class can express is written to the config too (layers, a uniform feed-forward width, for ViT and DINOv2 a
-uniform number of heads), so that the encoder loads with plain transformers. For other shapes the structure itself is put
-into the config (see `marking.py`), so that a stock model saves it and loads again after `import hf_mtcompress`.
+What a stock class can express is written to the config too (layers, a uniform feed-forward width, for ViT and DINOv2
+a uniform number of heads), so that the encoder loads with plain transformers. For other shapes the structure itself is
+put into the config (see `marking.py`), so that a stock model saves it and loads again after `import hf_mtcompress`.
 """
 
 import copy
@@ -148,7 +148,7 @@ def keep_layers(encoder: PreTrainedModel, indices: Sequence[int]) -> None:
     for module in encoder.modules():
         for attribute in _LAYER_COUNT_ATTRIBUTES:
             if module.__dict__.get(attribute) == count:
-                setattr(module, attribute, len(kept))
+                module.__dict__[attribute] = len(kept)
     for position, index in enumerate(kept):
         _set_layer_index(anatomy.stack[index], position)
     _replace_fields(encoder.config, _config_of_layers(encoder.config, kept))
@@ -171,7 +171,7 @@ def is_vanilla(encoder: PreTrainedModel) -> bool:
 def _set_layer_index(layer: nn.Module, index: int) -> None:
     for module in layer.modules():
         if isinstance(module.__dict__.get("layer_idx"), int):
-            module.layer_idx = index
+            module.__dict__["layer_idx"] = index
 
 
 # ---- cutting one layer ----
@@ -189,8 +189,8 @@ def _cut_heads(encoder: nn.Module, anatomy: Anatomy, layer: Layer, kept: list[in
         leaf = attention.output_name.removeprefix(f"{attention.name}.")
         if inside and "." in leaf:
             raise UnsupportedEncoderError(
-                f"{type(encoder).__name__}: expected the output projection directly in '{attention.name}' to remove all "
-                f"heads, found '{leaf}'; keep one head"
+                f"{type(encoder).__name__}: expected the output projection directly in '{attention.name}' to remove "
+                f"all heads, found '{leaf}'; keep one head"
             )
         encoder.set_submodule(attention.name, EmptyAttention(attention.head_size, (leaf, constant) if inside else None))
         if not inside:
@@ -205,9 +205,9 @@ def _cut_heads(encoder: nn.Module, anatomy: Anatomy, layer: Layer, kept: list[in
     _narrow(attention.output, columns=columns)
     for attribute in _HEAD_COUNT_ATTRIBUTES:
         if attribute in attention.core.__dict__:
-            setattr(attention.core, attribute, len(kept))
+            attention.core.__dict__[attribute] = len(kept)
     if "all_head_size" in attention.core.__dict__:
-        attention.core.all_head_size = len(kept) * size
+        attention.core.__dict__["all_head_size"] = len(kept) * size
 
 
 def _select_heads(core: nn.Module, kept: list[int], total: int) -> None:
@@ -255,8 +255,8 @@ def _refuse_quantized(encoder: nn.Module, anatomy: Anatomy) -> None:
         for name, linear in [*layer.attention.projections.items(), *layer.feed_forward.inputs.items()]:
             if isinstance(linear, nn.Linear) and not linear.weight.is_floating_point():
                 raise UnsupportedEncoderError(
-                    f"{type(encoder).__name__}: expected float weights to cut, found {linear.weight.dtype} in '{name}'; "
-                    "prune first, then quantize"
+                    f"{type(encoder).__name__}: expected float weights to cut, found {linear.weight.dtype} in "
+                    f"'{name}'; prune first, then quantize"
                 )
 
 

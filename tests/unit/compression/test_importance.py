@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from hf_mtcompress.compression.importance import Scores, combine, first_order, gated, magnitude
+from hf_mtcompress.errors import TrainingError
+from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.surgery import keep_layers
+from tests import laws
+from tests.tiny import FAMILIES, tiny_encoder, tiny_inputs
+
+
+def row_losses(encoder, family: str) -> torch.Tensor:
+    weights = torch.linspace(-1, 1, 32, dtype=next(encoder.parameters()).dtype)
+    return (encoder(**inputs_like(encoder, family)).last_hidden_state[:, 0] @ weights).square()
+
+
+def inputs_like(encoder, family: str) -> dict[str, torch.Tensor]:
+    dtype = next(encoder.parameters()).dtype
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tiny_inputs(family).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derivative_of_each_row(family: str) -> None:
+    """A gate on the wrong tensor, or the derivative of the mean instead of each row's, gives numbers all the same."""
+    encoder = tiny_encoder(family).double()
+    anatomy = find_anatomy(encoder)
+    like = next(encoder.parameters())
+    scores = first_order(anatomy, lambda: row_losses(encoder, family).mean(), 3, like)
+    # Not smaller: ModernBERT rotates in float32 whatever its weights are.
+    step = 1e-3
+    places = [("heads", 1, 2, scores.heads[1][2]), ("feed_forward", 2, 7, scores.feed_forward[2][7])]
+    for kind, layer, part, found in [*places, ("layers", 1, 0, scores.layers[1])]:
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad(), gated(anatomy, 3, like.dtype, like.device) as gates:
+                getattr(gates, kind)[layer][:, part] += sign * step
+                moved.append(row_losses(encoder, family))
+        derivative = (moved[0] - moved[1]) / (2 * step)
+        torch.testing.assert_close(found, derivative.square().mean(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_closed_layer_gate_is_a_dropped_layer(family: str) -> None:
+    """The layer's gate must cover all that the layer does, norms too, or its score is of another change."""
+    encoder = tiny_encoder(family)
+    anatomy = find_anatomy(encoder)
+    like = next(encoder.parameters())
+    with torch.no_grad(), gated(anatomy, 3, like.dtype, like.device) as gates:
+        gates.layers[1].zero_()
+        closed = encoder(**tiny_inputs(family)).last_hidden_state
+    keep_layers(encoder, [0, 2])
+    torch.testing.assert_close(laws.hidden(encoder, family), closed, rtol=0, atol=5e-6)
+
+
+def test_open_gates_change_nothing_and_go_away() -> None:
+    encoder = tiny_encoder("bert")
+    before = laws.hidden(encoder, "bert")
+    anatomy = find_anatomy(encoder)
+    with gated(anatomy, 3, torch.float32, torch.device("cpu")):
+        torch.testing.assert_close(laws.hidden(encoder, "bert"), before, rtol=0, atol=5e-6)
+    assert torch.equal(laws.hidden(encoder, "bert"), before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in encoder.modules())
+
+
+def test_loss_that_is_not_a_number() -> None:
+    encoder = tiny_encoder("bert")
+    loss = lambda: row_losses(encoder, "bert").mean() * float("nan")  # noqa: E731 - short and used once
+    with pytest.raises(TrainingError, match="finite loss"):
+        first_order(find_anatomy(encoder), loss, 3, next(encoder.parameters()))
+
+
+def test_every_task_has_the_same_say() -> None:
+    """A regression with large numbers would otherwise decide alone which heads stay."""
+    loud = Scores([torch.tensor([100.0, 300.0])], [torch.tensor([7.0])], torch.tensor([2.0]))
+    quiet = Scores([torch.tensor([0.03, 0.01])], [torch.tensor([0.1])], torch.tensor([0.5]))
+    both = combine([loud, quiet])
+    torch.testing.assert_close(both.heads[0], torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(both.feed_forward[0], torch.tensor([1.0]))
+
+
+def test_all_zero_scores_stay_numbers() -> None:
+    """A task that depends on nothing would turn every score to NaN."""
+    nothing = Scores([torch.zeros(2)], [torch.zeros(2)], torch.zeros(1))
+    assert combine([nothing]).heads[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitude_of_a_silenced_part(family: str) -> None:
+    encoder = tiny_encoder(family)
+    layer = find_anatomy(encoder).layers[1]
+    with torch.no_grad():
+        layer.attention.output.weight[:, 8:16] = 0
+        layer.feed_forward.output.weight[:, 5] = 0
+    scores = magnitude(find_anatomy(encoder))
+    assert (scores.heads[1] == 0).nonzero().flatten().tolist() == [1]
+    assert (scores.feed_forward[1] == 0).nonzero().flatten().tolist() == [5]
+    assert len(scores.layers) == 3

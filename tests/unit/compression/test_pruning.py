@@ -1,0 +1,217 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from hf_mtcompress.compression.pruning import prune
+from hf_mtcompress.errors import DataError, TrainingError, UnsupportedEncoderError
+from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.surgery import describe_structure, is_vanilla
+from hf_mtcompress.tasks import ImageClassification, SequenceClassification, TokenClassification
+from tests.tiny import (
+    FAMILIES,
+    FEELING_LABELS,
+    IMAGE_FAMILIES,
+    randomize,
+    tiny_config,
+    tiny_encoder,
+    tiny_inputs,
+)
+
+register()
+
+Batch = dict[str, Tensor]
+
+
+def model_and_batches(family: str) -> tuple[MultiTaskModel, list[Batch]]:
+    """A model with two tasks (one for images) and two batches of three rows."""
+    clip = family.startswith("clip")
+    head: Any = "linear" if clip else "stock"
+    batches = [tiny_inputs(family, seed=seed) for seed in (0, 1)]
+    if family in IMAGE_FAMILIES:
+        tasks: list[Any] = [ImageClassification("mood", labels=FEELING_LABELS, head=head)]
+    else:
+        tasks = [
+            SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label", head=head),
+            TokenClassification("places", labels=("O", "B-place"), tokens="tokens", label="tags", head=head),
+        ]
+        batches = [
+            {**batch, "labels_places": batch["attention_mask"] * 2 - batch["input_ids"] % 2 - 1} for batch in batches
+        ]
+        for batch in batches:
+            batch["labels_places"].clamp_(min=0)[batch["attention_mask"] == 0] = -100
+    model = MultiTaskModel.from_encoder(tiny_encoder(family), tasks)
+    return model, [{**batch, "labels_mood": torch.tensor([0, 1, 2])} for batch in batches]
+
+
+def answers(model: PreTrainedModel, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if "labels" not in key})["logits_mood"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prune_save_reload(family: str, tmp_path: Path) -> None:
+    """The whole way, on every family: sizes as asked, and the folder gives back the model."""
+    model, batches = model_and_batches(family)
+    report = prune(model, batches, heads=0.5, feed_forward=0.5, multiple_of=8, progress=False)
+    layers = report.after["layers"]
+    assert sum(layer["heads"] for layer in layers) == 6
+    assert min(layer["heads"] for layer in layers) >= 1
+    assert sum(layer["feed_forward"] for layer in layers) == 96
+    assert all(layer["feed_forward"] % 8 == 0 for layer in layers)
+    assert report.masked_difference < 1e-5
+    assert report.parameters_after == sum(p.numel() for p in model.parameters()) < report.parameters_before
+    assert report.rows == 6
+    assert report.tasks == (["mood"] if family in IMAGE_FAMILIES else ["mood", "places"])
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(answers(loaded, batches[0]), answers(model, batches[0]))
+    # And again, from the reloaded one.
+    prune(loaded, batches, heads=0.3, layers=1, progress=False)
+    assert len(describe_structure(loaded.encoder)["layers"]) == 2
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(answers(AutoModel.from_pretrained(tmp_path), batches[0]), answers(loaded, batches[0]))
+
+
+def test_mode_hooks_and_gradients_are_as_before() -> None:
+    """A hook that stays slows training down; a gradient that stays is added to the first step's."""
+    model, batches = model_and_batches("bert")
+    model.train()
+    prune(model, batches, heads=0.25, feed_forward=0.25, multiple_of=8, progress=False)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dropout_does_not_matter() -> None:
+    """Measured in training mode, the choice would be another one every time."""
+    model, batches = model_and_batches("bert")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    again = copy.deepcopy(model.train())
+    first = prune(model, batches, heads=0.5, progress=False)
+    second = prune(again, batches, heads=0.5, progress=False)
+    assert first.scores == second.scores
+
+
+def test_only_what_the_loss_needs_stays() -> None:
+    """A head that reaches no output is the first to go: the scores must point at it, not at its neighbour."""
+    model, batches = model_and_batches("bert")
+    kept = {0: [0, 2, 3], 1: [0, 1, 2], 2: [0, 1, 3]}
+    layers = find_anatomy(model.encoder).layers
+    expected = {}
+    with torch.no_grad():
+        for index, layer in enumerate(layers):
+            assert isinstance(layer.attention.output, torch.nn.Linear)
+            (silent,) = set(range(4)) - set(kept[index])
+            layer.attention.output.weight[:, silent * 8 : (silent + 1) * 8] = 0
+            expected[index] = [
+                projection.weight.unflatten(0, (4, 8))[kept[index]].flatten(0, 1)
+                for projection in layer.attention.projections.values()
+            ]
+    before = answers(model.eval(), batches[0])
+    prune(model, batches, heads=0.25, progress=False)
+    for index, layer in enumerate(find_anatomy(model.encoder).layers):
+        for projection, weight in zip(layer.attention.projections.values(), expected[index], strict=True):
+            assert torch.equal(projection.weight, weight)
+    torch.testing.assert_close(answers(model, batches[0]), before, rtol=0, atol=5e-6)
+
+
+def test_layers_go_first() -> None:
+    model, batches = model_and_batches("modernbert")
+    report = prune(model, batches, layers=2, heads=0.5, progress=False)
+    assert len(report.removed_layers) == 2
+    assert len(report.scores["layers"]) == 3
+    assert [layer["heads"] for layer in report.after["layers"]] == [2]
+    assert model.config.encoders is not None
+    assert model.config.encoders["main"]["num_hidden_layers"] == 1
+
+
+def test_whole_parts() -> None:
+    model, batches = model_and_batches("vit")
+    report = prune(model, batches, heads=1.0, feed_forward=1.0, progress=False)
+    assert report.after["layers"] == [{"heads": 0, "feed_forward": 0}] * 3
+
+
+def test_nothing_asked_changes_nothing() -> None:
+    model, batches = model_and_batches("bert")
+    before = answers(model.eval(), batches[0])
+    report = prune(model, batches, progress=False)
+    assert torch.equal(answers(model, batches[0]), before)
+    assert report.before == report.after
+    assert model.config.structure == {}
+
+
+def test_magnitude_needs_no_data() -> None:
+    model, _ = model_and_batches("bert")
+    report = prune(model, [], heads=0.5, feed_forward=0.5, layers=1, importance="magnitude", progress=False)
+    assert (report.rows, report.tasks, report.masked_difference) == (0, [], 0.0)
+    assert sum(layer["heads"] for layer in report.after["layers"]) == 4
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_stock_model(uneven: bool, tmp_path: Path) -> None:
+    """Users with one task have no multi-task model; their folder must reload as what it is."""
+    model = AutoModelForSequenceClassification.from_config(tiny_config("distilbert", num_labels=3))
+    assert isinstance(model, PreTrainedModel)
+    randomize(model)
+    batch = {**tiny_inputs("distilbert"), "labels": torch.tensor([0, 1, 2])}
+    prune(model, [batch], heads=0.5 if uneven else 0, layers=1, progress=False)
+    assert is_vanilla(encoder_of(model)) != uneven
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": 1.2}, "heads: expected a fraction"),
+        ({"feed_forward": -0.1}, "feed_forward: expected a fraction"),
+        ({"layers": 3}, "layers: expected 0 to 2 layers"),
+        ({"feed_forward": 0.5, "multiple_of": 0}, "multiple_of: expected 1 or more"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    model, batches = model_and_batches("bert")
+    with pytest.raises(ValueError, match=message):
+        prune(model, batches, progress=False, **arguments)
+    assert describe_structure(model.encoder)["layers"] == [{"heads": 4, "feed_forward": 64}] * 3
+
+
+def test_no_labels() -> None:
+    model, batches = model_and_batches("bert")
+    with pytest.raises(DataError, match="found no batches"):
+        prune(model, [], heads=0.5, progress=False)
+    unlabelled = {key: value for key, value in batches[0].items() if "labels" not in key}
+    with pytest.raises(DataError, match="labels_<task>"):
+        prune(model, [unlabelled], heads=0.5, progress=False)
+
+
+def test_broken_model() -> None:
+    model, batches = model_and_batches("bert")
+    with torch.no_grad():
+        next(model.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="finite loss"):
+        prune(model, batches, heads=0.5, progress=False)
+
+
+def test_family_with_another_order_of_heads_is_found_out() -> None:
+    """Shapes say nothing about the order of rows; a wrong cut must not pass for a pruned model."""
+    model, batches = model_and_batches("bert")
+    core = find_anatomy(model.encoder).layers[0].attention.core
+    # Stands for a family whose heads are interleaved in the rows of the value projection.
+    core.get_submodule("value").register_forward_hook(lambda _, args, output: output.flip(-1))
+    with pytest.raises(UnsupportedEncoderError, match="cutting to equal masking"):
+        prune(model, batches, heads=0.5, progress=False)
