@@ -29,6 +29,7 @@ from hf_mtcompress.tasks import (
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
+from hf_mtcompress.workflow import run as run_recipe
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "quantize_onnx",
     "register_task",
     "render_card",
+    "run_recipe",
     "student_of",
 ]
 

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,24 @@ USER_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse ends a list of positionals at the first option: overrides after --output come back as the rest.
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides += rest
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
+    # Importing bitsandbytes (which Trainer does where it is installed) warns of a kernel that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        options.command(options)
+        # Trainer and progress bars write to stdout; that is for data here.
+        with redirect_stdout(sys.stderr):
+            answer = options.command(options)
+        print(answer)
     except MTCompressError as error:
         print(f"hf-mtcompress {options.verb}: {error}", file=sys.stderr)
         return USER_ERROR
@@ -102,41 +115,41 @@ def _output(options: argparse.Namespace, recipe: "Recipe") -> Path:
     return (options.output or Path("runs") / recipe.name).absolute()
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
     from hf_mtcompress.publishing.report import report_table
     from hf_mtcompress.workflow import run
 
     output = _output(options, recipe)
-    print(report_table(run(recipe, output)))
-    print(f"\nCard, record and models: {output}", file=sys.stderr)
+    record = run(recipe, output)
+    return f"{report_table(record)}\n\nCard, record and models: {output}"
 
 
-def _validate(options: argparse.Namespace) -> None:
+def _validate(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
     from hf_mtcompress.workflow import validate
 
     validate(recipe)
-    print(f"{options.recipe}: {len(recipe.tasks)} tasks, {len(recipe.steps)} steps, no problems")
+    return f"{options.recipe}: {len(recipe.tasks)} tasks, {len(recipe.steps)} steps, no problems"
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
     from hf_mtcompress.planning import plan_text
     from hf_mtcompress.workflow import plan
 
     planned = plan(recipe)
-    print(json.dumps(planned, indent=2) if options.json else plan_text(planned, _output(options, recipe)))
+    return json.dumps(planned, indent=2) if options.json else plan_text(planned, _output(options, recipe))
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
     from hf_mtcompress.workflow import evaluate
 
-    print(json.dumps(dataclasses.asdict(evaluate(options.folder, recipe, options.split)), indent=2))
+    return json.dumps(dataclasses.asdict(evaluate(options.folder, recipe, options.split)), indent=2)
 
 
-def _bench(options: argparse.Namespace) -> None:
+def _bench(options: argparse.Namespace) -> str:
     from hf_mtcompress.config import BenchmarkConfig
     from hf_mtcompress.workflow import bench
 
@@ -148,35 +161,33 @@ def _bench(options: argparse.Namespace) -> None:
     )
     result = bench(options.folders, config)
     if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{'artefact':<32}{'batch':>6}{'min ms':>10}{'median ms':>11}{'ratio':>8}")
-    for label, rows in result["latency"].items():
-        for row in rows:
-            print(
-                f"{label:<32}{row['batch_size']:>6}{row['minimum_ms']:>10.2f}{row['median_ms']:>11.2f}"
-                f"{row['ratio_minimum']:>8.3f}"
-            )
+        return json.dumps(result, indent=2)
+    lines = [f"{'artefact':<32}{'batch':>6}{'min ms':>10}{'median ms':>11}{'ratio':>8}"]
+    lines += [
+        f"{label:<32}{row['batch_size']:>6}{row['minimum_ms']:>10.2f}{row['median_ms']:>11.2f}{row['ratio_minimum']:>8.3f}"
+        for label, rows in result["latency"].items()
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> str:
     from hf_mtcompress.publishing.report import report_rows, report_table
     from hf_mtcompress.workflow import load_record
 
     record = load_record(options.run)
-    print(json.dumps(report_rows(record), indent=2) if options.json else report_table(record))
+    return json.dumps(report_rows(record), indent=2) if options.json else report_table(record)
 
 
-def _card(options: argparse.Namespace) -> None:
+def _card(options: argparse.Namespace) -> str:
     from hf_mtcompress.workflow import card
 
     write_text(options.run / CARD, card(options.run))
-    print(options.run / CARD)
+    return str(options.run / CARD)
 
 
-def _push(options: argparse.Namespace) -> None:
+def _push(options: argparse.Namespace) -> str:
     from hf_mtcompress.workflow import push
 
-    for line in push(options.run, options.repo_id, public=options.public, dry_run=options.dry_run):
-        print(line)
+    return "\n".join(push(options.run, options.repo_id, public=options.public, dry_run=options.dry_run))
 

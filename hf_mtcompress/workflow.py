@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
@@ -39,6 +40,8 @@ from hf_mtcompress.evaluation.compare import check_budget, compare
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.inference.probes import reload_checks, save_probes
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
+from hf_mtcompress.inference.runtimes import folder_form, task_folders
+from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.planning import describe_plan
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.hub import push_folder
@@ -48,6 +51,12 @@ from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
 from hf_mtcompress.steps import Bench, check_steps_fit, load_processor, probe_batch, run_step
 
 logger = logging.getLogger(__name__)
+
+_BENCH_TEXTS = (
+    "The ferry left the harbour an hour late, so we had time for a second coffee and a walk along the old pier.",
+    "Nobody on the committee could say who had ordered forty boxes of green paint, or what they had been meant for.",
+)
+"""What `bench` times when it is given nothing but folders."""
 
 
 def run(recipe: Recipe, output: Path) -> RunRecord:
@@ -358,8 +367,12 @@ def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
 
 def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
     """Times of saved folders of any form, side by side; the first is the reference."""
+    form = folder_form(folders[0])
+    place = next(iter(task_folders(folders[0]).values())) if form == "vanilla" else folders[0]
+    text = "pixel_values" not in read_processor(place).model_input_names
     labels = {str(folder): folder.absolute() for folder in folders}
-    result = benchmark(labels, reference=str(folders[0]), config=config)
+    samples = _BENCH_TEXTS if text else [Image.effect_noise((256, 256), 64)]
+    result = benchmark(labels, reference=str(folders[0]), config=config, samples=samples)
     return dataclasses.asdict(result)
 
 
