@@ -197,13 +197,34 @@ def _trace(model: MultiTaskModel, processor: Any) -> Any:
     try:
         with _quiet(output):
             config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
-            return OnnxExporter().export(_LogitsOnly(model).eval(), dict(sample), config).program
+            graph = OnnxExporter().export(_LogitsOnly(model).eval(), dict(sample), config).program
+            return _tidy(graph)
     except Exception as error:  # whatever a tracer, a lowering or an optimiser may raise
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise UnsupportedEncoderError(
             f"expected an encoder that the ONNX exporter can trace, but '{model.encoder.config.model_type}' failed "
             f"with {type(error).__name__}: {reason}; use the torch folder or vanilla folders instead"
         ) from error
+
+
+def _tidy(graph: Any) -> Any:
+    """Take out the exporter's notes, which hold paths of this machine, and give the free dimensions their names."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(graph)
+    graph.graph.metadata_props.clear()
+    names: dict[str | None, str] = {}
+    for value in graph.graph.inputs:
+        for size, name in zip(value.shape, ("batch", "tokens"), strict=False):
+            if isinstance(size, onnx_ir.SymbolicDim):
+                names[size.value] = name
+    values = [*graph.graph.inputs, *(output for node in graph.graph for output in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value in names:
+                value.shape[axis] = names[size.value]
+    return graph
 
 
 def _sample_inputs(model: MultiTaskModel, processor: Any, *, batch: int, length: int, seed: int) -> dict[str, Tensor]:
@@ -250,6 +271,7 @@ def _prepare(source: Path, scratch: Path, sample: Mapping[str, np.ndarray]) -> P
     """The float graph with operators fused for ONNX Runtime, or as it was where a fusion changes an answer."""
     import onnx
     import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
     fused = scratch / "fused.onnx"
@@ -258,6 +280,7 @@ def _prepare(source: Path, scratch: Path, sample: Mapping[str, np.ndarray]) -> P
         with _quiet(output):
             graph = onnx_ir.load(source)
             fuse_for_onnxruntime(graph, "cpu")
+            ClearMetadataAndDocStringPass()(graph)
             onnx_ir.save(graph, fused)
         model = _split_skip_norms(onnx.load(fused))
         onnx.save(model, fused)

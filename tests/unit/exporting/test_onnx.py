@@ -62,6 +62,25 @@ def test_plain_onnx_runtime_is_enough(saved: Saved):
     assert domains <= {"", "ai.onnx"}
 
 
+def test_no_paths_of_this_machine(saved: Saved):
+    """The exporter notes a stack trace at every operator, which an upload would publish."""
+    for form in ("onnx", "int8"):
+        data = (saved.folders[form] / ONNX_MODEL).read_bytes()
+        assert b"site-packages" not in data
+        assert b"hf_mtcompress" not in data
+        assert str(Path(__file__).parents[3]).encode() not in data
+
+
+def test_free_dimensions_have_names(saved: Saved):
+    """A fixed batch or length would only show when somebody uses another one."""
+    graph = onnx.load(saved.folders["onnx"] / ONNX_MODEL, load_external_data=False).graph
+    for item in [*graph.input, *graph.output]:
+        dimensions = [size.dim_param or size.dim_value for size in item.type.tensor_type.shape.dim]
+        assert dimensions[0] == "batch", item.name
+        if item.name in ("input_ids", "attention_mask", "token_type_ids", "logits_tags"):
+            assert dimensions[1] == "tokens", item.name
+
+
 def test_int8_is_close_and_small(saved: Saved):
     """A saturated or per-tensor weight would move logits by their own size; a float table would hide in the file."""
     folder = saved.folders["int8"]
