@@ -4,7 +4,7 @@ A source is a set of rows with one or several tasks on them; tasks that share ro
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,9 @@ from torch.utils.data import Sampler
 from hf_mtcompress.errors import DataError
 
 Strategy = Literal["proportional", "temperature", "uniform", "round_robin"]
+_BATCHES_IN_A_BLOCK = 50
+"""As in transformers' own grouping by length."""
+
 Index = tuple[int, int]
 """Source and row."""
 
@@ -81,6 +84,8 @@ class MixingSampler(Sampler[list[Index]]):
         temperature: for strategy `temperature`.
         seed: of the order.
         num_processes: ranks that share the batches.
+        lengths: tokens of each row, by source. When given, rows of like length share a batch, which saves padding: a
+            shuffled source is cut into blocks, each sorted by length, and its batches are shuffled again.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class MixingSampler(Sampler[list[Index]]):
         temperature: float = 2.0,
         seed: int = 42,
         num_processes: int = 1,
+        lengths: Sequence[Sequence[int]] | None = None,
     ):
         if not rows or min(rows) < 1:
             raise DataError(f"expected at least one row in every source, found {list(rows)}")
@@ -101,6 +107,7 @@ class MixingSampler(Sampler[list[Index]]):
         self.seed = seed
         self.num_processes = num_processes
         self.drop_last = False
+        self.lengths = None if lengths is None else [np.asarray(source) for source in lengths]
         self.epoch = 0
         self.shares = batch_shares(rows, batch_size * num_processes, strategy, temperature)
 
@@ -151,9 +158,20 @@ class MixingSampler(Sampler[list[Index]]):
         return [int(orders[position // count][position % count]) for position in range(start, start + size)]
 
     def _permutation(self, source: int, number: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, source, number, 1]).permutation(self.rows[source])
+        generator = np.random.default_rng([self.seed, source, number, 1])
+        order = generator.permutation(self.rows[source])
+        if self.lengths is None:
+            return order
+        size = self.batch_size * self.num_processes
+        block = size * _BATCHES_IN_A_BLOCK
+        blocks = [order[start : start + block] for start in range(0, len(order), block)]
+        lengths = self.lengths[source]
+        batches = [
+            rows[start : start + size]
+            for rows in (part[np.argsort(lengths[part], kind="stable")] for part in blocks)
+            for start in range(0, len(rows), size)
+        ]
+        # The last batch may be short and stays last, so that the others keep their boundaries.
+        shuffled = generator.permutation(len(batches) - 1)
+        return np.concatenate([*(batches[index] for index in shuffled), batches[-1]])
 
-
-def describe_mixing(names: Sequence[str], sampler: MixingSampler) -> Mapping[str, int]:
-    """Groups of batches by source name, for logs."""
-    return dict(zip(names, sampler.shares, strict=True))

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.surgery import apply_structure
+from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
 from hf_mtcompress.tasks import Task
@@ -274,6 +274,11 @@ class MultiTaskModel(PreTrainedModel):
             assert isinstance(encoder, PreTrainedModel)
             assert self.config.encoders is not None
             self.config.encoders[name] = _config_dict(encoder.config)
+        self.config.structure = {
+            name: describe_structure(encoder)
+            for name, encoder in self.encoders.items()
+            if isinstance(encoder, PreTrainedModel) and not is_vanilla(encoder)
+        }
         self.config.tasks = [task.to_dict() for task in self.tasks.values()]
 
     def to_stock(self, name: str) -> PreTrainedModel:

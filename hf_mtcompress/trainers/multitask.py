@@ -157,6 +157,7 @@ class MultiTaskTrainer(Trainer):
             temperature=getattr(self.args, "mixing_temperature", 2.0),
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             num_processes=self.accelerator.num_processes,
+            lengths=self._lengths() if self.args.train_sampling_strategy == "group_by_length" else None,
         )
         return self.accelerator.prepare(
             DataLoader(
@@ -168,6 +169,12 @@ class MultiTaskTrainer(Trainer):
                 persistent_workers=self.args.dataloader_persistent_workers,
             )
         )
+
+    def _lengths(self) -> list[list[int]] | None:
+        """Tokens of every training row by source; None for images, which are of one size."""
+        if any("input_ids" not in group.dataset.column_names for group in self.train_groups):
+            return None
+        return [[len(ids) for ids in group.dataset.with_format(None)["input_ids"]] for group in self.train_groups]
 
     # ---- losses ----
 

@@ -49,6 +49,21 @@ def test_processes_get_batches_of_the_same_source_in_every_step() -> None:
         assert {source for source, _ in first} == {source for source, _ in second}
 
 
+def test_grouping_by_length_keeps_every_row_once_and_saves_padding() -> None:
+    """Sorting that drops or repeats rows would train on other data than it says."""
+    lengths = [[(7 * row) % 64 + 1 for row in range(1000)]]
+
+    def padded(sampler: MixingSampler) -> int:
+        return sum(max(lengths[0][row] for _, row in batch) * len(batch) for batch in sampler)
+
+    grouped = MixingSampler([1000], 8, lengths=lengths)
+    assert Counter(row for batch in grouped for _, row in batch) == Counter(range(1000))
+    assert padded(grouped) < 0.7 * padded(MixingSampler([1000], 8))
+    assert grouped.lengths is not None
+    firsts = [max(lengths[0][row] for _, row in batch) for batch in grouped]
+    assert firsts != sorted(firsts)
+
+
 def test_shares_by_strategy() -> None:
     assert batch_shares([90, 10], 10, "proportional", 2.0) == [9, 1]
     assert batch_shares([90, 10], 10, "temperature", 1.0) == [9, 1]
