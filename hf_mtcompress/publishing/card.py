@@ -1,5 +1,6 @@
 """The model card: text made from the record alone, so that it can be made again and checked."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,11 @@ from hf_mtcompress.publishing.facts import (
     is_vanilla_shape,
     latency_of,
     layers_of,
+    parent_of,
     reference_artefact,
-    step_named,
+    short_precision,
 )
-from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures
+from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
 from hf_mtcompress.publishing.portable import portable, portable_recipe
 from hf_mtcompress.publishing.report import lineage, markdown, task_scores
 from hf_mtcompress.publishing.repository import repository_layout
@@ -59,6 +61,7 @@ HUB_METRICS = {
 """Names of the Hub for our metrics, where they differ."""
 KIND_TAGS = {"distill": "distillation", "prune": "pruned", "quantize": "quantized"}
 
+_SEAL = "<!-- written by hf_mtcompress from the record, {} -->"
 _STUB = "<!-- Text between these two marks is kept when the card is written again. -->"
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*|[\w][\w.-]*")
 
@@ -124,7 +127,18 @@ def _render(
         picture=picture,
         own_words="\n".join([OWN_WORDS_BEGIN, own_words or _STUB, OWN_WORDS_END]),
     )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", figures
+    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return f"{text}\n{_SEAL.format(_digest(text))}\n", figures
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a card is as `render_card` wrote it, whatever stands between the marks of the author's own words."""
+    body, _, seal = text.rstrip("\n").rpartition("\n\n")
+    return seal == _SEAL.format(_digest(body + "\n"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(without_own_words(text).encode()).hexdigest()[:16]
 
 
 def _metadata(record: RunRecord, repo_id: str | None) -> ModelCardData:
@@ -231,7 +245,7 @@ class _Page:
         kinds = {step.kind for step in ancestors(record, self.step)}
         made = [word for kind, word in (("distill", "distilled"), ("prune", "pruned")) if kind in kinds]
         if "quantize" in kinds:
-            made.append(f"quantized to {n.text(self.artefact.precision)}")
+            made.append(f"quantized to {n.text(short_precision(self.artefact))}")
         layers = [len(part) for step in ancestors(record, self.step) for part in layers_of(step.structure).values()]
         model_type = record.encoder.get("model_type")
         encoder = f"{n.text(str(model_type))} encoder" if model_type else "encoder"
@@ -392,9 +406,17 @@ class _Page:
 
     # ---- steps ----
 
+    def start(self) -> str | None:
+        """The sentence on the pretrained encoder, where its name is known."""
+        encoder = self.record.encoder
+        name, revision = encoder.get("hub_id") or encoder.get("path_or_id"), encoder.get("revision")
+        if not name:
+            return None
+        return f"Starts from {self.n.text(name)}" + (f", revision {self.n.text(revision)}." if revision else ".")
+
     def lineage(self) -> str:
         """The steps as a tree."""
-        return lineage(self.record.steps, self.step.name)
+        return lineage(self.record)
 
     def steps(self) -> list[list[str]]:
         """What every step left behind."""
@@ -408,12 +430,12 @@ class _Page:
             scores = artefact.scores if artefact else {}
             validation, test = scores.get("validation"), scores.get("test")
             kept = n.percent(comparison.retention if comparison else None)
-            source = step.source if step_named(self.record, step.source) is not None else None
+            source = parent_of(self.record, step)
             rows.append(
                 [
                     f"**`{step.name}`**" if step is self.step else f"`{step.name}`",
                     step.kind,
-                    f"`{source}`" if source else "encoder",
+                    f"`{source.name}`" if source else "encoder",
                     *self._shape(step),
                     n.parameters(size.parameters if size else None),
                     n.megabytes(size.weights_bytes if size else None),
@@ -462,17 +484,20 @@ class _Page:
         n = self.n
         rows = [["condition", "value"]]
         timed = [row for _, artefact in self._artefacts() for row in artefact.latency]
+        benchmark = self.record.benchmark or {}
+        # Already in the tables, or among the limitations.
+        shown = {"batch_sizes", "reference", "repetitions", "suspicious", "tokens"}
         for label, values in (
             ("tokens", {row.tokens for row in timed}),
             ("timed calls of each artefact", {row.repetitions for row in timed}),
         ):
             if values:
                 rows.append([label, ", ".join(n.plain(value) for value in sorted(values))])
-        rows += [[_words(key), n.any(value)] for key, value in (self.record.benchmark or {}).items() if key != "tokens"]
+        rows += [[_words(key), n.any(value)] for key, value in benchmark.items() if key not in shown]
         rows += [
             [_words(key), n.any(value)]
             for key, value in self.record.environment.items()
-            if key not in ("packages", "python") and key not in (self.record.benchmark or {})
+            if key not in ("packages", "python") and key not in benchmark
         ]
         return rows
 
@@ -501,7 +526,8 @@ class _Page:
             scores, latency = final_scores(artefact), [latency_of(artefact, size) for size in batch_sizes(self.record)]
             if scores is None or scores.average is None:
                 continue
-            words = f"{step.name} ({artefact.form}, {n.text(artefact.precision)}) average {n.score(scores.average)}"
+            kind = f"{artefact.form}, {n.text(short_precision(artefact))}"
+            words = f"{step.name} ({kind}) average {n.score(scores.average)}"
             if latency and latency[0] is not None and latency[0].ratio_minimum:
                 words += f" at {n.percent(latency[0].ratio_minimum)} of the reference's time"
             points.append(words)
@@ -668,6 +694,8 @@ print(predictor.predict([{self._example()}]))"""
             facts.append(
                 "Times are from one machine, named above; the ratios are likelier to carry over than the times."
             )
+        suspicious = (record.benchmark or {}).get("suspicious") or []
+        facts += [f"A time to doubt: {n.text(str(found))}." for found in suspicious]
         pruned = [step for step in ancestors(record, self.step) if not is_vanilla_shape(record, step)]
         if pruned and "torch" in {artefact.form for _, artefact in self.layout.values()}:
             facts.append(

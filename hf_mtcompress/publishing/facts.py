@@ -58,10 +58,25 @@ def batch_sizes(record: RunRecord) -> list[int]:
     return sorted({row.batch_size for step in record.steps for artefact in step.artefacts for row in artefact.latency})
 
 
+def parent_of(record: RunRecord, step: StepRecord) -> StepRecord | None:
+    """The step that gave `step` its weights: its source, or the teacher whose layers a student was cut from."""
+    above = step_named(record, step.source)
+    if above is None and step.kind == "distill":
+        student = step.settings.get("student")
+        if isinstance(student, dict) and student.get("layers") is not None and not student.get("path"):
+            above = step_named(record, step.settings.get("teacher"))
+    return above if above is not step else None
+
+
+def short_precision(artefact: Artefact) -> str:
+    """The precision without its details: `int8, dynamic, per channel` is `int8`."""
+    return artefact.precision.partition(",")[0]
+
+
 def ancestors(record: RunRecord, step: StepRecord) -> list[StepRecord]:
     """`step` and what it was made from, nearest first."""
     chain = [step]
-    while (above := step_named(record, chain[-1].source)) is not None and above not in chain:
+    while (above := parent_of(record, chain[-1])) is not None and above not in chain:
         chain.append(above)
     return chain
 
@@ -108,6 +123,7 @@ def is_vanilla_shape(record: RunRecord, step: StepRecord) -> bool:
         if isinstance(heads, int | float) and heads > 0:
             return False
         for layers in layers_of(ancestor.structure).values():
-            if any(layer != layers[0] for layer in layers):
+            shapes = [(layer.get("heads"), layer.get("feed_forward"), layer.get("bias_heads")) for layer in layers]
+            if any(shape != shapes[0] or shape[2] is not None for shape in shapes):
                 return False
     return True

@@ -36,6 +36,11 @@ def numbers_in(text: str) -> list[str]:
     return [match.group().lstrip("+") for match in _NUMBER.finditer(text)]
 
 
+def without_own_words(text: str) -> str:
+    """The card without what stands between the marks of the author's own words."""
+    return _OWN_WORDS.sub("", text)
+
+
 def own_words_of(text: str) -> str | None:
     """What an author wrote between the marks of a card, or None where there is nothing."""
     found = _OWN_WORDS.search(text)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from hf_mtcompress import artifacts
 from hf_mtcompress.errors import PublishingError
-from hf_mtcompress.publishing.card import PICTURE, render_card
+from hf_mtcompress.publishing.card import PICTURE, is_untouched, render_card
 from hf_mtcompress.publishing.figures import own_words_of
 from hf_mtcompress.publishing.lint import lint_card_of_files
 from hf_mtcompress.publishing.portable import (
@@ -26,6 +26,7 @@ from hf_mtcompress.publishing.portable import (
     portable,
     portable_recipe,
     secrets_in,
+    without_secrets,
 )
 from hf_mtcompress.publishing.repository import collect_repository, files_of, repository_layout
 from hf_mtcompress.records import RunRecord, run_from_dict
@@ -168,13 +169,8 @@ def _card(folder: Path, record: RunRecord, recipe_text: str | None, repo_id: str
     path = folder / artifacts.CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     own_words = own_words_of(existing) if existing is not None else None
-    # Only the author's own words may differ from what would be written here, else it is the author's card.
-    untouched = existing is None or any(
-        existing == render_card(record, recipe_text, name, picture=shown, own_words=own_words)
-        for name in (None, repo_id)
-        for shown in (True, False)
-    )
-    if existing is not None and not untouched:
+    if existing is not None and not is_untouched(existing):
+        # Somebody has worked on it, so it goes up as it is.
         return existing
     return render_card(record, recipe_text, repo_id, picture=picture, own_words=own_words)
 
@@ -295,8 +291,10 @@ def _explain(error: BaseException, repo_id: str, token: str | None) -> str:
         reasons.append(cause)
     answered = next((reason for reason in reasons if isinstance(reason, HfHubHTTPError)), None)
     message = _answer(answered, repo_id) if answered is not None else _no_answer(reasons, repo_id)
-    # A server may send back what it was sent.
-    return message.replace(token, "***") if token else message
+    # A server may send back what it was sent, and the token may have come from the environment or a file.
+    for secret in (token, get_token()):
+        message = message.replace(secret, "***") if secret else message
+    return without_secrets(message)
 
 
 def _answer(error: HfHubHTTPError, repo_id: str) -> str:

@@ -15,6 +15,7 @@ from hf_mtcompress.publishing.facts import (
     final_scores,
     latency_of,
     reference_artefact,
+    short_precision,
 )
 from hf_mtcompress.records import Artefact, RunRecord
 
@@ -54,7 +55,7 @@ def comparison_points(record: RunRecord) -> list[Point]:
                 Point(
                     step=step.name,
                     form=artefact.form,
-                    precision=artefact.precision,
+                    precision=short_precision(artefact),
                     folder=artefact.folder,
                     average=scores.average,
                     retention=comparison.retention if comparison else None,

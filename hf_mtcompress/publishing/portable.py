@@ -36,6 +36,13 @@ def secrets_in(text: str) -> list[str]:
     return [name for name, pattern in _SECRETS.items() if pattern.search(text)]
 
 
+def without_secrets(text: str) -> str:
+    """The same text with *** in place of whatever looks like a secret."""
+    for pattern in _SECRETS.values():
+        text = pattern.sub("***", text)
+    return text
+
+
 def host_names_in(text: str) -> list[str]:
     """The names of this machine that `text` holds as a word."""
     names = {socket.gethostname(), socket.gethostname().partition(".")[0]} - {"localhost"}

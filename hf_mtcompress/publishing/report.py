@@ -7,7 +7,15 @@ runs on the machine, the median does; both stand in the rows, the median under i
 from collections.abc import Sequence
 from typing import Any
 
-from hf_mtcompress.publishing.facts import batch_sizes, comparison_of, delivered_step, final_scores, latency_of
+from hf_mtcompress.publishing.facts import (
+    batch_sizes,
+    comparison_of,
+    delivered_step,
+    final_scores,
+    latency_of,
+    parent_of,
+    short_precision,
+)
 from hf_mtcompress.publishing.figures import NOT_MEASURED, Figures
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
@@ -88,7 +96,7 @@ def report_table(record: RunRecord) -> str:
         [
             f"{step.name} *" if step is delivered_step(record) and number == 0 else step.name if number == 0 else "",
             artefact.form,
-            artefact.precision,
+            short_precision(artefact),
             *_score_cells(record, artefact, figures),
             figures.parameters(artefact.size.parameters if artefact.size else None),
             figures.megabytes(artefact.size.weights_bytes if artefact.size else None),
@@ -177,19 +185,20 @@ def _is_figure(cell: str) -> bool:
     return cell == NOT_MEASURED or cell == "reference" or cell.lstrip("*+-~`")[:1].isdigit()
 
 
-def lineage(steps: Sequence[StepRecord], delivered: str) -> str:
+def lineage(record: RunRecord) -> str:
     """The steps as a tree: what was made from what."""
-    names = {step.name for step in steps}
+    parents = {step.name: parent_of(record, step) for step in record.steps}
+    delivered = delivered_step(record)
 
-    def branch(parent: str | None, indent: str) -> list[str]:
-        children = [step for step in steps if (step.source if step.source in names else None) == parent]
+    def branch(parent: StepRecord | None, indent: str) -> list[str]:
+        children = [step for step in record.steps if parents[step.name] is parent]
         lines = []
         for child in children:
             last = child is children[-1]
             fork = "" if parent is None else ("└─ " if last else "├─ ")
-            mark = "   <- this model" if child.name == delivered else ""
+            mark = "   <- this model" if child is delivered else ""
             lines.append(f"{indent}{fork}{child.name} ({child.kind}){mark}")
-            lines += branch(child.name, indent + ("" if parent is None else "   " if last else "│  "))
+            lines += branch(child, indent + ("" if parent is None else "   " if last else "│  "))
         return lines
 
     return "\n".join(branch(None, ""))

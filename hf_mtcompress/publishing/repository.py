@@ -19,6 +19,7 @@ BITSANDBYTES = "bitsandbytes"
 _LEFT_AT_HOME = {
     artifacts.STEP_RECORD,
     artifacts.WORK,
+    "probes.safetensors",
     "optimizer.pt",
     "scheduler.pt",
     "scaler.pt",
@@ -28,7 +29,7 @@ _LEFT_AT_HOME = {
     "wandb",
     "__pycache__",
 }
-"""Leftovers of training: nothing that opens the model needs them."""
+"""Leftovers of making and checking: nothing that opens the model needs them (the probes hold rows of the data)."""
 
 
 def repository_layout(record: RunRecord) -> dict[str, tuple[StepRecord, Artefact]]:

@@ -159,11 +159,13 @@ def make_record() -> RunRecord:
     """Teacher, student, its plain export, pruned student, and the int8 graph of that."""
     reference = (0.975, 0.75, 0.925)
     teacher = artefact("torch", "teacher", "float32", 90.875, 22_750_000, reference, (20.0, 480.0))
-    teacher_graph = artefact("onnx", "teacher-int8", "int8", 23.5, None, (0.9725, 0.7475, 0.92), (6.4, 144.0))
+    teacher_graph = artefact(
+        "onnx", "teacher-int8", "int8, dynamic, per channel", 23.5, None, (0.9725, 0.7475, 0.92), (6.4, 144.0)
+    )
     student = artefact("torch", "student", "float32", 69.25, 17_375_000, (0.97, 0.74, 0.905), (10.0, 250.0))
     vanilla = artefact("vanilla", "student-export/vanilla", "float32", 207.5, 17_375_000, None, None)
     pruned = artefact("torch", "pruned", "float32", 58.25, 14_625_000, (0.9625, 0.735, 0.89), (6.25, 96.0))
-    graph = artefact("onnx", "small", "int8", 14.75, None, (0.96, 0.7325, 0.88), (2.0, 50.0))
+    graph = artefact("onnx", "small", "int8, dynamic, per channel", 14.75, None, (0.96, 0.7325, 0.88), (2.0, 50.0))
     training = {"epochs": 3.0, "steps": 1227, "loss": 0.21875, "log": [{"step": 1, "loss": 2.0}]}
     return RunRecord(
         name="artificial",
@@ -228,7 +230,7 @@ def make_record() -> RunRecord:
             StepRecord(
                 name="student",
                 kind="distill",
-                source="teacher",
+                source=None,
                 fingerprint="cc33",
                 settings={"teacher": "teacher", "student": {"layers": 3, "path": None}, "temperature": 2.0},
                 seconds=300.0,
@@ -278,7 +280,9 @@ def make_record() -> RunRecord:
             "tokens": 64,
             "threads": 2,
             "warmup": 3,
-            "interleaved": True,
+            "order": "taking turns, one timed call a turn",
+            "repetitions": 20,
+            "suspicious": [],
             "load_before": 0.25,
             "load_after": 1.75,
         },
@@ -312,6 +316,7 @@ def write_run(folder: Path, record: RunRecord | None = None) -> RunRecord:
         (folder / step.name).mkdir(exist_ok=True)
         (folder / step.name / "step.json").write_text("{}", encoding="utf-8")
     (folder / "pruned" / "training_args.bin").write_bytes(b"\x80\x04left over")
+    (folder / "pruned" / "probes.safetensors").write_bytes(b"rows of the data")
     (folder / "pruned" / "checkpoint-10").mkdir()
     (folder / "pruned" / "checkpoint-10" / "model.safetensors").write_bytes(b"half way")
     (folder / ".work").mkdir()
