@@ -1,10 +1,10 @@
 """The file names of an output folder, each written down once.
 
-    runs/NAME/
-      recipe.yaml     the resolved recipe            README.md   the model card
-      record.json     everything measured            assets/     pictures of the card
-      STEP/           what a step saved, with step.json (its part of the record) inside
-      .work/          checkpoints and half-made folders of a run that is under way
+runs/NAME/
+  recipe.yaml     the resolved recipe            README.md   the model card
+  record.json     everything measured            assets/     pictures of the card
+  STEP/           what a step saved, with step.json (its part of the record) inside
+  .work/          checkpoints and half-made folders of a run that is under way
 """
 
 import os

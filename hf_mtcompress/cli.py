@@ -1,4 +1,4 @@
-"""The command line: `hf-mtcompress VERB ...`. Data on stdout, talk on stderr; a user's mistake ends with exit code 2."""
+"""The command line: `hf-mtcompress VERB ...`. Data on stdout, talk on stderr, exit code 2 after a user's mistake."""
 
 import argparse
 import dataclasses
@@ -190,4 +190,3 @@ def _push(options: argparse.Namespace) -> str:
     from hf_mtcompress.workflow import push
 
     return "\n".join(push(options.run, options.repo_id, public=options.public, dry_run=options.dry_run))
-

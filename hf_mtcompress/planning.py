@@ -63,7 +63,7 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
 class _Shape:
     """Parameter counts of an encoder by part."""
 
-    def __init__(self, layers: int, attention: float, feed_forward: float, embedding: float, rest: float):
+    def __init__(self, layers: int, attention: float, feed_forward: float, embedding: float, rest: float) -> None:
         self.layers = layers
         self.attention = attention
         self.feed_forward = feed_forward
@@ -158,7 +158,9 @@ def plan_text(plan: dict[str, Any], output: Path) -> str:
     lines += [f"  {' + '.join(group)}" for group in plan["groups"]]
     lines.append(f"Steps (result in {output})")
     for number, step in enumerate(plan["steps"], 1):
-        training = f", {step['optimizer_steps']:,} steps of {step['batch_size']} rows" if "optimizer_steps" in step else ""
+        training = (
+            f", {step['optimizer_steps']:,} steps of {step['batch_size']} rows" if "optimizer_steps" in step else ""
+        )
         lines.append(
             f"  {number}. {step['step']} ({step['kind']}{' from ' + step['from'] if step['from'] else ''}): "
             f"{step['layers']} layers, about {step['parameters'] / 1e6:.1f} M parameters, "

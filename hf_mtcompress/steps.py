@@ -176,9 +176,7 @@ def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:
     )
 
 
-def _student(
-    step: DistillStep, source: str | None, teacher: PreTrainedModel, bench: Bench
-) -> MultiTaskModel:
+def _student(step: DistillStep, source: str | None, teacher: PreTrainedModel, bench: Bench) -> MultiTaskModel:
     if step.student is None:
         return _start_model(source, bench)
     if step.student.path is not None:
@@ -261,9 +259,7 @@ def _fit(trainer: MultiTaskTrainer, work: Path) -> dict[str, Any]:
         "best_step": trainer.state.best_global_step,
         "batch_size": trainer.args.train_batch_size,
         "learning_rate": trainer.args.learning_rate,
-        "mixing": dict(
-            zip([group.name for group in trainer.train_groups], trainer.mixing_sampler.shares, strict=True)
-        ),
+        "mixing": dict(zip([group.name for group in trainer.train_groups], trainer.mixing_sampler.shares, strict=True)),
         "log": history,
     }
 
@@ -278,9 +274,7 @@ def merged_training(step: TrainingConfig, defaults: TrainingConfig) -> TrainingC
     return TrainingConfig(**values)
 
 
-def training_arguments(
-    cls: type[Arguments], config: TrainingConfig, bench: Bench, work: Path
-) -> Arguments:
+def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Bench, work: Path) -> Arguments:
     """Training arguments of a step; what the recipe leaves open is the default of `TrainingArguments`.
 
     Raises:
@@ -329,9 +323,7 @@ def training_arguments(
 class MarkComplete(TrainerCallback):
     """Marks a checkpoint when all its files are written, so that a half-written one is never resumed."""
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         (folder / _COMPLETE).touch()
 
@@ -352,7 +344,8 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, training: dict[str, Any] | None) -> StepOutcome:
-    model = model.to("cpu").eval()
+    torch.nn.Module.to(model, "cpu")
+    model.eval()
     probes = {".": probe(model, bench)}
     model.save_pretrained(folder)
     bench.processor.save_pretrained(folder)
@@ -429,7 +422,9 @@ def _quantize(step: QuantizeStep, source: str | None, bench: Bench, folder: Path
             probes = {".": probe(quantized, bench)}
             quantized.save_pretrained(folder)
             bench.processor.save_pretrained(folder)
-            precision = "int8 linear layers, float32 embeddings" if step.bits == 8 else "nf4 linear layers, float32 embeddings"
+            precision = (
+                "int8 linear layers, float32 embeddings" if step.bits == 8 else "nf4 linear layers, float32 embeddings"
+            )
             artefact = Artefact(form="bitsandbytes", folder=".", precision=precision)
             return StepOutcome([artefact], structure_of(model), probes=probes)
         case "onnxruntime":

@@ -1,7 +1,7 @@
 """A recipe from beginning to end: data, steps, scores, sizes, times, record, card.
 
-    load data -> for each step: skip if done, else run and save whole, score on validation
-              -> every artefact: fresh-process reload, test scores, size, latency -> record.json, card, picture
+load data -> for each step: skip if done, else run and save whole, score on validation
+          -> every artefact: fresh-process reload, test scores, size, latency -> record.json, card, picture
 """
 
 import dataclasses
@@ -148,7 +148,9 @@ def _do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], 
             fingerprint=fingerprint,
             settings=_plain(step),
             seconds=0.0,
-            artefacts=[dataclasses.replace(artefact, folder=_join(name, artefact.folder)) for artefact in outcome.artefacts],
+            artefacts=[
+                dataclasses.replace(artefact, folder=_join(name, artefact.folder)) for artefact in outcome.artefacts
+            ],
             structure=outcome.structure,
             training=outcome.training,
         )
@@ -218,7 +220,7 @@ def _measure(bench: Bench, steps: list[StepRecord]) -> RunRecord:
     reference = recipe.reference or steps[0].name
     record = RunRecord(
         name=recipe.name,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seed=recipe.seed,
         environment=environment_facts(),
         encoder=_encoder_facts(bench),
@@ -315,7 +317,11 @@ def _task_record(name: str, bench: Bench) -> TaskRecord:
 def _encoded(task: Any, rows: Any) -> list[Any]:
     """Encoded labels of raw rows, one word a position for word labels."""
     values = list(rows[task.label])
-    words = {"word_ids": [list(range(len(value or ()))) for value in values]} if task.problem == "token_classification" else {}
+    words = (
+        {"word_ids": [list(range(len(value or ()))) for value in values]}
+        if task.problem == "token_classification"
+        else {}
+    )
     return task.encode_labels(values, words)
 
 

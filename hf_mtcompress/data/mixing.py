@@ -25,7 +25,7 @@ Index = tuple[int, int]
 class MixedDataset(TorchDataset[dict[str, Any]]):
     """Several data sets, indexed by (source, row)."""
 
-    def __init__(self, sources: Sequence[Dataset]):
+    def __init__(self, sources: Sequence[Dataset]) -> None:
         self.sources = list(sources)
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class MixingSampler(Sampler[list[Index]]):
         seed: int = 42,
         num_processes: int = 1,
         lengths: Sequence[Sequence[int]] | None = None,
-    ):
+    ) -> None:
         if not rows or min(rows) < 1:
             raise DataError(f"expected at least one row in every source, found {list(rows)}")
         self.rows = list(rows)
@@ -174,4 +174,3 @@ class MixingSampler(Sampler[list[Index]]):
         # The last batch may be short and stays last, so that the others keep their boundaries.
         shuffled = generator.permutation(len(batches) - 1)
         return np.concatenate([*(batches[index] for index in shuffled), batches[-1]])
-

@@ -76,7 +76,9 @@ def encode_groups(
     if unknown:
         raise DataError(f"{role}: expected rows for the tasks {list(tasks)}, found rows for {unknown}; rename the keys")
     return [
-        EncodedGroup(names, encode_dataset(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role))
+        EncodedGroup(
+            names, encode_dataset(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role)
+        )
         for names in group_tasks(tasks, datasets)
     ]
 
@@ -87,7 +89,9 @@ def encode_dataset(
     """Encode the rows of tasks that share their inputs; see `encode_groups`."""
     names = ", ".join(task.name for task in tasks)
     if len(dataset) == 0:
-        raise DataError(f"task {names}: expected rows in the {role} split, found none; check the source and its filters")
+        raise DataError(
+            f"task {names}: expected rows in the {role} split, found none; check the source and its filters"
+        )
     columns = dataset.column_names
     if any(column in columns for column in ENCODED_COLUMNS):
         return _name_labels(dataset, tasks, role)
@@ -98,7 +102,9 @@ def encode_dataset(
         )
     for task in tasks:
         if not task.input_columns:
-            raise DataError(f"task '{task.name}': expected the name of its input column, found none; pass it to the task")
+            raise DataError(
+                f"task '{task.name}': expected the name of its input column, found none; pass it to the task"
+            )
         for column in (*task.input_columns, *([task.label] if task.label else [])):
             require_column(columns, column, f"task '{task.name}'", role)
     if "pixel_values" in getattr(processor, "model_input_names", ()):
@@ -124,9 +130,7 @@ def _encode_images(dataset: Dataset, tasks: Sequence[Task], processor: Any) -> D
 
     def encode_labels(*values: list[Any]) -> dict[str, list[Any]]:
         labelled = [task for task in tasks if task.label]
-        return {
-            task.label_name: task.encode_labels(column, {}) for task, column in zip(labelled, values, strict=True)
-        }
+        return {task.label_name: task.encode_labels(column, {}) for task, column in zip(labelled, values, strict=True)}
 
     label_columns = [task.label for task in tasks if task.label]
     if label_columns:

@@ -32,9 +32,7 @@ class WeightedSum(Fusion):
     normalisers: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        terms = [
-            self.weights.get(name, 1.0) / self.normalisers.get(name, 1.0) * loss for name, loss in losses.items()
-        ]
+        terms = [self.weights.get(name, 1.0) / self.normalisers.get(name, 1.0) * loss for name, loss in losses.items()]
         total = terms[0]
         for term in terms[1:]:
             total = total + term

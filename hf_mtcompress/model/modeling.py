@@ -61,7 +61,7 @@ class MultiTaskModel(PreTrainedModel):
     # Losses are normalised by the trainer over the whole accumulation window, never by the model.
     accepts_loss_kwargs = False
 
-    def __init__(self, config: MultiTaskConfig, encoders: Mapping[str, PreTrainedModel] | None = None):
+    def __init__(self, config: MultiTaskConfig, encoders: Mapping[str, PreTrainedModel] | None = None) -> None:
         super().__init__(config)
         self.tasks: dict[str, Task] = config.build_tasks()
         self.encoders = nn.ModuleDict(
@@ -106,9 +106,10 @@ class MultiTaskModel(PreTrainedModel):
             encoders={"main": _config_dict(loaded.config)},
             tasks=[task.to_dict() for task in tasks],
             preprocessing={"main": {key: value for key, value in preprocessing.items() if value is not None}},
-            # Trainer aligns these with the tokenizer's, and says so, where they are missing.
-            **{key: getattr(loaded.config, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
         )
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            # Trainer aligns these with the tokenizer's, and says so, where they are missing.
+            setattr(config, key, getattr(loaded.config, key, None))
         model = cls(config, encoders={"main": loaded})
         for task in tasks:
             # The data columns are not in the config, but useful while the model lives.
@@ -263,10 +264,10 @@ class MultiTaskModel(PreTrainedModel):
 
     # ---- saving ----
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write config (with the encoder's present config and structure) and weights; see `PreTrainedModel`."""
         self.refresh_config()
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def refresh_config(self) -> None:
         """Bring the config in step with the modules, after surgery on an encoder."""
@@ -349,7 +350,14 @@ def _initialize(module: nn.Module, config: PreTrainedConfig, head: nn.Module) ->
 def _config_dict(config: PreTrainedConfig) -> dict[str, Any]:
     """An encoder's config as plain values, without traces of where it was loaded from."""
     values = config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "architectures", "quantization_config", "torch_dtype", "dtype"):
+    for key in (
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        "torch_dtype",
+        "dtype",
+    ):
         values.pop(key, None)
     for key in ("id2label", "label2id", "problem_type"):
         values.pop(key, None)

@@ -20,9 +20,7 @@ def student_of(teacher: MultiTaskModel, layers: int | Sequence[int]) -> MultiTas
         UnsupportedEncoderError: the teacher has no such layers.
     """
     depth = teacher.encoder.config.num_hidden_layers
-    kept = (
-        [(index + 1) * depth // layers - 1 for index in range(layers)] if isinstance(layers, int) else sorted(layers)
-    )
+    kept = [(index + 1) * depth // layers - 1 for index in range(layers)] if isinstance(layers, int) else sorted(layers)
     if not kept or len(set(kept)) != len(kept) or kept[0] < 0 or kept[-1] >= depth:
         raise UnsupportedEncoderError(
             f"expected layers of a teacher that has {depth} (counted from 0), found {layers}; choose 1 to {depth}"

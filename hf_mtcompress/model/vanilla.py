@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.errors import TaskError
+from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.tasks import Task
 
@@ -39,12 +40,16 @@ def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
     if found is None or not isinstance(head, PreTrainedModel):
         raise TaskError(
             f"task '{name}': expected a stock head to write a plain transformers model, found head '{task.head}'"
-            + ("" if found is not None else f" on {type(encoder).__name__}, for which transformers has no {task.auto_class}")
+            + (
+                ""
+                if found is not None
+                else f" on {type(encoder).__name__}, for which transformers has no {task.auto_class}"
+            )
             + "; train with `head: stock`, or use the multi-task folder or its ONNX form"
         )
     with torch.device("meta"):
         stock = found._from_config(config)
-    apply_structure(stock.base_model, describe_structure(encoder))
+    apply_structure(encoder_of(stock), describe_structure(encoder))
     prefix = stock.base_model_prefix
     wanted = set(stock.state_dict())
     state = {f"{prefix}.{key}": value for key, value in encoder.state_dict().items()}
@@ -55,13 +60,14 @@ def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
     _fill_buffers(stock, encoder, prefix)
     stock.load_state_dict(state, strict=True)
     stock.tie_weights()
-    return stock.to(encoder.dtype).train(model.training)
+    stock.to(dtype=encoder.dtype)
+    return stock.train(model.training)
 
 
 def export_folder(model: "MultiTaskModel", name: str, folder: Path, processor: Any | None) -> Path:
     """See `MultiTaskModel.export_task`."""
     stock = to_stock(model, name)
-    if not is_vanilla(stock.base_model):
+    if not is_vanilla(encoder_of(stock)):
         from hf_mtcompress.model.structured import mark_structure
 
         mark_structure(stock)

@@ -70,7 +70,7 @@ class PooledHead(nn.Module):
         dense: bool,
         dropout: float,
         per_token: bool,
-    ):
+    ) -> None:
         super().__init__()
         self.pooling = pooling
         self.per_token = per_token

@@ -34,7 +34,7 @@ class Task(ABC):
         role: `auxiliary` tasks are trained but do not count in `average`.
         weight: factor of this task's loss in the fused loss, at least 0.
         head: `stock` (the head of the family's AutoModelFor class), `linear` or `mlp`.
-        pooling: what a `linear` or `mlp` head reads: `cls`, `mean` or `max`; None takes the encoder's pooler, else `cls`.
+        pooling: what a `linear` or `mlp` head reads: `cls`, `mean`, `max`; None takes the encoder's pooler, else `cls`.
         encoder: which encoder of the model the task reads.
         layer: depth that the task reads, None for the last layer. Kept in the saved format; only None works so far.
 
@@ -70,7 +70,9 @@ class Task(ABC):
         if self.labels is not None:
             self.labels = tuple(str(label) for label in self.labels)
             if len(set(self.labels)) != len(self.labels):
-                raise TaskError(f"task '{self.name}': expected different labels, found a label twice; remove the double")
+                raise TaskError(
+                    f"task '{self.name}': expected different labels, found a label twice; remove the double"
+                )
         if self.head == "stock" and self.pooling is not None:
             raise TaskError(
                 f"task '{self.name}': a stock head has its own pooling, found pooling '{self.pooling}'; "
@@ -216,7 +218,7 @@ class Task(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The task without its columns, as plain values for `config.json`."""
-        values = {"kind": self.kind}
+        values: dict[str, Any] = {"kind": self.kind}
         for field in dataclasses.fields(self):
             if field.name not in self.columns:
                 value = getattr(self, field.name)
@@ -235,7 +237,9 @@ def register_task(kind: str, cls: type[Task]) -> None:
     """
     known = _KINDS.get(kind)
     if known is not None and known is not cls:
-        raise TaskError(f"expected a new task kind, found '{kind}' registered by {known.__qualname__}; choose another name")
+        raise TaskError(
+            f"expected a new task kind, found '{kind}' registered by {known.__qualname__}; choose another name"
+        )
     _KINDS[kind] = cls
 
 

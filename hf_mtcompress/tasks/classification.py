@@ -192,6 +192,7 @@ def label_index(task: Task, value: Any) -> int:
     hint = f"did you mean '{near[0]}'? " if near else ""
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
     raise DataError(
-        f"task '{task.name}': expected one of {len(labels)} labels ({shown}) in column '{task.label}', found {value!r}; "
+        f"task '{task.name}': expected one of {len(labels)} labels ({shown}) in column '{task.label}', "
+        f"found {value!r}; "
         f"{hint}add the label to the task, or set it to null where a row is unlabelled"
     )

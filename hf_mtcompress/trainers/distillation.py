@@ -56,7 +56,7 @@ class DistillationTrainer(MultiTaskTrainer):
         label_weight: float | None = None,
         hidden_weight: float | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(model=model, **kwargs)
         own = self.args
         self.criteria = criteria or tuple(str(getattr(own, "criteria", "logits,hidden")).split(","))
@@ -71,7 +71,8 @@ class DistillationTrainer(MultiTaskTrainer):
                 f"expected label_weight in [0, 1] and a temperature above 0, found {self.label_weight} and "
                 f"{self.temperature}"
             )
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self.teacher = teacher.eval().requires_grad_(False)
+        torch.nn.Module.to(self.teacher, self.args.device)
         self._label_order = {name: _label_order(task, teacher) for name, task in model.tasks.items()}
         _check_vocabulary(model, teacher)
         student_config, teacher_config = model.encoder.config, _encoder_config(teacher)
@@ -199,7 +200,7 @@ def _label_order(task: Task, teacher: PreTrainedModel) -> list[int] | None:
         names: Any = teacher.tasks[task.name].labels
         outputs = teacher.tasks[task.name].num_outputs
     else:
-        names = [label for _, label in sorted(teacher.config.id2label.items())]
+        names = [label for _, label in sorted((teacher.config.id2label or {}).items())]
         outputs = teacher.config.num_labels
     if task.problem == "regression":
         if outputs != 1:
@@ -224,4 +225,3 @@ def _check_vocabulary(student: MultiTaskModel, teacher: PreTrainedModel) -> None
         raise TaskError(
             f"expected a multi-task teacher for the tasks {list(student.tasks)}, found a {type(teacher).__name__}"
         )
-

@@ -64,7 +64,7 @@ class MultiTaskTrainer(Trainer):
         | None = None,
         fusion: Fusion | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         self.multi_task = isinstance(model, MultiTaskModel)
         self.train_groups: list[EncodedGroup] = []
         self.eval_groups: list[EncodedGroup] = []
@@ -161,7 +161,7 @@ class MultiTaskTrainer(Trainer):
         )
         return self.accelerator.prepare(
             DataLoader(
-                self.train_dataset,
+                MixedDataset([group.dataset for group in self.train_groups]),
                 batch_sampler=self.mixing_sampler,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
@@ -373,7 +373,7 @@ def _by_task(tasks: Mapping[str, Task], functions: Any) -> dict[str, Callable[[E
     if functions is None:
         return {}
     if not isinstance(functions, Mapping):
-        return dict.fromkeys(tasks, functions)
+        return {name: functions for name in tasks}  # noqa: C420  # dict.fromkeys loses the type
     unknown = [name for name in functions if name not in tasks]
     if unknown:
         raise TaskError(f"compute_metrics: expected task names among {list(tasks)}, found {unknown}")
@@ -383,7 +383,7 @@ def _by_task(tasks: Mapping[str, Task], functions: Any) -> dict[str, Callable[[E
 class _SetEpoch(TrainerCallback):
     """Tells the sampler which epoch begins; accelerate does not reach a batch sampler on one process."""
 
-    def __init__(self, trainer: MultiTaskTrainer):
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
         self._trainer = trainer
 
     def on_epoch_begin(

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
-from tests.unit.trainers.test_multitask import gradients
 
 from hf_mtcompress import (
     DistillationTrainer,
@@ -18,6 +16,8 @@ from hf_mtcompress import (
     student_of,
 )
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from tests.unit.trainers.test_multitask import gradients
 
 
 def teacher_model(family: str = "bert", **overrides: Any) -> MultiTaskModel:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_config, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -25,6 +24,15 @@ from hf_mtcompress import (
     TokenClassification,
 )
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
+from tests.tiny import (
+    FEELING_LABELS,
+    TAG_LABELS,
+    tiny_config,
+    tiny_encoder,
+    tiny_text_rows,
+    tiny_token_rows,
+    tiny_tokenizer,
+)
 
 
 def arguments(folder: Path, **settings: Any) -> MultiTaskTrainingArguments:
@@ -72,7 +80,9 @@ def test_one_task_and_a_stock_model_equals_trainer_bit_for_bit(tmp_path: Path) -
     """A drop-in that shifts a seed, a loss scale or a key would change results of existing scripts unnoticed."""
     tokenizer = tiny_tokenizer()
     rows = tiny_text_rows(20)
-    encoded = rows.map(lambda row: tokenizer(row["text"]), remove_columns=["text", "pair", "topics", "same", "intensity"])
+    encoded = rows.map(
+        lambda row: tokenizer(row["text"]), remove_columns=["text", "pair", "topics", "same", "intensity"]
+    )
     encoded = encoded.map(lambda row: {"label": FEELING_LABELS.index(row["label"])})
 
     def run(cls: type[Trainer], args_cls: type[TrainingArguments], folder: Path) -> tuple[Any, Any, list[str], Any]:
@@ -126,7 +136,9 @@ def gradients(trainer: MultiTaskTrainer, windows: list[list[dict[str, Any]]]) ->
         for batch in batches:
             trainer.training_step(trainer.model, dict(batch), counts)
         collected.append(
-            torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in trainer.model.parameters()])
+            torch.cat(
+                [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in trainer.model.parameters()]
+            )
         )
     return collected
 
@@ -239,7 +251,7 @@ def test_unlabelled_rows_change_nothing(tmp_path: Path) -> None:
 
 def test_rows_of_an_unknown_task_are_refused(tmp_path: Path) -> None:
     model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
-    with pytest.raises(DataError, match="expected rows for the tasks .*mood.* found rows for .*moood"):
+    with pytest.raises(DataError, match=r"expected rows for the tasks .*mood.* found rows for .*moood"):
         MultiTaskTrainer(
             model=model,
             args=arguments(tmp_path),
@@ -270,7 +282,7 @@ def test_a_loss_that_is_no_number_stops_training(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     with torch.no_grad():
         next(trainer.model.heads["task_mood"].parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="expected a finite loss at step.*mood.*nan"):
+    with pytest.raises(TrainingError, match=r"expected a finite loss at step.*mood.*nan"):
         trainer.train()
 
 
