@@ -32,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
-    # Importing bitsandbytes (which Trainer does where it is installed) warns of a kernel that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         # Trainer and progress bars write to stdout; that is for data here.
         with redirect_stdout(sys.stderr):

@@ -1,6 +1,7 @@
 """Facts about the machine and the installed packages. Imports neither torch nor transformers."""
 
 import importlib.util
+import logging
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,11 @@ PACKAGES = (
     "bitsandbytes",
 )
 """Packages whose versions can change a score, a size or a time."""
+
+# Trainer imports bitsandbytes where it is installed, which then warns of a kernel package that nobody here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),

@@ -73,10 +73,10 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
         ArtifactError: the folder cannot be written, or something saved does not reload.
     """
     transformers_logging.set_verbosity_error()
-    prepare_output(output)
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
     bench = Bench(recipe, output, sources, load_processor(recipe))
+    prepare_output(output)
     write_text(output / RECIPE, dump_recipe(recipe))
     done: dict[str, StepRecord] = {}
     for step, source in zip(recipe.steps, step_sources(recipe), strict=True):

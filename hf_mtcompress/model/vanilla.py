@@ -60,7 +60,7 @@ def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
     _fill_buffers(stock, encoder, prefix)
     stock.load_state_dict(state, strict=True)
     stock.tie_weights()
-    stock.to(dtype=encoder.dtype)
+    torch.nn.Module.to(stock, encoder.dtype)
     return stock.train(model.training)
 
 
