@@ -9,7 +9,7 @@ sentences inside it and writes train.jsonl, validation.jsonl and test.jsonl with
     source      tweet, product_review, film_review or editorial
 
 What it needs: Python with pip, and a package index (2.5 MB; the file is kept in the user's cache folder).
-Command:    python recipes/quickstart/prepare.py [--train 8000] [--validation 1000] [--test 2400] [--seed 13]
+Command:    python recipes/quickstart/prepare.py [--train 6400] [--validation 500] [--test 2000] [--seed 13]
 
 Each split holds as many sentences of each source as there are, up to an equal share. Sentences of one review or one
 article stay in one split, and a text that occurs twice is used once. A second call with the same settings does nothing.
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Fetch and split the human-rated sentences of Hutto & Gilbert (2014).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for name, default in zip(SPLITS, (8000, 1000, 2400), strict=True):
+    for name, default in zip(SPLITS, (6400, 500, 2000), strict=True):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="ROWS", help=f"rows of the {name} split")
     parser.add_argument("--seed", type=int, default=13, help="seed of the draw")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write")
