@@ -50,6 +50,7 @@ from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, max_le
 from hf_mtcompress.data.sources import Sources
 from hf_mtcompress.errors import MTCompressError, RecipeError, TrainingError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.student import student_of
 from hf_mtcompress.model.surgery import describe_structure
@@ -432,7 +433,9 @@ def _quantize(step: QuantizeStep, source: str | None, bench: Bench, folder: Path
                 export_onnx(model, bench.processor, scratch)
             quantize_onnx(work / "float32", folder, bits=step.bits)
             artefact = Artefact(form="onnx", folder=".", precision=f"int{step.bits}, dynamic, per channel")
-            return StepOutcome([artefact], structure_of(model))
+            # There is no model in memory with these weights: the graph is held against itself in another process.
+            answers = load_predictor(folder).logits(probe_batch(bench)[0])
+            return StepOutcome([artefact], structure_of(model), probes={".": answers})
 
 
 def _export(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:

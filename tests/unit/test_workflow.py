@@ -1,0 +1,142 @@
+"""A whole tiny run, from the recipe to the card, and what happens when it is repeated or killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_recipe import write_tiny_recipe
+
+from hf_mtcompress.artifacts import CARD, RECORD
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.publishing.lint import lint_card
+from hf_mtcompress.publishing.report import report_rows
+from hf_mtcompress.records import RunRecord
+from hf_mtcompress.workflow import load_record, run
+
+STEPS = ("teacher", "student", "plain", "pruned", "small", "int8")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, RunRecord]]:
+    """Recipe, output folder and record of one run."""
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = write_tiny_recipe(folder)
+    output = folder / "run"
+    yield recipe, output, run(load_recipe(recipe), output)
+
+
+def scores(record: RunRecord) -> dict[str, Any]:
+    """Everything a run measured that does not depend on the clock."""
+    return {
+        artefact.folder: {
+            role: {name: score.metrics for name, score in split.tasks.items()} for role, split in artefact.scores.items()
+        }
+        for step in record.steps
+        for artefact in step.artefacts
+    }
+
+
+def test_every_step_is_measured_on_what_it_saved(finished: tuple[Path, Path, RunRecord]) -> None:
+    _, output, record = finished
+    assert tuple(step.name for step in record.steps) == STEPS
+    folders = [artefact.folder for step in record.steps for artefact in step.artefacts]
+    assert folders == ["teacher", "student", "plain/vanilla", "plain/onnx", "pruned", "small", "int8"]
+    for step in record.steps:
+        for artefact in step.artefacts:
+            assert artefact.scores["validation"].tasks["mood"].rows == 16
+            assert artefact.scores["test"].tasks["strength"].rows == 24
+            assert artefact.size is not None
+            assert artefact.size.weights_bytes > 0
+            assert [row.batch_size for row in artefact.latency] == [1, 4]
+            assert (output / artefact.folder).is_dir()
+    assert {comparison.folder for comparison in record.comparisons} == set(folders)
+
+
+def test_every_artefact_reloads_in_a_fresh_process(finished: tuple[Path, Path, RunRecord]) -> None:
+    """The first promise; torch forms answer bit for bit."""
+    for step in finished[2].steps:
+        for artefact in step.artefacts:
+            assert artefact.reload is not None, artefact.folder
+            assert artefact.reload["passed"], (artefact.folder, artefact.reload)
+            if artefact.form in ("torch", "bitsandbytes", "vanilla"):
+                assert artefact.reload["max_difference"] == 0.0, artefact.folder
+
+
+def test_steps_compress(finished: tuple[Path, Path, RunRecord]) -> None:
+    parameters = {step.name: step.artefacts[0].size.parameters for step in finished[2].steps if step.artefacts[0].size}
+    assert parameters["pruned"] < parameters["student"] < parameters["teacher"]  # type: ignore[operator]  # never None
+    sizes = {step.name: step.artefacts[0].size.weights_bytes for step in finished[2].steps if step.artefacts[0].size}
+    assert sizes["int8"] < sizes["pruned"] < sizes["teacher"]
+
+
+def test_the_card_says_only_what_was_measured(finished: tuple[Path, Path, RunRecord]) -> None:
+    _, output, record = finished
+    text = (output / CARD).read_text()
+    assert lint_card(text, output, record) == []
+    assert str(output.parent) not in text
+    assert str(output.parent) not in (output / RECORD).read_text()
+
+
+def test_the_report_has_one_object_for_each_step(finished: tuple[Path, Path, RunRecord]) -> None:
+    keys = {"step", "kind", "average", "retention", "worst_task_retention", "parameters", "size_mb"}
+    rows = report_rows(finished[2])
+    assert [row["step"] for row in rows] == list(STEPS)
+    assert all(keys <= row.keys() for row in rows)
+    assert rows[0]["retention"] == 1.0
+
+
+def test_the_budget_is_checked(finished: tuple[Path, Path, RunRecord]) -> None:
+    budget = finished[2].budget
+    assert budget is not None
+    assert budget["latency_b1_ratio"]["met"]
+    assert not budget["size_mb"]["met"]
+
+
+def test_a_repeated_run_skips_what_is_done(finished: tuple[Path, Path, RunRecord]) -> None:
+    recipe, output, record = finished
+    before = {name: (output / name / "step.json").stat().st_mtime_ns for name in STEPS}
+    again = run(load_recipe(recipe), output)
+    assert {name: (output / name / "step.json").stat().st_mtime_ns for name in STEPS} == before
+    assert scores(again) == scores(record)
+    assert scores(load_record(output)) == scores(record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["teacher", "student", "plain", "pruned", "int8"])
+def test_a_killed_run_goes_on_to_the_same_scores(
+    finished: tuple[Path, Path, RunRecord], tmp_path: Path, victim: str
+) -> None:
+    """Killed in the middle of each kind of step, the run must end with the numbers of one that was left alone."""
+    _, _, record = finished
+    recipe = write_tiny_recipe(tmp_path)
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "hf_mtcompress", "run", str(recipe), "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not any((output / ".work").glob(f"{victim}-*/*")) and not (output / ".work" / f"{victim}.part").exists():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (output / RECORD).exists()
+    assert scores(run(load_recipe(recipe), output)) == scores(record)
+
+
+def test_a_changed_step_is_done_again_and_others_are_not(finished: tuple[Path, Path, RunRecord]) -> None:
+    recipe, output, _ = finished
+    before = {name: (output / name / "step.json").stat().st_mtime_ns for name in STEPS}
+    run(load_recipe(recipe, ["steps.pruned.heads=0.5"]), output)
+    after = {name: (output / name / "step.json").stat().st_mtime_ns for name in STEPS}
+    assert {name for name in STEPS if before[name] != after[name]} == {"pruned", "small", "int8"}
+    assert json.loads((output / RECORD).read_text())["steps"][3]["settings"]["heads"] == 0.5
