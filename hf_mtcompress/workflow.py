@@ -228,13 +228,54 @@ def _measure(bench: Bench, steps: list[StepRecord]) -> RunRecord:
         reference=reference,
         steps=steps,
     )
-    _check_reloads(bench.output, steps, probe_batch(bench)[1])
+    last = _last_record(bench.output)
+    known = _keep_measured(steps, last)
+    fresh = [step for step in steps if step.name not in known]
+    if fresh:
+        _check_reloads(bench.output, fresh, probe_batch(bench)[1])
     if bench.sources.role("test"):
-        for artefact in (artefact for step in steps for artefact in step.artefacts):
+        for artefact in (artefact for step in fresh for artefact in step.artefacts):
             artefact.scores["test"] = _score(bench, bench.output / artefact.folder, "test")
-    _time_artefacts(bench, record, recipe.benchmark)
+    if last is not None and not fresh and _same_conditions(last, steps, reference, recipe.benchmark):
+        record.created, record.benchmark = last.created, last.benchmark
+    else:
+        # Times are only comparable within one run, so all are taken again.
+        _time_artefacts(bench, record, recipe.benchmark)
     _compare(record, recipe)
     return record
+
+
+def _last_record(output: Path) -> RunRecord | None:
+    """What an earlier call measured, if it came that far."""
+    try:
+        return load_record(output)
+    except ArtifactError:
+        return None
+
+
+def _keep_measured(steps: Sequence[StepRecord], last: RunRecord | None) -> set[str]:
+    """Put what an earlier call measured on exactly these artefacts back in place; the names of steps it holds."""
+    earlier = {step.fingerprint: step for step in last.steps} if last is not None else {}
+    known = set()
+    for step in steps:
+        if (old := earlier.get(step.fingerprint)) is not None and old.name == step.name:
+            step.artefacts = old.artefacts
+            known.add(step.name)
+    return known
+
+
+def _same_conditions(last: RunRecord, steps: Sequence[StepRecord], reference: str, config: BenchmarkConfig) -> bool:
+    """Whether the times in the last record are of these artefacts, taken as wanted now."""
+    found = last.benchmark or {}
+    wanted = {
+        "tokens": config.tokens,
+        "batch_sizes": list(config.batch_sizes),
+        "repetitions": config.repetitions,
+        "warmup": config.warmup,
+        "threads": config.threads or found.get("threads"),
+    }
+    same_steps = [step.fingerprint for step in last.steps] == [step.fingerprint for step in steps]
+    return same_steps and last.reference == reference and all(found.get(key) == wanted[key] for key in wanted)
 
 
 def _check_reloads(output: Path, steps: Sequence[StepRecord], samples: Sequence[Any] | None = None) -> None:

@@ -36,7 +36,8 @@ def scores(record: RunRecord) -> dict[str, Any]:
     """Everything a run measured that does not depend on the clock."""
     return {
         artefact.folder: {
-            role: {name: score.metrics for name, score in split.tasks.items()} for role, split in artefact.scores.items()
+            role: {name: score.metrics for name, score in split.tasks.items()}
+            for role, split in artefact.scores.items()
         }
         for step in record.steps
         for artefact in step.artefacts

@@ -1,0 +1,131 @@
+"""The command line: what it prints, and how it answers mistakes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.tiny_recipe import write_tiny_recipe
+
+from hf_mtcompress.cli import main
+from hf_mtcompress.workflow import run as _run  # noqa: F401  # imported before capture, since its import may warn
+
+FIRST_STEP = [{"kind": "finetune", "name": "teacher", "epochs": 1}]
+
+
+def change(path: Path, **sections: Any) -> Path:
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**recipe, **sections}, sort_keys=False))
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The message of a command that a user's mistake ended."""
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_tiny_recipe(tmp_path, steps=FIRST_STEP)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps.teacher.epoch=1", "did you mean 'epochs'"),
+        ("tasks.strength.label=intensty", "expected column 'intensty'.*did you mean 'intensity'"),
+        ("tasks.mood.labels=[bad, good]", "expected one of 2 labels .*found 'plain'"),
+        ("tasks.Mood={kind: sequence-classification, data: mood, text: text, label: label}", "tasks.Mood"),
+        ("tasks.average={kind: sequence-classification, data: mood, text: text, label: label}", "reserved name"),
+        ("tasks.mood.data.data_files.test=nope.jsonl", "expected a file .*nope.jsonl.* found none"),
+        ("tasks.mood.data.data_files.test=empty.jsonl", "test"),
+        ("encoder.path=/nowhere/at-all", "expected a local folder or a Hub id"),
+        ("steps.1={kind: distill, teacher: teechr, student: {layers: 1}}", "steps.1"),
+        ("reference=techer", "did you mean 'teacher'"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message_and_leaves_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    output = tmp_path / "out"
+    text = refused(capsys, "run", str(recipe), "--output", str(output), override)
+    assert re.search(message, text, re.DOTALL), text
+    assert not output.exists()
+
+
+def test_a_teacher_that_no_step_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [*FIRST_STEP, {"kind": "distill", "name": "student", "teacher": "teechr", "student": {"layers": 1}}]
+    recipe = write_tiny_recipe(tmp_path, steps=steps)
+    text = refused(capsys, "run", str(recipe), "--output", str(tmp_path / "out"))
+    assert "no step makes 'teechr', did you mean 'teacher'?" in text
+
+
+def test_all_mistakes_at_once(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "validate", str(recipe), "seeed=1", "steps.teacher.epoch=1", "tasks.mood.metric=acuracy")
+    assert "3 problems" in text
+    assert all(word in text for word in ("seeed", "epoch", "acuracy"))
+
+
+def test_an_output_that_cannot_be_written(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found after hours of training, this would lose them."""
+    (tmp_path / "file").write_text("")
+    text = refused(capsys, "run", str(recipe), "--output", str(tmp_path / "file" / "out"))
+    assert "expected a folder that can be written" in text
+
+
+def test_a_loss_that_is_no_number(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    text = refused(
+        capsys, "run", str(recipe), "--output", str(output), "training.learning_rate=1.0e+30", "steps.teacher.epochs=3"
+    )
+    assert "expected a finite loss at step" in text
+    assert not (output / "teacher").exists()
+
+
+def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected the folder of a run" in refused(capsys, "report", str(tmp_path))
+
+
+def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "run", "--jsn"])
+    assert stop.value.code == 2
+    assert "--jsn" in capsys.readouterr().err
+
+
+def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data on stdout alone, so that it can be piped."""
+    output = tmp_path / "out"
+    assert main(["validate", str(recipe)]) == 0
+    assert main(["plan", str(recipe), "--json"]) == 0
+    lines = capsys.readouterr().out
+    assert json.loads(lines.split("\n", 1)[1])["groups"] == [["mood", "strength"]]
+
+    assert main(["run", str(recipe), "--output", str(output)]) == 0
+    assert "teacher" in capsys.readouterr().out
+
+    assert main(["report", str(output), "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)] == ["teacher"]
+
+    assert main(["evaluate", str(output / "teacher"), str(recipe), "--split", "test"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["mood"]["rows"] == 24
+
+    bench = ["bench", str(output / "teacher"), "--tokens", "8", "--batch-sizes", "1", "--repetitions", "2", "--json"]
+    assert main(bench) == 0
+    assert len(json.loads(capsys.readouterr().out)["latency"]) == 1
+
+    assert main(["card", str(output)]) == 0
+    assert capsys.readouterr().out.strip().endswith("README.md")
+
+    assert main(["push", str(output), "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert "model.safetensors" in listed
+    assert "nothing was sent to someone/tiny" in listed
+    assert "probes" not in listed
