@@ -24,25 +24,26 @@ def table(record: RunRecord) -> str:
     """One line a step: scores by task, what is kept, size and times."""
     header = ["step", *record.tasks, "kept", "worst task", "MB", "batch 1", "batch 32"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for row in report_rows(record):
-        lines.append(
-            [
-                f"`{row['step']}`",
-                *(f"{score:.3f}" for score in row["scores"].values()),
-                f"{100 * row['retention']:.1f} %",
-                f"{100 * row['worst_task_retention']:.1f} %",
-                f"{row['size_mb']:.1f}",
-                f"{1 / row['latency_b1_ratio']:.1f} x",
-                f"{1 / row['latency_b32_ratio']:.1f} x",
-            ]
-        )
+    lines += [
+        [
+            f"`{row['step']}`",
+            *(f"{score:.3f}" for score in row["scores"].values()),
+            f"{100 * row['retention']:.1f} %",
+            f"{100 * row['worst_task_retention']:.1f} %",
+            f"{row['size_mb']:.1f}",
+            f"{1 / row['latency_b1_ratio']:.1f} x",
+            f"{1 / row['latency_b32_ratio']:.1f} x",
+        ]
+        for row in report_rows(record)
+    ]
     metrics = ", ".join(f"{name} {task.metric}" for name, task in record.tasks.items())
     rows = next(iter(record.tasks.values())).rows["test"]
-    facts = record.environment
+    conditions = record.benchmark or {}
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{text}\n\nTest scores ({metrics}) on {rows:,} sentences; batch 1 and 32: times as fast as the teacher in torch "
-        f"float32, {record.benchmark['tokens']} tokens, {record.benchmark['threads']} threads, {facts['processor']}.\n"  # type: ignore[index]  # measured in every run
+        f"{text}\n\nTest scores ({metrics}) on {rows:,} sentences; batch 1 and 32: times as fast as the teacher in "
+        f"torch float32, {conditions['tokens']} tokens, {conditions['threads']} threads, "
+        f"{record.environment['processor']}.\n"
     )
 
 

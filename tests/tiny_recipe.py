@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from tests.tiny import FEELING_LABELS, tiny_encoder, tiny_text_rows, tiny_tokenizer
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.tiny_recipe import write_tiny_recipe
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.workflow import run as _run  # noqa: F401  # imported before capture, since its import may warn
+from tests.tiny_recipe import write_tiny_recipe
 
 FIRST_STEP = [{"kind": "finetune", "name": "teacher", "epochs": 1}]
 
