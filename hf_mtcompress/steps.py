@@ -48,7 +48,7 @@ from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, max_length_of
 from hf_mtcompress.data.sources import Sources
-from hf_mtcompress.errors import MTCompressError, RecipeError, TrainingError
+from hf_mtcompress.errors import RecipeError, TrainingError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
@@ -360,7 +360,7 @@ def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, training: d
 
 def structure_of(model: MultiTaskModel) -> dict[str, Any]:
     """Layers, heads and feed-forward widths of every encoder."""
-    return {name: describe_structure(encoder) for name, encoder in model.encoders.items()}  # type: ignore[arg-type]
+    return {name: describe_structure(encoder) for name, encoder in model.encoders.items()}  # type: ignore[arg-type]  # a ModuleDict of encoders
 
 
 # ---- compression steps ----
@@ -525,6 +525,3 @@ def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise RecipeError(problems)
-
-
-__all__ = ["Bench", "MTCompressError", "StepOutcome", "load_processor", "probe_batch", "run_step"]
