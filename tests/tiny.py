@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,6 +34,7 @@ LAYERS = 3
 FEED_FORWARD = 64
 IMAGE_SIZE = 32
 MAX_LENGTH = 64
+_VOCABULARY = 160
 
 _MODEL_TYPES = {"clip_text": "clip_text_model", "clip_vision": "clip_vision_model"}
 _WITH_TOKEN_TYPES = {"bert", "electra", "deberta-v2"}
@@ -144,16 +144,21 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 @cache
 def tiny_tokenizer(family: str = "bert") -> BertTokenizer:
-    """A fast WordPiece tokenizer trained on the sentences below, with the inputs that models of `family` take."""
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special, show_progress=False)
-    core.train_from_iterator((" ".join(words) for words, *_ in _sentences(400, random.Random(0))), trainer)
+    """A fast WordPiece tokenizer of the sentences below, with the inputs that models of `family` take.
+
+    Its vocabulary is written out, not trained: training breaks ties by chance, and then no two processes agree.
+    """
+    words = sorted({word for sentence, *_ in _sentences(400, random.Random(0)) for word in sentence})
+    letters = sorted(set("".join(words)))
+    pieces = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    for index, word in enumerate(words):
+        # Every third word falls into two pieces.
+        pieces += [word[:2], f"##{word[2:]}"] if index % 3 == 0 and len(word) > 3 else [word]
+    pieces = list(dict.fromkeys(pieces))
+    pieces += [f"[unused{index}]" for index in range(_VOCABULARY - len(pieces))]
     names = ["input_ids", "token_type_ids", "attention_mask"]
     return BertTokenizer(
-        vocab=core.get_vocab(),
+        vocab={piece: index for index, piece in enumerate(pieces)},
         model_max_length=MAX_LENGTH,
         model_input_names=names if family in _WITH_TOKEN_TYPES else [name for name in names if "type" not in name],
     )

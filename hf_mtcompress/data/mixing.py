@@ -13,13 +13,14 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from hf_mtcompress.errors import DataError
+from hf_mtcompress.tasks.base import UNLABELLED
 
 Strategy = Literal["proportional", "temperature", "uniform", "round_robin"]
 _BATCHES_IN_A_BLOCK = 50
 """As in transformers' own grouping by length."""
 
 Index = tuple[int, int]
-"""Source and row."""
+"""Source and row; -1 - row is the row without its labels, which then counts nowhere."""
 
 
 class MixedDataset(TorchDataset[dict[str, Any]]):
@@ -32,12 +33,28 @@ class MixedDataset(TorchDataset[dict[str, Any]]):
         return sum(len(source) for source in self.sources)
 
     def __getitem__(self, index: Index) -> dict[str, Any]:
-        return self.sources[index[0]][index[1]]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[Index]) -> list[dict[str, Any]]:
         """Rows of one batch, read in one go; all of them are of one source."""
-        columns = self.sources[indices[0][0]][[row for _, row in indices]]
-        return [{key: values[i] for key, values in columns.items()} for i in range(len(indices))]
+        columns = self.sources[indices[0][0]][[row if row >= 0 else -1 - row for _, row in indices]]
+        rows = [{key: values[i] for key, values in columns.items()} for i in range(len(indices))]
+        return [row if number >= 0 else _without_labels(row) for row, (_, number) in zip(rows, indices, strict=True)]
+
+
+def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with every label marked as unlabelled."""
+
+    def unlabelled(label: Any) -> Any:
+        match label:
+            case list() | tuple():
+                return [UNLABELLED for _ in label]
+            case float():
+                return math.nan
+            case _:
+                return UNLABELLED
+
+    return {key: unlabelled(value) if key.startswith("labels_") else value for key, value in row.items()}
 
 
 def batch_shares(rows: Sequence[int], batch_size: int, strategy: Strategy, temperature: float) -> list[int]:
@@ -102,7 +119,8 @@ class MixingSampler(Sampler[list[Index]]):
         if not rows or min(rows) < 1:
             raise DataError(f"expected at least one row in every source, found {list(rows)}")
         self.rows = list(rows)
-        self.batch_size = batch_size
+        # Not called batch_size: accelerate would hold back every group whose last batch is shorter than that.
+        self.rows_per_batch = batch_size
         self.strategy: Strategy = strategy
         self.seed = seed
         self.num_processes = num_processes
@@ -124,9 +142,9 @@ class MixingSampler(Sampler[list[Index]]):
             rows = self._rows_of(source, seen[source])
             seen[source] += 1
             for rank in range(self.num_processes):
-                part = rows[rank * self.batch_size : (rank + 1) * self.batch_size]
-                # A short last group: ranks without rows repeat the first ones, as accelerate's even batches do.
-                yield [(source, row) for row in (part or rows[: self.batch_size])]
+                part = rows[rank * self.rows_per_batch : (rank + 1) * self.rows_per_batch]
+                # A short last group leaves ranks without rows: they run one that counts nowhere.
+                yield [(source, row) for row in part] or [(source, -1 - rows[0])]
 
     def order(self) -> list[int]:
         """Sources of this epoch's groups, in order."""
@@ -145,7 +163,7 @@ class MixingSampler(Sampler[list[Index]]):
 
     def _rows_of(self, source: int, group: int) -> list[int]:
         """Rows of a source's n-th group in this epoch."""
-        size = self.batch_size * self.num_processes
+        size = self.rows_per_batch * self.num_processes
         count = self.rows[source]
         if self.strategy == "proportional":
             order = self._permutation(source, self.epoch)
@@ -162,7 +180,7 @@ class MixingSampler(Sampler[list[Index]]):
         order = generator.permutation(self.rows[source])
         if self.lengths is None:
             return order
-        size = self.batch_size * self.num_processes
+        size = self.rows_per_batch * self.num_processes
         block = size * _BATCHES_IN_A_BLOCK
         blocks = [order[start : start + block] for start in range(0, len(order), block)]
         lengths = self.lengths[source]

@@ -21,6 +21,7 @@ from hf_mtcompress.records import Artefact, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
 # Okabe and Ito's palette, which readers with colour-blindness tell apart; forms differ in shape as well.
 REFERENCE_COLOUR, DELIVERED_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00", "#7F7F7F"
@@ -145,29 +146,49 @@ def _round_ticks(axes: "Axes", xs: Sequence[float], ys: Sequence[float]) -> None
 
 
 def _label(axes: "Axes", shown: Sequence[tuple[float, Point]]) -> None:
-    """Write each label right of its point, and push a label down where it would lie on another."""
+    """Write each label beside its point, where it covers least of other labels, of points and of the frame."""
+    from matplotlib.transforms import Bbox
+
     axes.figure.canvas.draw()  # settles the layout, so that data coordinates become pixels as they will be saved
-    taken: list[tuple[float, float]] = []
+    pixels = [axes.transData.transform((x, point.average)) for x, point in shown]
+    taken = [Bbox.from_bounds(across - 12, up - 12, 24, 24) for across, up in pixels]
     for x, point in sorted(shown, key=lambda item: (-item[1].average, item[0])):
         size = "" if point.size_mb is None else f", {point.size_mb:.1f} MB"
-        text = f"{point.step}\n{point.form} {point.precision}{size}"
-        across, up = axes.transData.transform((x, point.average))
-        # 34 pixels a label at 150 dpi and 8 points in two lines, 190 across: near enough to keep them apart.
-        wanted = up
-        while any(abs(across - other) < 230 and abs(wanted - height) < 40 for other, height in taken):
-            wanted -= 10
-        taken.append((across, wanted))
-        axes.annotate(
-            text,
+        text = axes.annotate(
+            f"{point.step}\n{point.form} {point.precision}{size}",
             (x, point.average),
-            xytext=(10, (wanted - up) * 72 / 150),
+            xytext=(0, 0),
             textcoords="offset points",
             fontsize=8,
-            va="center",
             linespacing=1.1,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6} if wanted < up - 15 else None,
         )
+        choices = []
+        for preference, (across, up, horizontal, vertical) in enumerate(_LABEL_PLACES):
+            text.set(x=across, y=up, ha=horizontal, va=vertical)
+            choices.append((_covered(text.get_window_extent(), taken, axes.bbox), preference))
+        across, up, horizontal, vertical = _LABEL_PLACES[min(choices)[1]]
+        text.set(x=across, y=up, ha=horizontal, va=vertical)
+        taken.append(text.get_window_extent())
+
+
+_LABEL_PLACES = [
+    *((9, 0, "left", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top"), (-9, 0, "right", "center")),
+    *((7, 7, "left", "bottom"), (7, -7, "left", "top"), (-7, 7, "right", "bottom"), (-7, -7, "right", "top")),
+    *((0, 24, "center", "bottom"), (0, -24, "center", "top")),
+]
+"""Where a label may stand, the best liked first: points right of and above its mark, and how it is aligned there."""
+
+
+def _covered(label: "Bbox", taken: Sequence["Bbox"], frame: "Bbox") -> float:
+    """Square pixels of other things that a label lies on, and of itself outside the frame."""
+    from matplotlib.transforms import Bbox
+
+    total = 0.0
+    for other in taken:
+        common = Bbox.intersection(label, other)
+        total += 0.0 if common is None else common.width * common.height
+    inside = Bbox.intersection(label, frame)
+    return total + label.width * label.height - (0.0 if inside is None else inside.width * inside.height)
 
 
 def _draw_tasks(axes: "Axes", record: RunRecord) -> None:

@@ -222,8 +222,8 @@ class MultiTaskTrainer(Trainer):
         if num_items_in_batch:
             # Gradients are averaged over ranks, the counts are sums over them.
             loss = loss * self.args.world_size
-        if self.args.world_size > 1:
-            loss = loss + self._touch_absent_heads(model, present)
+        if not self._finds_unused_parameters(model):
+            loss = loss + self._touch_unread_parts(present)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"expected a finite loss at step {self.state.global_step}, found "
@@ -246,14 +246,24 @@ class MultiTaskTrainer(Trainer):
         }
         return outputs, losses, {}
 
-    def _touch_absent_heads(self, model: nn.Module, present: Mapping[str, Task]) -> Tensor:
-        """Zero, through every parameter of the heads that this batch does not use: DDP waits for all of them."""
-        core = self.accelerator.unwrap_model(model)
-        absent = [core.heads[task.head_name] for name, task in self.tasks.items() if name not in present]
+    def _finds_unused_parameters(self, model: nn.Module) -> bool:
+        """Whether nothing waits for the gradients of parts that a batch does not use: one process, or DDP looks."""
+        return getattr(model, "find_unused_parameters", True)
+
+    def _touch_unread_parts(self, present: Mapping[str, Task]) -> Tensor:
+        """Zero, through every parameter that this batch may not use (heads of absent tasks, poolers).
+
+        DDP that does not look for unused parameters waits for the gradients of all of them.
+        """
+        core = self.accelerator.unwrap_model(self.model)
+        assert isinstance(core, MultiTaskModel)
+        parts = [core.heads[task.head_name] for name, task in self.tasks.items() if name not in present]
+        parts += [
+            part for encoder in core.encoders.values() for key, part in encoder.named_children() if key == "pooler"
+        ]
         total = torch.zeros((), device=self.args.device)
-        for head in absent:
-            for parameter in head.parameters():
-                total = total + 0.0 * parameter.sum()
+        for parameter in (parameter for part in parts if part is not None for parameter in part.parameters()):
+            total = total + 0.0 * parameter.sum()
         return total
 
     def _note_losses(self, losses: Mapping[str, Tensor], counts: ItemCounts) -> None:
@@ -267,7 +277,9 @@ class MultiTaskTrainer(Trainer):
         """Add `loss_<task>` to training logs; otherwise as `Trainer.log`."""
         if self.multi_task and "loss" in logs:
             for name, (total, steps) in self._window.items():
-                logs[f"loss_{name}"] = float(total) / len(steps)
+                # Each rank holds its share of the window's mean.
+                whole = self.accelerator.reduce(total.to(self.args.device), "sum")
+                logs[f"loss_{name}"] = float(whole) / len(steps)
             self._window = {}
         super().log(logs, start_time)
 

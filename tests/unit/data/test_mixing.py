@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from hf_mtcompress.data.mixing import MixingSampler, batch_shares
+from hf_mtcompress.data.mixing import MixedDataset, MixingSampler, batch_shares
 from hf_mtcompress.errors import DataError
 
 
@@ -91,3 +92,20 @@ def test_round_robin_takes_turns() -> None:
 def test_an_empty_source_is_refused() -> None:
     with pytest.raises(DataError, match="expected at least one row in every source"):
         MixingSampler([3, 0], 2)
+
+
+def test_ranks_without_rows_get_one_that_counts_nowhere() -> None:
+    """A repeated row with its labels would count twice in the mean of its window."""
+    rows = Dataset.from_dict({"input_ids": [[1], [2], [3]], "labels_a": [0, 1, 2], "labels_b": [0.5, 1.5, 2.5]})
+    rows = rows.add_column("labels_c", [[0, 1], [1], [2]])
+    sampler = MixingSampler([3], 2, num_processes=2, seed=1)
+    first, second = list(sampler)
+    assert (len(first), len(second)) == (2, 1)
+    assert second[0][1] >= 0, "three rows are enough for both ranks"
+    lonely = list(MixingSampler([1], 2, num_processes=2))
+    assert lonely == [[(0, 0)], [(0, -1)]]
+    assert MixedDataset([rows])[lonely[0][0]] == {"input_ids": [1], "labels_a": 0, "labels_b": 0.5, "labels_c": [0, 1]}
+    blank = MixedDataset([rows])[lonely[1][0]]
+    assert blank["input_ids"] == [1]
+    assert (blank["labels_a"], blank["labels_c"]) == (-100, [-100, -100])
+    assert blank["labels_b"] != blank["labels_b"]

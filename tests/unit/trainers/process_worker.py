@@ -1,0 +1,70 @@
+"""Trains three tasks and writes what came out; run once alone and once as two processes by `test_processes.py`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, MultiTaskTrainingArguments
+from hf_mtcompress import SequenceClassification as Sequence
+from hf_mtcompress import TokenClassification as Tokens
+from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+
+
+def main(folder: Path, batch_size: int, find_unused: bool) -> None:
+    set_seed(0)
+    tasks = [
+        Sequence("mood", labels=FEELING_LABELS, text="text", label="label"),
+        Sequence("strength", problem_type="regression", text="text", label="intensity"),
+        Tokens("tags", labels=TAG_LABELS, tokens="tokens", label="tags"),
+    ]
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, max_length=32)
+    # Neither source fills its last batch, and the rows of the last evaluation batch are fewer than the processes.
+    texts, tokens = tiny_text_rows(13), tiny_token_rows(7)
+    data = {"mood": texts, "strength": texts, "tags": tokens}
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=MultiTaskTrainingArguments(
+            str(folder),
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            learning_rate=1e-3,
+            optim="sgd",  # Adam turns rounding of tiny gradients into steps of full size
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            ddp_find_unused_parameters=find_unused,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder)
+        losses = [
+            {key: value for key, value in row.items() if key.startswith("loss")} for row in trainer.state.log_history
+        ]
+        result = {
+            "processes": trainer.args.world_size,
+            "metrics": {
+                key: value for key, value in metrics.items() if not key.endswith(("runtime", "per_second", "epoch"))
+            },
+            "losses": [row for row in losses if row],
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), find_unused=sys.argv[3] == "find")
