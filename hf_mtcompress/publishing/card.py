@@ -313,7 +313,7 @@ class _Page:
             add(label, [n.milliseconds(one.minimum_ms if one else None) for one in latency])
         add(
             "peak memory",
-            [f"{n.plain(column.peak_memory_mb)} MB" if column.peak_memory_mb else NOT_MEASURED for column in columns],
+            [f"{n.count(column.peak_memory_mb)} MB" if column.peak_memory_mb else NOT_MEASURED for column in columns],
         )
         return rows
 

@@ -278,7 +278,7 @@ class MultiTaskTrainer(Trainer):
         if self.multi_task and "loss" in logs:
             for name, (total, steps) in self._window.items():
                 # Each rank holds its share of the window's mean.
-                whole = self.accelerator.reduce(total.to(self.args.device), "sum")
+                whole: Any = self.accelerator.reduce(total.to(self.args.device), "sum")
                 logs[f"loss_{name}"] = float(whole) / len(steps)
             self._window = {}
         super().log(logs, start_time)
