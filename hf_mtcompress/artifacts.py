@@ -10,7 +10,7 @@ runs/NAME/
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hf_mtcompress.errors import ArtifactError
@@ -58,7 +58,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if old.exists():
                 shutil.rmtree(old)
             os.replace(target, old)
-            os.replace(scratch, target)
+            try:
+                os.replace(scratch, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(scratch, target)
@@ -74,6 +78,8 @@ def write_text(target: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, target)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise ArtifactError(
             f"expected to write '{target.name}', but {target.parent} refused it ({error.strerror}); "
             "choose another place with --output or free some space"

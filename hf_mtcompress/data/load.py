@@ -22,7 +22,7 @@ from hf_mtcompress.config import DataConfig, Role
 from hf_mtcompress.config.overrides import PACKAGED_BUILDERS
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks.base import UNLABELLED, Task
-from hf_mtcompress.tasks.classification import label_index
+from hf_mtcompress.tasks.classification import is_unlabelled, label_index
 
 ROLES: tuple[Role, ...] = get_args(Role)
 SPLIT_NAMES: Mapping[Role, tuple[str, ...]] = {
@@ -161,7 +161,7 @@ def infer_labels(
     in_lists = multi_label or kind == "token-classification"
     found: set[Any] = set()
     for index, value in _values(splits, column):
-        if _is_unlabelled(value):
+        if is_unlabelled(value):
             continue
         if isinstance(value, list) != in_lists:
             expected = "a list of labels" if in_lists else "one label"
@@ -170,7 +170,7 @@ def infer_labels(
                 "choose another column, or a kind of task and problem_type that fits"
             )
         for item in value if in_lists else [value]:
-            if not _is_unlabelled(item):
+            if not is_unlabelled(item):
                 _check_label_value(item, column, index, what)
                 found.add(item)
     if multi_label and found <= {0, 1} and _holds_vectors(splits, column):
@@ -192,14 +192,15 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
     """Make sure, before anything is trained, that every label in the data is one of the task's.
 
     Raises:
-        DataError: the first value that is not, with its split and row.
+        DataError: the first value that is not, with its split and row; or the data number the labels otherwise.
     """
     assert task.label is not None
     accepted: set[Any] = set()
     for role, rows in splits.items():
         _check_column(rows, task.label, role, what)
+        check_label_order(rows, task, what)
     for index, value in _values(splits, task.label):
-        if _is_unlabelled(value):
+        if is_unlabelled(value):
             continue
         if task.problem == "regression":
             if not _is_number(value):
@@ -212,12 +213,31 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
         if task.problem == "multi_label_classification" and len(items) == task.num_outputs and set(items) <= {0, 1}:
             continue
         for item in items:
-            if item not in accepted and not _is_unlabelled(item):
+            if item not in accepted and not is_unlabelled(item):
                 try:
                     label_index(task, item)
                 except DataError as error:
                     raise DataError(f"{what}, {index}: {error}") from error
                 accepted.add(item)
+
+
+def check_label_order(rows: Dataset, task: Task, what: str) -> None:
+    """Make sure that the numbers in a ClassLabel column mean the same labels to the task.
+
+    A task may rename labels, or add some at the end. The same names in another order would be swapped in silence.
+
+    Raises:
+        DataError: a label has one number in the data and another in the task.
+    """
+    names = _class_names(rows.features[str(task.label)])
+    if names is None or task.labels is None:
+        return
+    moved = [name for index, name in enumerate(names) if name in task.labels and task.labels.index(name) != index]
+    if moved:
+        raise DataError(
+            f"{what}: expected the labels in the order of column '{task.label}' ({', '.join(names)}), found "
+            f"({', '.join(task.labels)}); give them in that order, or leave them out"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ reading the source
@@ -485,10 +505,6 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
     return tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
 
 
-def _is_unlabelled(value: Any) -> bool:
-    return value is None or value == UNLABELLED or (isinstance(value, float) and math.isnan(value))
-
-
 def _is_number(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
@@ -498,7 +514,7 @@ def _is_number(value: Any) -> bool:
 
 def _holds_vectors(splits: Mapping[Role, Dataset], column: str) -> bool:
     """Whether lists of zeros and ones are vectors: of one length, and some value twice, which no set of labels has."""
-    lists = [value for _, value in _values(splits, column) if not _is_unlabelled(value)]
+    lists = [value for _, value in _values(splits, column) if not is_unlabelled(value)]
     return len({len(value) for value in lists}) == 1 and any(len(set(value)) < len(value) for value in lists)
 
 

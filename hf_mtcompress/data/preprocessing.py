@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_mtcompress.data.load import check_label_order
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks import Task
 
@@ -107,6 +108,8 @@ def encode_dataset(
             )
         for column in (*task.input_columns, *([task.label] if task.label else [])):
             require_column(columns, column, f"task '{task.name}'", role)
+        if task.label:
+            check_label_order(dataset, task, f"task '{task.name}'")
     if "pixel_values" in getattr(processor, "model_input_names", ()):
         return _encode_images(dataset, tasks, processor)
     length = max_length_of(processor, max_length)
@@ -114,8 +117,10 @@ def encode_dataset(
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # Word-level tasks split into words; a shared encoding must do as they do.
         leader = next((task for task in tasks if task.problem == "token_classification"), tasks[0])
-        encoded = leader.encode([rows[column] for column in leader.input_columns], processor, length)
-        labels = {task.label_name: task.encode_labels(rows[task.label], encoded) for task in tasks if task.label}
+        inputs = [rows[column] for column in leader.input_columns]
+        encoded = leader.encode(inputs, processor, length)
+        raw = {**encoded, "words": inputs[0]}
+        labels = {task.label_name: task.encode_labels(rows[task.label], raw) for task in tasks if task.label}
         encoded.pop("word_ids", None)
         return {**encoded, **labels}
 
@@ -154,7 +159,7 @@ def _name_labels(dataset: Dataset, tasks: Sequence[Task], role: str) -> Dataset:
                 f"task '{task.name}': expected labels in column '{task.label_name}', '{task.label}' or 'labels' of the "
                 f"{role} rows, found {dataset.column_names}; rename the column"
             )
-        if len(tasks) > 1 and found in ("labels", "label"):
+        if len(tasks) > 1 and found != task.label:
             raise DataError(
                 f"expected one label column for each of {[task.name for task in tasks]}, found only '{found}'; "
                 f"name them {[task.label_name for task in tasks]}"

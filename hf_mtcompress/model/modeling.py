@@ -18,6 +18,7 @@ from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
 from hf_mtcompress.tasks import Task
+from hf_mtcompress.tasks.base import divisor
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _FOUND_AT_LEAST = 0.95
@@ -220,7 +221,7 @@ class MultiTaskModel(PreTrainedModel):
             task = self.tasks[name]
             target = labels.get(task.label_name)
             if target is not None:
-                mean = task.loss_sum(logits[name], target) / task.item_count(target).clamp(min=1)
+                mean = task.loss_sum(logits[name], target) / divisor(task.item_count(target))
                 loss = task.weight * mean + (0.0 if loss is None else loss)
         return output_class(tuple(self.tasks))(
             loss=loss,

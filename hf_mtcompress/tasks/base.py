@@ -16,6 +16,7 @@ from hf_mtcompress.errors import TaskError
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_NAMES = frozenset({"average", "loss", "runtime", "epoch", "model_preparation_time", "label", "labels", "main"})
 UNLABELLED = -100
+_CHOICES = {"role": ("main", "auxiliary"), "head": ("stock", "linear", "mlp"), "pooling": (None, "cls", "mean", "max")}
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression", "token_classification"]
 
@@ -73,6 +74,9 @@ class Task(ABC):
                 raise TaskError(
                     f"task '{self.name}': expected different labels, found a label twice; remove the double"
                 )
+        for field, known in _CHOICES.items():
+            if (found := getattr(self, field)) not in known:
+                raise TaskError(f"task '{self.name}': expected a {field} among {list(known)}, found {found!r}")
         if self.head == "stock" and self.pooling is not None:
             raise TaskError(
                 f"task '{self.name}': a stock head has its own pooling, found pooling '{self.pooling}'; "
@@ -278,6 +282,11 @@ def weighted_count(task: Task, labels: Tensor) -> Tensor:
     if not task.class_weights:
         return torch.tensor(float(labelled.numel()), device=labels.device)
     return torch.tensor(task.class_weights, device=labels.device)[labelled].sum()
+
+
+def divisor(count: Tensor) -> Tensor:
+    """A count to divide a sum of losses by: 1 where nothing is labelled, since the sum is 0 there."""
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

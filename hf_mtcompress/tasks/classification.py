@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from hf_mtcompress.tasks.metrics import (
     regression_metrics,
 )
 
+ClassificationProblem = Literal["single_label_classification", "multi_label_classification", "regression"]
+
 
 @dataclass
 class Classification(Task):
@@ -30,11 +32,14 @@ class Classification(Task):
     """
 
     _: KW_ONLY
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
-        "single_label_classification"
-    )
+    problem_type: ClassificationProblem = "single_label_classification"
 
     def __post_init__(self) -> None:
+        if self.problem_type not in get_args(ClassificationProblem):
+            raise TaskError(
+                f"task '{self.name}': expected problem_type single_label_classification, multi_label_classification or "
+                f"regression, found '{self.problem_type}'"
+            )
         super().__post_init__()
         if self.problem_type == "regression" and self.labels is not None:
             raise TaskError(f"task '{self.name}': a regression has no labels, found {list(self.labels)}; remove them")
@@ -57,11 +62,6 @@ class Classification(Task):
                 return "micro_f1"
             case "regression":
                 return "pearson"
-            case _:
-                raise TaskError(
-                    f"task '{self.name}': expected problem_type single_label_classification, "
-                    f"multi_label_classification or regression, found '{self.problem_type}'"
-                )
 
     @property
     def primary_metrics(self) -> tuple[str, ...]:
@@ -77,17 +77,26 @@ class Classification(Task):
                 return [self._number(value) for value in values]
 
     def _label_vector(self, value: Any) -> list[float]:
-        if value is None or value == UNLABELLED:
-            return [float(UNLABELLED)] * self.num_outputs
+        unlabelled = [float(UNLABELLED)] * self.num_outputs
+        if is_unlabelled(value):
+            return unlabelled
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise DataError(
+                f"task '{self.name}': expected a list of labels in column '{self.label}', found {value!r}; "
+                "use problem_type single_label_classification for one label a row"
+            )
         if len(value) == self.num_outputs and all(item in (0, 1) and not isinstance(item, str) for item in value):
             return [float(item) for item in value]
+        indices = [label_index(self, item) for item in value if not is_unlabelled(item)]
+        if value and not indices:
+            return unlabelled
         vector = [0.0] * self.num_outputs
-        for item in value:
-            vector[label_index(self, item)] = 1.0
+        for index in indices:
+            vector[index] = 1.0
         return vector
 
     def _number(self, value: Any) -> float:
-        if value is None:
+        if is_unlabelled(value):
             return math.nan
         try:
             return float(value)
@@ -172,14 +181,19 @@ class Classification(Task):
                 ]
 
 
+def is_unlabelled(value: Any) -> bool:
+    """Whether a value in a column of labels says that the row has none: None, NaN or -100."""
+    return value is None or value == UNLABELLED or (isinstance(value, float) and math.isnan(value))
+
+
 def label_index(task: Task, value: Any) -> int:
-    """Index of a label name (or of an index in range); None and -100 are unlabelled.
+    """Index of a label name (or of an index in range); None, NaN and -100 are unlabelled.
 
     Raises:
         DataError: the value is not a label of the task.
     """
     labels = task.labels or ()
-    if value is None or value == UNLABELLED:
+    if is_unlabelled(value):
         return UNLABELLED
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # tables read whole numbers with gaps as floats

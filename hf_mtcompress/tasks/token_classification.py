@@ -49,7 +49,8 @@ class TokenClassification(Task):
 
     @property
     def primary_metrics(self) -> tuple[str, ...]:
-        return PRIMARY_METRICS["token_classification"]
+        # Labels that mark no spans have no span scores.
+        return PRIMARY_METRICS["token_classification"] if self.bio or not self.labels else ("token_accuracy",)
 
     @property
     def auto_class(self) -> str:
@@ -64,21 +65,23 @@ class TokenClassification(Task):
         return (self.tokens,) if self.tokens is not None else ()
 
     def encode(self, inputs: Sequence[Sequence[Any]], processor: Any, max_length: int | None) -> dict[str, list[Any]]:
-        rows = [row.split() if isinstance(row, str) else list(row) for row in inputs[0]]
+        rows = [_words(row) for row in inputs[0]]
         encoded = processor(rows, truncation=True, max_length=max_length, is_split_into_words=True)
         return {**encoded, "word_ids": [encoded.word_ids(index) for index in range(len(rows))]}
 
     def encode_labels(self, values: Sequence[Any], encoding: Mapping[str, Any]) -> list[Any]:
         aligned, cut = [], 0
-        for words, word_ids in zip(values, encoding["word_ids"], strict=True):
+        texts = encoding.get("words") or [None] * len(values)
+        for words, word_ids, text in zip(values, encoding["word_ids"], texts, strict=True):
             reached = max((index for index in word_ids if index is not None), default=-1) + 1
             if words is None:
                 aligned.append([UNLABELLED] * len(word_ids))
                 continue
-            if reached > len(words):
+            if reached > len(words) or (text is not None and len(_words(text)) != len(words)):
+                found = f"at least {reached}" if text is None else len(_words(text))
                 raise DataError(
                     f"task '{self.name}': expected one label for each word, found {len(words)} labels in column "
-                    f"'{self.label}' for at least {reached} words in column '{self.tokens}'"
+                    f"'{self.label}' for {found} words in column '{self.tokens}'"
                 )
             cut += len(words) > reached
             indices = [label_index(self, word) for word in words]
@@ -146,6 +149,10 @@ class TokenClassification(Task):
                 for label, start, end in bio_spans(answers)
             ]
         return answer
+
+
+def _words(row: str | Sequence[str]) -> list[str]:
+    return row.split() if isinstance(row, str) else list(row)
 
 
 register_task(TokenClassification.kind, TokenClassification)
