@@ -60,5 +60,5 @@ $(RUN): | $(BIN)/python
 
 $(DEV): | $(RUN)
 	@echo "Installing what tests and checks need into $(VENV)"
-	$(PIP) --editable ".[onnx,bitsandbytes,dev]"
+	$(PIP) --editable ".[onnx,bitsandbytes,surgery,dev]"
 	@touch $@

@@ -32,6 +32,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "bitsandbytes": ("bitsandbytes",),
+    "surgery": ("torchjd", "qpsolvers", "quadprog", "cvxpy", "clarabel"),
 }
 """Modules that each extra of `pyproject.toml` brings."""
 
