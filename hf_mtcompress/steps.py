@@ -92,7 +92,11 @@ class Bench:
         for task in self.sources.tasks.values():
             # The saved task has no columns; those of this recipe are put back for training.
             model.tasks[task.name] = dataclasses.replace(
-                task, labels=model.tasks[task.name].labels, weight=task.weight, role=task.role
+                task,
+                labels=model.tasks[task.name].labels,
+                weight=task.weight,
+                final_weight=task.final_weight,
+                role=task.role,
             )
         return model
 
@@ -303,9 +307,7 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
         "greater_is_better": True if best else None,
         "save_total_limit": 2,
         "seed": bench.recipe.seed,
-        "mixing": bench.recipe.mixing.strategy,
-        "mixing_temperature": bench.recipe.mixing.temperature,
-        "normalize_losses": bench.recipe.fusion.normalize,
+        **_mixing_arguments(bench.recipe),
         "logging_steps": 25,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -319,6 +321,23 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
             f"training.arguments: expected fields of transformers.TrainingArguments, found {config.arguments} "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def _mixing_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Mixing and fusion as `MultiTaskTrainingArguments` name them."""
+    mixing, fusion = recipe.mixing, recipe.fusion
+    options = {key: getattr(fusion, key) for key in ("rate", "temperature", "share")}
+    return {
+        "mixing": mixing.strategy,
+        "mixing_temperature": mixing.temperature,
+        "mixing_cap": mixing.cap,
+        "mixing_weights": mixing.weights,
+        "mixing_targets": mixing.targets,
+        "batches": mixing.batches,
+        "fusion": fusion.kind,
+        "fusion_options": {key: value for key, value in options.items() if value is not None} or None,
+        "normalize_losses": fusion.normalize,
+    }
 
 
 class MarkComplete(TrainerCallback):

@@ -24,6 +24,7 @@ from hf_mtcompress.config.tasks import (
     TaskConfig,
     TaskRole,
     TokenClassificationConfig,
+    WeightSchedule,
 )
 from hf_mtcompress.config.training import EncoderConfig, FusionConfig, MixingConfig, TrainingConfig
 
@@ -52,4 +53,5 @@ __all__ = [
     "TaskRole",
     "TokenClassificationConfig",
     "TrainingConfig",
+    "WeightSchedule",
 ]

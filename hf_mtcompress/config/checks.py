@@ -26,6 +26,7 @@ from hf_mtcompress.config.tasks import (
     TaskConfig,
     TokenClassificationConfig,
 )
+from hf_mtcompress.config.training import FusionConfig, MixingConfig
 
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]*")
 STEP_NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -245,6 +246,28 @@ def check_reference(reference: str | None, names: Sequence[str], kinds: Sequence
     """The reference is what everything is compared with, so it must be a float model of this run."""
     if reference is not None:
         _check_earlier(reference, "reference", dict(zip(names, kinds, strict=True)), names, problems)
+
+
+FUSION_OPTIONS = {"uncertainty": ("rate",), "famo": ("rate",), "dwa": ("temperature",), "gradient_norm": ("share",)}
+
+
+def check_mixing(mixing: MixingConfig, fusion: FusionConfig, tasks: Sequence[str], problems: Problems) -> None:
+    """Weights and targets name tasks; options belong to the chosen strategy and fusion."""
+    for key, owner in (("weights", "weights"), ("targets", "score_gap")):
+        named = getattr(mixing, key)
+        for name in named or ():
+            if name not in tasks:
+                problems.add(f"mixing.{key}.{name}", f"there is no such task, {near(name, list(tasks))}")
+        if named is not None and mixing.strategy != owner:
+            problems.add(f"mixing.{key}", f"used by strategy: {owner} only, found strategy: {mixing.strategy}")
+    if mixing.strategy == "weights" and not any((mixing.weights or {}).values()):
+        problems.add("mixing.weights", "strategy: weights needs a weight above 0 for at least one task")
+    if mixing.batches == "mixed" and mixing.strategy == "round_robin":
+        problems.add("mixing.batches", "round_robin takes turns batch by batch; say batches: one_source with it")
+    for key in ("rate", "temperature", "share"):
+        if getattr(fusion, key) is not None and key not in FUSION_OPTIONS.get(fusion.kind, ()):
+            owners = " and ".join(kind for kind, options in FUSION_OPTIONS.items() if key in options)
+            problems.add(f"fusion.{key}", f"used by {owners} only, found kind: {fusion.kind}")
 
 
 def check_benchmark(benchmark: BenchmarkConfig, problems: Problems) -> None:

@@ -27,6 +27,16 @@ PRIMARY_METRICS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSchedule:
+    """A weight that changes linearly from the first to the last optimizer step."""
+
+    source: float
+    """At the first step."""
+    to: float
+    """At the last step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSettings:
     """What every kind of task has."""
 
@@ -40,8 +50,8 @@ class TaskSettings:
     """Primary metric; default: the kind's own."""
     role: TaskRole = "main"
     """Auxiliary tasks are trained but do not count in `average`."""
-    weight: float = 1.0
-    """Factor of the loss in the sum of all tasks."""
+    weight: float | WeightSchedule = 1.0
+    """Factor of the loss in the sum of all tasks; `{from: 0.5, to: 0}` changes linearly over a step's training."""
     head: Literal["stock", "linear", "mlp"] = "stock"
     """`stock` is the head of the family's own AutoModelFor class."""
     pooling: Literal["cls", "mean", "max"] | None = None

@@ -24,20 +24,38 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingConfig:
-    """How often each source of rows is drawn. Probability is proportional to rows ** (1 / temperature)."""
+    """How often each source of rows is drawn."""
 
-    strategy: Literal["proportional", "temperature", "uniform", "round_robin"] = "proportional"
-    """By number of rows, by a root of it, all alike, or in turns."""
+    strategy: Literal[
+        "proportional", "temperature", "annealed", "uniform", "round_robin", "weights", "loss", "score_gap"
+    ] = "proportional"
+    """By number of rows; by their root; by a root that grows more even from epoch to epoch; all alike; in turns; by
+    `weights`; by training loss; by distance to the best known validation score."""
     temperature: float = 2.0
-    """Used by `temperature`: 1 is proportional, larger is more even."""
+    """Used by `temperature`, rows ** (1 / temperature): 1 is proportional, larger is more even."""
+    cap: int | None = None
+    """Rows of a source beyond this number do not count for how often it is drawn."""
+    weights: dict[str, float] | None = None
+    """By task, for `weights`; those of tasks that share rows add up."""
+    targets: dict[str, float] | None = None
+    """By task, for `score_gap`: the best known score, such as that of a model of its own; default: 1."""
+    batches: Literal["one_source", "mixed"] = "one_source"
+    """Whether a batch holds rows of one source or of several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusionConfig:
-    """How the losses of the tasks become one: the sum of weight * loss / normaliser."""
+    """How the losses of the tasks become one: the sum of weight * factor * loss / normaliser."""
 
-    kind: Literal["sum"] = "sum"
-    """Always `sum`."""
+    kind: Literal["sum", "product", "uncertainty", "dwa", "random", "famo", "gradient_norm"] = "sum"
+    """How the factor is learned: not at all; one over the loss; by uncertainty; by how fast losses fall from epoch to
+    epoch; at random; by how fast logs of losses fall; measured once from gradient norms, then fixed."""
+    rate: float | None = None
+    """Step size of `uncertainty` and `famo`."""
+    temperature: float | None = None
+    """Of `dwa`: larger is more even."""
+    share: float | None = None
+    """Share of the steps in which `gradient_norm` measures."""
     normalize: Literal["chance", "none"] = "chance"
     """`chance` divides a loss by what an uninformed guess costs: log(labels), or the variance of a regression label."""
 

@@ -16,6 +16,9 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class MultiTaskCollator:
     """Pads model inputs and stacks the labels of the tasks that the rows belong to.
 
+    Where rows of several sources share a batch, a task's labels are those of its own rows, and `rows_<task>` says which
+    rows of the batch they are.
+
     Args:
         tasks: tasks by name.
         processor: tokenizer that pads; not needed for images.
@@ -40,8 +43,11 @@ class MultiTaskCollator:
         if "pixel_values" in rows[0]:
             batch["pixel_values"] = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         for task in self.tasks.values():
-            if task.label_name in rows[0]:
-                batch[task.label_name] = task.collate_labels([row[task.label_name] for row in rows], length)
+            own = [place for place, row in enumerate(rows) if task.label_name in row]
+            if own:
+                batch[task.label_name] = task.collate_labels([rows[place][task.label_name] for place in own], length)
+            if 0 < len(own) < len(rows):
+                batch[task.rows_name] = torch.tensor(own)
         return batch
 
 

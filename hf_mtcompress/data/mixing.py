@@ -1,11 +1,11 @@
-"""Which rows come when: batches of one source of rows at a time, as a pure function of seed, epoch and step.
+"""Which rows come when, as a pure function of seed, epoch and step (and of what a reactive strategy was told).
 
 A source is a set of rows with one or several tasks on them; tasks that share rows share batches.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -15,7 +15,11 @@ from torch.utils.data import Sampler
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks.base import UNLABELLED
 
-Strategy = Literal["proportional", "temperature", "uniform", "round_robin"]
+Strategy = Literal["proportional", "temperature", "annealed", "uniform", "round_robin", "weights", "loss", "score_gap"]
+REACTIVE: tuple[Strategy, ...] = ("loss", "score_gap")
+"""Strategies that draw by what training showed so far."""
+_ANNEALED_BY = 0.8
+"""How far `annealed` lowers the exponent of the rows from the first to the last epoch."""
 _BATCHES_IN_A_BLOCK = 50
 """As in transformers' own grouping by length."""
 
@@ -36,10 +40,16 @@ class MixedDataset(TorchDataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[Index]) -> list[dict[str, Any]]:
-        """Rows of one batch, read in one go; all of them are of one source."""
-        columns = self.sources[indices[0][0]][[row if row >= 0 else -1 - row for _, row in indices]]
-        rows = [{key: values[i] for key, values in columns.items()} for i in range(len(indices))]
-        return [row if number >= 0 else _without_labels(row) for row, (_, number) in zip(rows, indices, strict=True)]
+        """Rows of one batch, those of one source read in one go."""
+        found: dict[int, dict[str, Any]] = {}
+        for source in dict.fromkeys(source for source, _ in indices):
+            places = [place for place, index in enumerate(indices) if index[0] == source]
+            numbers = [indices[place][1] for place in places]
+            columns = self.sources[source][[number if number >= 0 else -1 - number for number in numbers]]
+            for position, (place, number) in enumerate(zip(places, numbers, strict=True)):
+                row = {key: values[position] for key, values in columns.items()}
+                found[place] = row if number >= 0 else _without_labels(row)
+        return [found[place] for place in range(len(indices))]
 
 
 def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
@@ -57,39 +67,41 @@ def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
     return {key: unlabelled(value) if key.startswith("labels_") else value for key, value in row.items()}
 
 
-def batch_shares(rows: Sequence[int], batch_size: int, strategy: Strategy, temperature: float) -> list[int]:
-    """How many batches each source gets in an epoch.
-
-    The epoch has as many batches as one pass over all rows. `proportional` gives each source its own rows once.
-    `temperature` draws with probability proportional to rows ** (1 / temperature) (Devlin et al. 2018 smoothing, as
-    multilingual BERT and T5 use it), `uniform` and `round_robin` alike. Every source gets at least one batch.
+def batch_shares(weights: Sequence[float], total: int) -> list[int]:
+    """Split a number of batches by weights: largest remainders, at least one each.
 
     Args:
-        rows: rows of each source, at least 1.
-        batch_size: rows a batch, over all processes.
-        strategy: see above.
-        temperature: above 0; 1 is proportional, large is uniform.
+        weights: of each source, at least 0, not all 0.
+        total: batches in all, at least one for each source.
 
     Returns:
-        Batches by source.
+        Batches by source; they add up to `total`.
     """
-    once = [math.ceil(count / batch_size) for count in rows]
-    if strategy == "proportional":
-        return once
-    power = 1.0 / temperature if strategy == "temperature" else 0.0
-    weights = np.asarray(rows, dtype=np.float64) ** power
-    exact = weights / weights.sum() * sum(once)
+    exact = np.asarray(weights, dtype=np.float64)
+    exact = exact / exact.sum() * total
     shares = np.maximum(np.floor(exact), 1).astype(int)
-    # Largest remainder, so that the shares add up to the epoch; ties go to the earlier source.
+    # Ties go to the earlier source.
     for index in np.argsort(-(exact - np.floor(exact)), kind="stable"):
-        if shares.sum() >= sum(once):
+        if shares.sum() >= total:
             break
         shares[index] += 1
+    while shares.sum() > total:  # many sources that are owed less than one batch
+        shares[np.argmax(shares)] -= 1
     return [int(share) for share in shares]
 
 
 class MixingSampler(Sampler[list[Index]]):
-    """Batches of one source each, in an order that depends on seed and epoch alone.
+    """Batches of one source each (or of rows of several), in an order that depends on seed and epoch alone.
+
+    An epoch has as many batches as one pass over all rows. With `proportional` every row comes once an epoch. The
+    other strategies walk through each source's rows at a pace of its own, and no row comes twice before all others of
+    its source came once:
+
+    - `temperature`: by rows ** (1 / temperature) (multilingual BERT and T5);
+    - `annealed`: by rows ** a, with a going from 1 to 0.2 over the epochs (Stickland and Murray 2019, "BERT and PALs");
+    - `uniform`, and `round_robin`, which also fixes the order;
+    - `weights`: as given;
+    - `loss`, `score_gap`: by what `react` was told before the epoch; the first one is proportional.
 
     With several processes it emits groups of `num_processes` batches of the same source, because accelerate deals
     consecutive batches to ranks: every rank then works on the same tasks in every step.
@@ -97,12 +109,19 @@ class MixingSampler(Sampler[list[Index]]):
     Args:
         rows: rows of each source.
         batch_size: rows a batch and process.
-        strategy: see `batch_shares`; `round_robin` also fixes the order.
-        temperature: for strategy `temperature`.
+        strategy: see above.
+        temperature: for strategy `temperature`, above 0; 1 is proportional, large is uniform.
+        cap: rows of a source beyond this number do not count for its pace (Raffel et al. 2020, T5).
+        weights: of each source, for strategy `weights`.
+        epochs: of the training, for strategy `annealed`.
+        mixed: whether a batch holds rows of several sources.
         seed: of the order.
         num_processes: ranks that share the batches.
         lengths: tokens of each row, by source. When given, rows of like length share a batch, which saves padding: a
             shuffled source is cut into blocks, each sorted by length, and its batches are shuffled again.
+
+    Raises:
+        DataError: a source is empty, or settings exclude each other.
     """
 
     def __init__(
@@ -112,39 +131,115 @@ class MixingSampler(Sampler[list[Index]]):
         *,
         strategy: Strategy = "proportional",
         temperature: float = 2.0,
+        cap: int | None = None,
+        weights: Sequence[float] | None = None,
+        epochs: int = 1,
+        mixed: bool = False,
         seed: int = 42,
         num_processes: int = 1,
         lengths: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not rows or min(rows) < 1:
             raise DataError(f"expected at least one row in every source, found {list(rows)}")
+        if strategy not in get_args(Strategy):
+            raise DataError(f"expected a mixing strategy among {list(get_args(Strategy))}, found '{strategy}'")
+        if strategy == "weights" and (weights is None or min(weights) < 0 or sum(weights) <= 0):
+            raise DataError(
+                f"expected weights of at least 0, not all 0, with mixing strategy 'weights', found {weights}"
+            )
+        if mixed and (lengths is not None or strategy == "round_robin"):
+            raise DataError(
+                "expected batches of one source with group_by_length or round_robin, found mixed ones; use one of both"
+            )
         self.rows = list(rows)
         # Not called batch_size: accelerate would hold back every group whose last batch is shorter than that.
         self.rows_per_batch = batch_size
         self.strategy: Strategy = strategy
+        self.temperature = temperature
+        self.cap = cap
+        self.weights = weights
+        self.epochs = epochs
+        self.mixed = mixed
         self.seed = seed
         self.num_processes = num_processes
         self.drop_last = False
         self.lengths = None if lengths is None else [np.asarray(source) for source in lengths]
-        self.epoch = 0
-        self.shares = batch_shares(rows, batch_size * num_processes, strategy, temperature)
+        self.pulls: list[float] | None = None
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self.history: list[list[int]] = []
+        """Groups of each source, by epoch: what a resumed run must know."""
+        self.set_epoch(0)
+
+    @property
+    def group_size(self) -> int:
+        """Rows that all processes take together."""
+        return self.rows_per_batch * self.num_processes
+
+    @property
+    def shares(self) -> list[int]:
+        """Groups of each source in this epoch."""
+        return self.history[self.epoch]
+
+    def react(self, pulls: Sequence[float]) -> None:
+        """Tell the reactive strategies how strongly each source is wanted in epochs that were not planned yet."""
+        self.pulls = [max(pull, 1e-3) for pull in pulls]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
         self.epoch = epoch
+        while len(self.history) <= epoch:
+            self.history.append(self._plan(len(self.history)))
+
+    def _plan(self, epoch: int) -> list[int]:
+        counted = [count if self.cap is None else min(count, self.cap) for count in self.rows]
+        once = [math.ceil(count / self.group_size) for count in counted]
+        match self.strategy:
+            case "proportional":
+                return once
+            case "temperature":
+                weights = [count ** (1 / self.temperature) for count in counted]
+            case "annealed":
+                progress = min(epoch / max(self.epochs - 1, 1), 1.0)
+                weights = [count ** (1 - _ANNEALED_BY * progress) for count in counted]
+            case "uniform" | "round_robin":
+                weights = [1.0] * len(counted)
+            case "weights":
+                weights = list(self.weights or ())
+            case "loss" | "score_gap":
+                weights = self.pulls or counted
+        return batch_shares(weights, sum(once))
 
     def __len__(self) -> int:
-        return sum(self.shares) * self.num_processes
+        groups = math.ceil(sum(self.rows) / self.group_size) if self._mixes_whole_sources else sum(self.shares)
+        return groups * self.num_processes
+
+    @property
+    def _mixes_whole_sources(self) -> bool:
+        return self.mixed and self.strategy == "proportional" and self.cap is None
 
     def __iter__(self) -> Iterator[list[Index]]:
+        for group in self._mixed_groups() if self.mixed else self._pure_groups():
+            for rank in range(self.num_processes):
+                part = group[rank * self.rows_per_batch : (rank + 1) * self.rows_per_batch]
+                # A short last group leaves ranks without rows: they run one that counts nowhere.
+                yield part or [(group[0][0], -1 - group[0][1])]
+
+    def _pure_groups(self) -> Iterator[list[Index]]:
         seen = [0] * len(self.rows)
         for source in self.order():
-            rows = self._rows_of(source, seen[source])
+            yield [(source, row) for row in self._rows_of(source, seen[source])]
             seen[source] += 1
-            for rank in range(self.num_processes):
-                part = rows[rank * self.rows_per_batch : (rank + 1) * self.rows_per_batch]
-                # A short last group leaves ranks without rows: they run one that counts nowhere.
-                yield [(source, row) for row in part] or [(source, -1 - rows[0])]
+
+    def _mixed_groups(self) -> Iterator[list[Index]]:
+        rows = [
+            (source, row)
+            for source, share in enumerate(self.shares)
+            for group in range(share)
+            for row in self._rows_of(source, group)
+        ]
+        order = np.random.default_rng([self.seed, self.epoch, 2]).permutation(len(rows))
+        for start in range(0, len(rows), self.group_size):
+            yield [rows[place] for place in order[start : start + self.group_size]]
 
     def order(self) -> list[int]:
         """Sources of this epoch's groups, in order."""
@@ -163,24 +258,31 @@ class MixingSampler(Sampler[list[Index]]):
 
     def _rows_of(self, source: int, group: int) -> list[int]:
         """Rows of a source's n-th group in this epoch."""
-        size = self.rows_per_batch * self.num_processes
+        size = self.group_size
         count = self.rows[source]
-        if self.strategy == "proportional":
+        if self.strategy == "proportional" and self.cap is None:
             order = self._permutation(source, self.epoch)
             return [int(row) for row in order[group * size : (group + 1) * size]]
         # An endless row of permutations, cut into groups: no row comes twice before all others came once.
-        start = (self.epoch * self.shares[source] + group) * size
-        passes = {position // count for position in (start, start + size - 1)}
-        passes |= set(range(min(passes), max(passes)))
+        start = (sum(shares[source] for shares in self.history[: self.epoch]) + group) * size
+        passes = range(start // count, (start + size - 1) // count + 1)
         orders = {number: self._permutation(source, number) for number in passes}
         return [int(orders[position // count][position % count]) for position in range(start, start + size)]
 
     def _permutation(self, source: int, number: int) -> np.ndarray:
+        """Order of a source's rows in its n-th pass, the last few kept."""
+        if (source, number) not in self._orders:
+            for old in [key for key in self._orders if key[0] == source and key[1] < number - 1]:
+                del self._orders[old]
+            self._orders[source, number] = self._new_permutation(source, number)
+        return self._orders[source, number]
+
+    def _new_permutation(self, source: int, number: int) -> np.ndarray:
         generator = np.random.default_rng([self.seed, source, number, 1])
         order = generator.permutation(self.rows[source])
         if self.lengths is None:
             return order
-        size = self.rows_per_batch * self.num_processes
+        size = self.group_size
         block = size * _BATCHES_IN_A_BLOCK
         blocks = [order[start : start + block] for start in range(0, len(order), block)]
         lengths = self.lengths[source]

@@ -14,6 +14,7 @@ from hf_mtcompress.config import (
     SequenceClassificationConfig,
     TaskConfig,
     TokenClassificationConfig,
+    WeightSchedule,
 )
 from hf_mtcompress.data.load import (
     check_columns,
@@ -122,6 +123,12 @@ def _build_task(name: str, config: TaskConfig, splits: dict[Role, Dataset]) -> T
     return task
 
 
+def _weights(weight: float | WeightSchedule) -> dict[str, float]:
+    if isinstance(weight, WeightSchedule):
+        return {"weight": weight.source, "final_weight": weight.to}
+    return {"weight": weight}
+
+
 def task_of(name: str, config: TaskConfig) -> Task:
     """The task as the recipe declares it; labels may still be open."""
     shared = {
@@ -129,7 +136,7 @@ def task_of(name: str, config: TaskConfig) -> Task:
         "labels": config.labels,
         "metric": config.metric,
         "role": config.role,
-        "weight": config.weight,
+        **_weights(config.weight),
         "head": config.head,
         "pooling": config.pooling,
         "class_weights": config.class_weights,

@@ -34,6 +34,7 @@ class Task(ABC):
         metric: primary metric, the one in `average`; default: the kind's own.
         role: `auxiliary` tasks are trained but do not count in `average`.
         weight: factor of this task's loss in the fused loss, at least 0.
+        final_weight: factor at the end of the training, reached linearly; None for the same throughout.
         head: `stock` (the head of the family's AutoModelFor class), `linear` or `mlp`.
         pooling: what a `linear` or `mlp` head reads: `cls`, `mean`, `max`; None takes the encoder's pooler, else `cls`.
         encoder: which encoder of the model the task reads.
@@ -52,6 +53,7 @@ class Task(ABC):
     metric: str | None = None
     role: Literal["main", "auxiliary"] = "main"
     weight: float = 1.0
+    final_weight: float | None = None
     head: Literal["stock", "linear", "mlp"] = "stock"
     pooling: Literal["cls", "mean", "max"] | None = None
     encoder: str = "main"
@@ -84,8 +86,10 @@ class Task(ABC):
             )
         if self.layer is not None:
             raise TaskError(f"task '{self.name}': only the last layer can be read, found layer {self.layer}")
-        if self.weight < 0:
-            raise TaskError(f"task '{self.name}': expected a weight of at least 0, found {self.weight}")
+        if self.weight < 0 or (self.final_weight is not None and self.final_weight < 0):
+            raise TaskError(
+                f"task '{self.name}': expected weights of at least 0, found {self.weight} and {self.final_weight}"
+            )
         if self.class_weights is not None:
             self.class_weights = tuple(float(weight) for weight in self.class_weights)
             if self.labels is not None and len(self.class_weights) != len(self.labels):
@@ -201,6 +205,11 @@ class Task(ABC):
     def label_name(self) -> str:
         """Key of this task's labels in a batch."""
         return f"labels_{self.name}"
+
+    @property
+    def rows_name(self) -> str:
+        """Key of the places of this task's rows in a batch that holds rows of other tasks too."""
+        return f"rows_{self.name}"
 
     @property
     def logits_name(self) -> str:

@@ -1,6 +1,7 @@
 """Training arguments: those of transformers and a few of our own."""
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -9,12 +10,46 @@ from transformers import TrainingArguments
 class MultiTaskTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus mixing and fusion. Plain `TrainingArguments` work too, with these defaults."""
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "mixing_weights",
+        "mixing_targets",
+        "fusion_options",
+    ]
+
     mixing: str = field(
         default="proportional",
-        metadata={"help": "How sources of rows are mixed: proportional, temperature, uniform or round_robin."},
+        metadata={
+            "help": "How sources of rows are mixed: proportional, temperature, annealed, uniform, round_robin, "
+            "weights, loss (by training loss) or score_gap (by distance to the best known validation score)."
+        },
     )
     mixing_temperature: float = field(
         default=2.0, metadata={"help": "Temperature of mixing='temperature'; 1 is proportional, large is uniform."}
+    )
+    mixing_cap: int | None = field(
+        default=None, metadata={"help": "Rows of a source beyond this number do not count for how often it is drawn."}
+    )
+    mixing_weights: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "By task, for mixing='weights'; tasks that share rows add up."}
+    )
+    mixing_targets: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "By task, for mixing='score_gap': the best known score, such as a single-task model's."},
+    )
+    batches: str = field(
+        default="one_source",
+        metadata={"help": "'one_source': every batch holds rows of one source; 'mixed': of several."},
+    )
+    fusion: str = field(
+        default="sum",
+        metadata={
+            "help": "How losses become one: sum, product, uncertainty, dwa, random, famo or gradient_norm (weights "
+            "fixed after a short measuring phase)."
+        },
+    )
+    fusion_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Options of that fusion, such as {"rate": 0.02}.'}
     )
     normalize_losses: str = field(
         default="chance",

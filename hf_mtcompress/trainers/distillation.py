@@ -19,7 +19,7 @@ from hf_mtcompress.losses.distillation import (
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import UNLABELLED
-from hf_mtcompress.trainers.multitask import ItemCounts, MultiTaskTrainer
+from hf_mtcompress.trainers.multitask import ItemCounts, MultiTaskTrainer, own_rows
 
 HIDDEN = "hidden"
 CRITERIA = ("logits", HIDDEN)
@@ -98,7 +98,12 @@ class DistillationTrainer(MultiTaskTrainer):
         return {HIDDEN: torch.tensor(total)}
 
     def task_losses(
-        self, model: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], counts: ItemCounts
+        self,
+        model: nn.Module,
+        features: dict[str, Tensor],
+        labels: dict[str, Tensor],
+        counts: ItemCounts,
+        rows: dict[str, Tensor],
     ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """Label loss mixed with the divergence from the teacher, by task; and the hidden-state term."""
         hidden = HIDDEN in self.criteria
@@ -108,12 +113,13 @@ class DistillationTrainer(MultiTaskTrainer):
         losses = {}
         for name, target in labels.items():
             task = self.tasks[name]
-            logits = outputs[f"logits_{name}"]
+            logits = own_rows(outputs[f"logits_{name}"], rows.get(name))
             items = counts[name].to(target.device).clamp(min=1)
             loss = self.label_weight * task.loss_sum(logits, target)
             if "logits" in self.criteria:
                 order = self._label_order[name]
-                wanted = guide[name] if order is None else guide[name][..., order]
+                wanted = own_rows(guide[name], rows.get(name))
+                wanted = wanted if order is None else wanted[..., order]
                 divergence = self._divergence(task, logits, wanted, target)
                 loss = loss + (1 - self.label_weight) * divergence
             losses[name] = loss / items

@@ -1,8 +1,10 @@
 """A Trainer for several tasks on one shared encoder; with a stock model it is `transformers.Trainer`."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +16,28 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from hf_mtcompress.data.collator import MultiTaskCollator
-from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
+from hf_mtcompress.data.mixing import REACTIVE, MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, encoded_labels
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
-from hf_mtcompress.losses.fusion import Fusion, WeightedSum
+from hf_mtcompress.losses.fusion import Fusion, fusion_of
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 
 ItemCounts = dict[str, Tensor]
 """Labelled items by task over one accumulation window and all ranks."""
 
+STATE_FILE = "multi_task_state.json"
+"""Beside the optimizer's state in a checkpoint: what fusion and mixing learned."""
+
+_LABELS = ("labels_", "rows_")
+
 
 class MultiTaskTrainer(Trainer):
     """Trains a `MultiTaskModel`; any other model is left to `transformers.Trainer` unchanged.
 
     Overrides of `Trainer`: `get_train_dataloader` (mixing), `get_batch_samples` (item counts by task),
-    `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`, `_set_signature_columns_if_needed`.
+    `training_step`, `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`,
+    `_set_signature_columns_if_needed`, and what saves and loads the optimizer (fusion and mixing have state too).
 
     Args:
         model: a `MultiTaskModel`, or any model that `Trainer` takes.
@@ -41,7 +49,8 @@ class MultiTaskTrainer(Trainer):
         processing_class: tokenizer or image processor.
         compute_metrics: extra metrics: one function, or functions by task name. Each gets an `EvalPrediction` of one
             task and returns a dict.
-        fusion: how losses are combined; default: the weighted sum with normalised losses.
+        fusion: how losses are combined, by name or as an object; default: `args.fusion`. Weights and normalisers of
+            tasks that an object does not name are filled in.
         **kwargs: for `Trainer`.
 
     Metrics are `eval_<task>_<metric>`, `eval_<task>_loss`, `eval_average` (mean of the main tasks' primary metrics)
@@ -62,14 +71,22 @@ class MultiTaskTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]]
         | Mapping[str, Callable[[EvalPrediction], dict[str, float]]]
         | None = None,
-        fusion: Fusion | None = None,
+        fusion: Fusion | str | None = None,
         **kwargs: Any,
     ) -> None:
         self.multi_task = isinstance(model, MultiTaskModel)
         self.train_groups: list[EncodedGroup] = []
         self.eval_groups: list[EncodedGroup] = []
-        self._window: dict[str, tuple[Tensor, set[int]]] = {}
-        """By task: summed loss shares, and the steps they come from, since the last log line."""
+        self._window: dict[str, Tensor] = {}
+        """By task: this process's share of the mean loss in the present accumulation window."""
+        self._present: list[str] = []
+        """What has labelled items in the window, on any rank."""
+        self._logged: dict[str, tuple[Tensor, int]] = {}
+        """By task: summed window losses of this process and how many windows, since the last log line."""
+        self._feature_gradients: dict[str, Tensor] = {}
+        """By task: gradient of the window's mean loss at the shared features, summed over positions."""
+        self._pulls: dict[str, float] = {}
+        """By task: how strongly a reactive mixing strategy wants its rows."""
         if isinstance(model, MultiTaskModel):
             self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             self._processor = processing_class
@@ -100,8 +117,8 @@ class MultiTaskTrainer(Trainer):
             # Losses are divided by item counts of the whole window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
             self.label_names = [task.label_name for task in self.tasks.values()]
-            self.fusion = fusion or self._default_fusion()
-            self.add_callback(_SetEpoch(self))
+            self.fusion = self._set_up_fusion(fusion)
+            self.add_callback(_StartEpoch(self))
 
     # ---- data ----
 
@@ -129,15 +146,20 @@ class MultiTaskTrainer(Trainer):
             )
         return encode_groups(tasks, dataset, self._processor, self._max_length, role)
 
-    def _default_fusion(self) -> Fusion:
-        normalisers: dict[str, float] = {}
+    def _set_up_fusion(self, fusion: Fusion | str | None) -> Fusion:
+        options = getattr(self.args, "fusion_options", None) or {}
+        if not isinstance(fusion, Fusion):
+            fusion = fusion_of(fusion or getattr(self.args, "fusion", "sum"), **options)
+        for name, task in self.tasks.items():
+            weight = task.weight if task.final_weight is None else (task.weight, task.final_weight)
+            fusion.weights.setdefault(name, weight)
         if getattr(self.args, "normalize_losses", "chance") == "chance" and len(self.tasks) > 1:
             for group in self.train_groups:
                 for name in group.tasks:
                     task = self.tasks[name]
                     needed = encoded_labels(group.dataset, task) if task.problem == "regression" else []
-                    normalisers[name] = task.chance_loss(needed)
-        return WeightedSum({name: task.weight for name, task in self.tasks.items()}, normalisers)
+                    fusion.normalisers.setdefault(name, task.chance_loss(needed))
+        return fusion
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -150,11 +172,16 @@ class MultiTaskTrainer(Trainer):
             return super().get_train_dataloader()
         if self.train_dataset is None:
             raise DataError("expected train_dataset for training, found none; pass rows by task name")
+        weights = getattr(self.args, "mixing_weights", None)
         self.mixing_sampler = MixingSampler(
             [len(group.dataset) for group in self.train_groups],
             self._train_batch_size,
             strategy=getattr(self.args, "mixing", "proportional"),
             temperature=getattr(self.args, "mixing_temperature", 2.0),
+            cap=getattr(self.args, "mixing_cap", None),
+            weights=None if weights is None else self._source_weights(weights),
+            epochs=math.ceil(self.args.num_train_epochs),
+            mixed=getattr(self.args, "batches", "one_source") == "mixed",
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             num_processes=self.accelerator.num_processes,
             lengths=self._lengths() if self.args.train_sampling_strategy == "group_by_length" else None,
@@ -169,6 +196,13 @@ class MultiTaskTrainer(Trainer):
                 persistent_workers=self.args.dataloader_persistent_workers,
             )
         )
+
+    def _source_weights(self, weights: Mapping[str, float]) -> list[float]:
+        """Weights of the sources: the sum of those of their tasks."""
+        unknown = [name for name in weights if name not in self.tasks]
+        if unknown:
+            raise DataError(f"mixing_weights: expected task names among {list(self.tasks)}, found {unknown}")
+        return [sum(weights.get(name, 0.0) for name in group.tasks) for group in self.train_groups]
 
     def _lengths(self) -> list[list[int]] | None:
         """Tokens of every training row by source; None for images, which are of one size."""
@@ -191,8 +225,10 @@ class MultiTaskTrainer(Trainer):
             counts[name] = torch.stack(found).sum() if found else torch.tensor(0.0)
         counts |= self.extra_counts(batches)
         if self.args.world_size > 1:
-            gathered = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
-            counts = dict(zip(counts, gathered, strict=True))
+            gathered: Any = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
+            counts = dict(zip(counts, gathered.cpu(), strict=True))
+        self._present = [name for name, count in counts.items() if float(count) > 0]
+        self.fusion.start_window(self.state.global_step, self.state.max_steps)
         return batches, counts
 
     def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:
@@ -211,11 +247,14 @@ class MultiTaskTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         present = {name: task for name, task in self.tasks.items() if task.label_name in inputs}
         labels = {name: inputs[task.label_name] for name, task in present.items()}
-        features = {key: value for key, value in inputs.items() if not key.startswith("labels_")}
+        features = {key: value for key, value in inputs.items() if not key.startswith(_LABELS)}
         counts: ItemCounts = num_items_in_batch or {
             name: task.item_count(labels[name]) for name, task in present.items()
         }
-        outputs, losses, extra = self.task_losses(model, features, labels, counts)
+        rows = {name: inputs[task.rows_name] for name, task in present.items() if task.rows_name in inputs}
+        outputs, losses, extra = self.task_losses(model, features, labels, counts, rows)
+        if num_items_in_batch and self.fusion.wants_gradient_norms:
+            self._note_feature_gradients(losses, outputs.last_hidden_state)
         loss = self.fusion(losses)
         for term in extra.values():
             loss = loss + term
@@ -231,20 +270,79 @@ class MultiTaskTrainer(Trainer):
                 f"(now {self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate:.2g}), "
                 "check the labels of a regression for huge values, or turn off bf16/fp16"
             )
-        self._note_losses({**losses, **extra}, counts)
+        if num_items_in_batch:
+            for name, value in {**losses, **extra}.items():
+                self._window[name] = self._window.get(name, 0.0) + value.detach().float()
         return (loss, outputs) if return_outputs else loss
 
     def task_losses(
-        self, model: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], counts: ItemCounts
+        self,
+        model: nn.Module,
+        features: dict[str, Tensor],
+        labels: dict[str, Tensor],
+        counts: ItemCounts,
+        rows: dict[str, Tensor],
     ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """Model output, by present task the loss of this batch as a share of the window's mean, and further terms."""
+        """Losses of one batch.
+
+        Args:
+            model: the model, perhaps wrapped.
+            features: model inputs.
+            labels: by task that is present.
+            counts: labelled items of the window by task.
+            rows: places of a task's rows in the batch, for tasks that have only some of them.
+
+        Returns:
+            Model output, by present task the loss of this batch as a share of the window's mean, and further terms.
+        """
         outputs = model(**features, tasks=list(labels))
         losses = {
-            name: self.tasks[name].loss_sum(outputs[f"logits_{name}"], target)
+            name: self.tasks[name].loss_sum(own_rows(outputs[f"logits_{name}"], rows.get(name)), target)
             / counts[name].to(target.device).clamp(min=1)
             for name, target in labels.items()
         }
         return outputs, losses, {}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one batch; after the last one of a window, fusion and mixing learn from it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.multi_task and num_items_in_batch and self.accelerator.sync_gradients:
+            self._finish_window()
+        return loss
+
+    def _finish_window(self) -> None:
+        zero = torch.zeros((), device=self.args.device)
+        window = {name: self._window.get(name, zero) for name in self._present}
+        for name, value in window.items():
+            total, windows = self._logged.get(name, (zero, 0))
+            self._logged[name] = (total + value, windows + 1)
+        if self.fusion.adaptive or self.mixing_strategy == "loss":
+            losses = {name: float(value) for name, value in self._over_ranks(window).items() if name in self.tasks}
+            self.fusion.observe(losses)
+            if self.mixing_strategy == "loss":
+                for name, loss in losses.items():
+                    loss /= self.fusion.normalisers.get(name, 1.0)
+                    self._pulls[name] = 0.9 * self._pulls.get(name, loss) + 0.1 * loss
+        if self._feature_gradients:
+            summed = self._over_ranks(self._feature_gradients)
+            self.fusion.observe_gradient_norms({name: float(value.norm()) for name, value in summed.items()})
+        self._window, self._feature_gradients = {}, {}
+
+    def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over processes, in one go. All ranks call it with the same names."""
+        if self.args.world_size == 1 or not values:
+            return values
+        summed: Any = self.accelerator.reduce(torch.stack(list(values.values())), "sum")
+        return dict(zip(values, summed, strict=True))
+
+    def _note_feature_gradients(self, losses: Mapping[str, Tensor], features: Tensor) -> None:
+        """Add the gradient of each loss at the features that all heads read; it passes through heads only."""
+        for name in (name for name in self._present if name in self.tasks):
+            total = self._feature_gradients.get(name, features.new_zeros(features.shape[-1], dtype=torch.float32))
+            if name in losses:
+                (found,) = torch.autograd.grad(losses[name], features, retain_graph=True, allow_unused=True)
+                total = total if found is None else total + found.float().reshape(-1, features.shape[-1]).sum(0)
+            self._feature_gradients[name] = total
 
     def _finds_unused_parameters(self, model: nn.Module) -> bool:
         """Whether nothing waits for the gradients of parts that a batch does not use: one process, or DDP looks."""
@@ -266,22 +364,52 @@ class MultiTaskTrainer(Trainer):
             total = total + 0.0 * parameter.sum()
         return total
 
-    def _note_losses(self, losses: Mapping[str, Tensor], counts: ItemCounts) -> None:
-        """Keep the mean loss of each task for the next log line."""
-        for name, loss in losses.items():
-            if float(counts.get(name, 1)) > 0:
-                total, steps = self._window.get(name, (torch.zeros(()), set()))
-                self._window[name] = (total + loss.detach().float().cpu(), steps | {self.state.global_step})
+    @property
+    def mixing_strategy(self) -> str:
+        """How sources of rows are mixed."""
+        return getattr(self.args, "mixing", "proportional")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `loss_<task>` to training logs; otherwise as `Trainer.log`."""
+        """Add `loss_<task>`, and `weight_<task>` where weights change, to training logs; else as `Trainer.log`."""
         if self.multi_task and "loss" in logs:
-            for name, (total, steps) in self._window.items():
-                # Each rank holds its share of the window's mean.
-                whole: Any = self.accelerator.reduce(total.to(self.args.device), "sum")
-                logs[f"loss_{name}"] = float(whole) / len(steps)
-            self._window = {}
+            losses = self._over_ranks({name: total for name, (total, _) in self._logged.items()})
+            for name, total in losses.items():
+                logs[f"loss_{name}"] = float(total) / self._logged[name][1]
+            moving = [task.final_weight for task in self.tasks.values() if task.final_weight is not None]
+            if self.fusion.adaptive or moving:
+                logs |= {f"weight_{name}": self.fusion.weight(name) for name in self.tasks}
+            self._logged = {}
         super().log(logs, start_time)
+
+    # ---- what a checkpoint holds beside weights ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.multi_task and self.args.should_save:
+            state = {
+                "fusion": self.fusion.state_dict(),
+                "mixing": {"history": self.mixing_sampler.history, "pulls": self._pulls},
+            }
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint or "") / STATE_FILE
+        if self.multi_task and checkpoint is not None and file.exists():
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self.fusion.load_state_dict(state["fusion"])
+            self.mixing_sampler.history = state["mixing"]["history"]
+            self._pulls = state["mixing"]["pulls"]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell fusion and mixing that an epoch begins, or begins again after a restart."""
+        self.fusion.start_epoch(epoch)
+        sampler = self.mixing_sampler
+        if sampler.strategy in REACTIVE and len(sampler.history) <= epoch and self._pulls:
+            default = float(np.mean(list(self._pulls.values())))
+            pulls = {name: self._pulls.get(name, default) for name in self.tasks}
+            sampler.react([float(np.mean([pulls[name] for name in group.tasks])) for group in self.train_groups])
+        sampler.set_epoch(epoch)
 
     # ---- evaluation ----
 
@@ -297,7 +425,7 @@ class MultiTaskTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = {name: inputs[task.label_name] for name, task in self.tasks.items() if task.label_name in inputs}
-        features = {key: value for key, value in inputs.items() if not key.startswith("labels_")}
+        features = {key: value for key, value in inputs.items() if not key.startswith(_LABELS)}
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**features, tasks=list(labels) or None)
         logits = {
@@ -337,7 +465,9 @@ class MultiTaskTrainer(Trainer):
             for name, task in self.tasks.items()
             if task.role == "main" and f"{metric_key_prefix}_{name}_{task.metric}" in scores
         ]
-        metrics = {f"{metric_key_prefix}_loss": float(self.fusion(losses)), **scores}
+        if eval_dataset is None:
+            self._pulls_by_score(scores, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_loss": float(self.fusion.static(losses)), **scores}
         if primary:
             metrics[f"{metric_key_prefix}_average"] = float(np.mean(primary))
         batches = math.ceil(rows / (self.args.eval_batch_size * self.args.world_size))
@@ -346,6 +476,16 @@ class MultiTaskTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def _pulls_by_score(self, scores: Mapping[str, float], prefix: str) -> None:
+        """How far each task is from the best score that is known for it, as a share of that score."""
+        if self.mixing_strategy != "score_gap":
+            return
+        targets = getattr(self.args, "mixing_targets", None) or {}
+        for name, task in self.tasks.items():
+            if (score := scores.get(f"{prefix}_{name}_{task.metric}")) is not None:
+                target = targets.get(name, 1.0)
+                self._pulls[name] = max(target - score, 0.0) / target
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Logits by task for each task with rows in `test_dataset`; a stock model is predicted as `Trainer` does."""
@@ -392,8 +532,13 @@ def _by_task(tasks: Mapping[str, Task], functions: Any) -> dict[str, Callable[[E
     return dict(functions)
 
 
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins; accelerate does not reach a batch sampler on one process."""
+def own_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of a batch that belong to a task; all where it is alone."""
+    return values if rows is None else values[rows]
+
+
+class _StartEpoch(TrainerCallback):
+    """Tells fusion and sampler which epoch begins; accelerate does not reach a batch sampler on one process."""
 
     def __init__(self, trainer: MultiTaskTrainer) -> None:
         self._trainer = trainer
@@ -401,4 +546,4 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.mixing_sampler.set_epoch(int(state.epoch or 0))
+        self._trainer.start_epoch(int(state.epoch or 0))

@@ -1,12 +1,12 @@
 """Laws of mixing."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from datasets import Dataset
 
-from hf_mtcompress.data.mixing import MixedDataset, MixingSampler, batch_shares
+from hf_mtcompress.data.mixing import MixedDataset, MixingSampler, Strategy, batch_shares
 from hf_mtcompress.errors import DataError
 
 
@@ -19,7 +19,11 @@ def test_proportional_gives_every_row_once_an_epoch() -> None:
         assert len(seen) == 20
 
 
-@pytest.mark.parametrize("strategy", ["proportional", "temperature", "uniform", "round_robin"])
+STRATEGIES = list(get_args(Strategy))
+PURE = [strategy for strategy in STRATEGIES if strategy != "weights"]
+
+
+@pytest.mark.parametrize("strategy", PURE)
 def test_batches_are_a_pure_function_of_seed_and_epoch(strategy: Any) -> None:
     """A sampler with hidden state gives a resumed run other rows."""
 
@@ -33,7 +37,7 @@ def test_batches_are_a_pure_function_of_seed_and_epoch(strategy: Any) -> None:
     assert epoch(1, 2) != epoch(2, 2)
 
 
-@pytest.mark.parametrize("strategy", ["proportional", "temperature", "uniform", "round_robin"])
+@pytest.mark.parametrize("strategy", PURE)
 def test_a_batch_has_one_source_and_the_length_is_right(strategy: Any) -> None:
     sampler = MixingSampler([10, 3, 7], 4, strategy=strategy)
     batches = list(sampler)
@@ -66,12 +70,74 @@ def test_grouping_by_length_keeps_every_row_once_and_saves_padding() -> None:
     assert firsts != sorted(firsts)
 
 
+def shares(rows: list[int], size: int, **settings: Any) -> list[list[int]]:
+    """Batches of each source in the first three epochs."""
+    sampler = MixingSampler(rows, size, epochs=3, **settings)
+    sampler.set_epoch(2)
+    return sampler.history
+
+
 def test_shares_by_strategy() -> None:
-    assert batch_shares([90, 10], 10, "proportional", 2.0) == [9, 1]
-    assert batch_shares([90, 10], 10, "temperature", 1.0) == [9, 1]
-    assert batch_shares([160, 10], 10, "temperature", 2.0) == [14, 3]
-    assert batch_shares([90, 10], 10, "uniform", 2.0) == [5, 5]
-    assert batch_shares([1000, 1], 1000, "temperature", 1.0) == [1, 1]
+    assert shares([90, 10], 10)[0] == [9, 1]
+    assert shares([90, 10], 10, strategy="temperature", temperature=1.0)[0] == [9, 1]
+    assert shares([160, 10], 10, strategy="temperature", temperature=2.0)[0] == [14, 3]
+    assert shares([90, 10], 10, strategy="uniform")[0] == [5, 5]
+    assert shares([1000, 1], 1000, strategy="temperature", temperature=1.0)[0] == [1, 1]
+    assert shares([90, 10], 10, strategy="weights", weights=[1, 3])[0] == [3, 7]
+    assert shares([90, 10], 10, strategy="weights", weights=[1, 0])[0] == [9, 1]
+
+
+def test_annealed_goes_from_proportional_to_nearly_even() -> None:
+    """Exponents 1, 0.6 and 0.2 of the rows."""
+    assert shares([810, 10], 10, strategy="annealed") == [[81, 1], [77, 5], [58, 24]]
+
+
+def test_a_cap_bounds_what_a_large_source_counts() -> None:
+    assert shares([1000, 20], 10, cap=40)[0] == [4, 2]
+    rows = MixingSampler([1000, 20], 10, cap=40, seed=3)
+    first = {index for batch in rows for index in batch if index[0] == 0}
+    rows.set_epoch(1)
+    second = {index for batch in rows for index in batch if index[0] == 0}
+    assert len(first) == len(second) == 40
+    assert not first & second, "the next epoch goes on where this one stopped"
+
+
+def test_epochs_are_of_one_length_whatever_the_shares() -> None:
+    """Trainer counts optimizer steps from the first epoch's length."""
+    for strategy in STRATEGIES:
+        sampler = MixingSampler([33, 2, 2, 2], 8, strategy=strategy, weights=[9, 1, 1, 1], epochs=4)
+        for epoch in range(4):
+            sampler.react([1.0 + epoch, 2.0, 0.0, 1.0])
+            sampler.set_epoch(epoch)
+            assert len(list(sampler)) == len(sampler) == 8
+
+
+def test_reactive_strategies_follow_what_they_are_told() -> None:
+    sampler = MixingSampler([50, 50], 10, strategy="loss")
+    assert sampler.shares == [5, 5]
+    sampler.react([4.0, 1.0])
+    sampler.set_epoch(1)
+    assert sampler.shares == [8, 2]
+    sampler.react([1.0, 4.0])
+    sampler.set_epoch(1)
+    assert sampler.shares == [8, 2], "an epoch that began is not planned again"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mixed_batches_hold_rows_of_several_sources(processes: int) -> None:
+    sampler = MixingSampler([10, 3, 7], 4 // processes, mixed=True, num_processes=processes)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert Counter(index for batch in batches for index in batch).keys() == {
+        (source, row) for source, count in enumerate([10, 3, 7]) for row in range(count)
+    }
+    assert any(len({source for source, _ in batch}) > 1 for batch in batches)
+
+
+def test_batch_shares_add_up() -> None:
+    assert batch_shares([1, 1, 1], 7) == [3, 2, 2]
+    assert batch_shares([100, 1, 1, 1], 4) == [1, 1, 1, 1]
+    assert batch_shares([100, 1, 1, 1], 6) == [3, 1, 1, 1]
 
 
 def test_a_source_that_repeats_gives_all_rows_before_any_again() -> None:
@@ -109,3 +175,17 @@ def test_ranks_without_rows_get_one_that_counts_nowhere() -> None:
     assert blank["input_ids"] == [1]
     assert (blank["labels_a"], blank["labels_c"]) == (-100, [-100, -100])
     assert blank["labels_b"] != blank["labels_b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "proportionally"}, "expected a mixing strategy among"),
+        ({"strategy": "weights"}, "expected weights of at least 0, not all 0"),
+        ({"strategy": "weights", "weights": [0, 0]}, "expected weights of at least 0, not all 0"),
+        ({"strategy": "round_robin", "mixed": True}, "expected batches of one source"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        MixingSampler([3, 4], 2, **settings)

@@ -13,7 +13,7 @@ from hf_mtcompress import TokenClassification as Tokens
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 
 
-def main(folder: Path, batch_size: int, find_unused: bool) -> None:
+def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool) -> None:
     set_seed(0)
     tasks = [
         Sequence("mood", labels=FEELING_LABELS, text="text", label="label"),
@@ -40,6 +40,9 @@ def main(folder: Path, batch_size: int, find_unused: bool) -> None:
             save_strategy="no",
             use_cpu=True,
             ddp_find_unused_parameters=find_unused,
+            batches="mixed" if mixed else "one_source",
+            fusion="gradient_norm" if mixed else "sum",
+            fusion_options={"share": 0.3} if mixed else None,
             dataloader_pin_memory=False,
             disable_tqdm=True,
         ),
@@ -67,4 +70,4 @@ def main(folder: Path, batch_size: int, find_unused: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), find_unused=sys.argv[3] == "find")
+    main(Path(sys.argv[1]), int(sys.argv[2]), find_unused="find" in sys.argv[3:], mixed="mixed" in sys.argv[3:])

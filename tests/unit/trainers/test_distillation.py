@@ -59,7 +59,7 @@ def losses(trainer: DistillationTrainer) -> dict[str, float]:
         features = {key: value for key, value in batch.items() if not key.startswith("labels_")}
         counts = {name: task.item_count(labels[name]) for name, task in present.items()}
         with torch.no_grad():
-            _, by_task, extra = trainer.task_losses(trainer.model, features, labels, counts)
+            _, by_task, extra = trainer.task_losses(trainer.model, features, labels, counts, {})
         for name, value in {**by_task, **extra}.items():
             found[name] = max(found.get(name, 0.0), float(value))
     return found

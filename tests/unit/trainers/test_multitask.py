@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ from hf_mtcompress import (
     Task,
     TokenClassification,
 )
+from hf_mtcompress.data.mixing import Strategy
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
+from hf_mtcompress.losses.fusion import FusionKind, Uncertainty
 from tests.tiny import (
     FEELING_LABELS,
     TAG_LABELS,
@@ -161,15 +163,96 @@ def test_splitting_a_window_differently_changes_no_gradient(tmp_path: Path) -> N
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Resume that reshuffles or forgets the epoch trains on other rows, and nothing says so."""
-    whole = build(tmp_path / "whole", save_strategy="steps", save_steps=4, max_steps=11)
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    *({"mixing": strategy} for strategy in get_args(Strategy) if strategy not in ("proportional", "weights")),
+    {"mixing": "weights", "mixing_weights": {"mood": 1.0, "tags": 2.0}},
+    {"batches": "mixed", "mixing": "temperature"},
+    *({"fusion": kind} for kind in get_args(FusionKind) if kind != "sum"),
+    {"fusion": "gradient_norm", "fusion_options": {"share": 0.9}},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: "-".join(map(str, settings.values())) or "plain")
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Resume that reshuffles, or forgets the epoch or what was learned, trains otherwise, and nothing says so."""
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 13, "eval_strategy": "epoch", **settings}
+    whole = build(tmp_path / "whole", **settings)
     whole.train()
-    stopped = build(tmp_path / "stopped", save_strategy="steps", save_steps=4, max_steps=11)
-    stopped.args.output_dir = str(tmp_path / "stopped")
+    stopped = build(tmp_path / "stopped", **settings)
     stopped.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, stopped.model.state_dict()[name]), name
+    assert stopped.mixing_sampler.history == whole.mixing_sampler.history
+    assert stopped.fusion.state_dict() == whole.fusion.state_dict()
+
+
+def test_mixed_batches_give_the_gradients_of_separate_ones(tmp_path: Path) -> None:
+    """Every head works on its own rows, whatever else is in the batch."""
+    trainer = build(tmp_path)
+    texts = trainer.train_groups[0].dataset.with_format(None)
+    tags = trainer.train_groups[1].dataset.with_format(None)
+    collate = trainer.data_collator
+    apart = [collate([texts[0], texts[1], texts[2]]), collate([tags[0], tags[1]])]
+    mixed = [collate([texts[0], tags[0], texts[1]]), collate([tags[1], texts[2]])]
+    assert mixed[0]["rows_tags"].tolist() == [1]
+    assert mixed[0]["labels_tags"].shape == (1, mixed[0]["input_ids"].shape[1])
+    trainer.create_optimizer_and_scheduler(10)
+    one, other = gradients(trainer, [apart, mixed])
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_batches_train_and_are_mixed(tmp_path: Path) -> None:
+    trainer = build(tmp_path, batches="mixed", rows=32, num_train_epochs=8, learning_rate=3e-3)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert any("rows_tags" in batch for batch in trainer.get_train_dataloader())
+    for task in trainer.tasks:
+        assert after[f"eval_{task}_loss"] < before[f"eval_{task}_loss"], task
+
+
+def test_mixing_by_training_loss_prefers_the_task_that_is_behind(tmp_path: Path) -> None:
+    trainer = build(tmp_path, rows=32, mixing="loss", num_train_epochs=3)
+    trainer.tasks["tags"].class_weights = None
+    trainer.train()
+    assert trainer._pulls.keys() == {"mood", "strength", "tags"}
+    texts = (trainer._pulls["mood"] + trainer._pulls["strength"]) / 2
+    first, *_, last = trainer.mixing_sampler.history
+    assert (last[0] / first[0] > 1) == (texts > trainer._pulls["tags"] * first[0] / first[1])
+
+
+def test_mixing_by_score_looks_at_validation_scores_and_targets(tmp_path: Path) -> None:
+    trainer = build(tmp_path, mixing="score_gap", mixing_targets={"mood": 0.5}, num_train_epochs=1)
+    metrics = trainer.evaluate()
+    assert trainer._pulls["mood"] == pytest.approx(max(0.5 - metrics["eval_mood_accuracy"], 0) / 0.5)
+    assert trainer._pulls["tags"] == pytest.approx(1 - metrics["eval_tags_span_f1"])
+
+
+def test_weights_that_move_stand_in_the_log(tmp_path: Path) -> None:
+    """An auxiliary task fades out: its weight is logged, and in the end it gives no gradient."""
+    trainer = build(tmp_path, max_steps=5)
+    trainer.tasks["tags"].weight, trainer.tasks["tags"].final_weight = 1.0, 0.0
+    trainer.fusion = trainer._set_up_fusion("sum")
+    trainer.train()
+    weights = [row["weight_tags"] for row in trainer.state.log_history if "weight_tags" in row]
+    assert weights[0] == pytest.approx(1 / trainer.fusion.normalisers["tags"])
+    assert weights == sorted(weights, reverse=True)
+    assert weights[-1] == 0.0
+
+
+def test_a_fusion_object_keeps_what_it_was_given(tmp_path: Path) -> None:
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        fusion=Uncertainty({"mood": 3.0}, rate=0.5),
+        train_dataset=tiny_text_rows(8),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.fusion.weights == {"mood": 3.0, "strength": 1.0}
+    assert any("weight_mood" in row for row in trainer.state.log_history)
 
 
 def test_evaluation_gives_every_task_and_one_average(tmp_path: Path) -> None:

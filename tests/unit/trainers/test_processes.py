@@ -17,27 +17,29 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def train(
-    folder: Path, launcher: list[str], batch_size: int, unused: str = "find"
+    folder: Path, launcher: list[str], batch_size: int, *modes: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     folder.mkdir()
-    command = [sys.executable, *launcher, "-m", WORKER, str(folder), str(batch_size), unused]
+    command = [sys.executable, *launcher, "-m", WORKER, str(folder), str(batch_size), *modes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "result.json").read_text()), load_file(folder / "model.safetensors")
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    """Counts are summed over ranks, all ranks work on the same tasks, and heads without rows do not stop DDP."""
-    one, alone = train(tmp_path / "one", [], batch_size=4)
-    assert one["processes"] == 1
-    for unused in ("find", "touch"):
-        two, together = train(tmp_path / unused, TWO, batch_size=2, unused=unused)
-        assert two["processes"] == 2
-        assert alone.keys() == together.keys()
-        for key, weights in alone.items():
-            assert torch.allclose(weights, together[key], atol=2e-6), key
-        assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
-        assert len(one["losses"]) == len(two["losses"]) > 3
-        for ours, theirs in zip(two["losses"], one["losses"], strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-5)
+@pytest.mark.parametrize("modes", [("find",), ("touch", "mixed")])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, modes: tuple[str, ...]) -> None:
+    """Counts are summed over ranks, heads without rows do not stop DDP, whether it looks for them or not.
+
+    Batches of one source and a plain sum; batches of several, which differ between ranks, and learned weights.
+    """
+    one, alone = train(tmp_path / "one", [], 4, *modes)
+    two, together = train(tmp_path / "two", TWO, 2, *modes)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert alone.keys() == together.keys()
+    for key, weights in alone.items():
+        assert torch.allclose(weights, together[key], atol=2e-6), key
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
+    assert len(one["losses"]) == len(two["losses"]) > 3
+    for ours, theirs in zip(two["losses"], one["losses"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
