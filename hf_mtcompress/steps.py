@@ -337,6 +337,8 @@ def _mixing_arguments(recipe: Recipe) -> dict[str, Any]:
         "fusion": fusion.kind,
         "fusion_options": {key: value for key, value in options.items() if value is not None} or None,
         "normalize_losses": fusion.normalize,
+        "gradient_combination": fusion.combination,
+        "surgery_scope": fusion.scope,
     }
 
 

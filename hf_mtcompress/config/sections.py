@@ -293,6 +293,7 @@ LIMITS: dict[str, _Limit] = {
     "max_length": _AT_LEAST_1,
     "max_rows": _AT_LEAST_1,
     "max_steps": _AT_LEAST_1,
+    "measure_every": _AT_LEAST_1,
     "multiple_of": _AT_LEAST_1,
     "rate": _POSITIVE,
     "repetitions": _AT_LEAST_1,

@@ -56,6 +56,16 @@ class FusionConfig:
     """Of `dwa`: larger is more even."""
     share: float | None = None
     """Share of the steps in which `gradient_norm` measures."""
+    combination: Literal["mean", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "imtl_g", "nash_mtl"] | None = (
+        None
+    )
+    """Combine the tasks' gradients instead of adding them up; needs the extra `surgery`, and several tasks in a step:
+    on the same rows, with `batches: mixed`, or with `gradient_accumulation_steps`."""
+    scope: Literal["features", "last_block", "full"] = "features"
+    """Where gradients are compared for `combination`: at the encoder's output (cheap), in its last layer, or in all
+    layers (a backward pass for each task)."""
+    measure_every: int | None = None
+    """Compare the tasks' gradients every so many optimizer steps, for the report on how they get along."""
     normalize: Literal["chance", "none"] = "chance"
     """`chance` divides a loss by what an uninformed guess costs: log(labels), or the variance of a regression label."""
 

@@ -48,11 +48,15 @@ class Fusion(ABC):
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
         """One scalar from the scalars of the present tasks (at least one)."""
-        return _total({name: self.weight(name, loss) * loss for name, loss in losses.items()})
+        return total(self.terms(losses))
+
+    def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each present task adds to that scalar."""
+        return {name: self.weight(name, loss) * loss for name, loss in losses.items()}
 
     def static(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The same without what was learned in training, so that losses of different moments compare."""
-        return _total({name: self.base(name, 0.0) * loss for name, loss in losses.items()})
+        return total({name: self.base(name, 0.0) * loss for name, loss in losses.items()})
 
     def weight(self, name: str, loss: Tensor | None = None) -> float:
         """What the loss of a task is multiplied by in this window; `loss` is its value, for tasks not seen before."""
@@ -99,7 +103,8 @@ class Fusion(ABC):
         return max(loss / self.normalisers.get(name, 1.0), _SMALL)
 
 
-def _total(terms: Mapping[str, Tensor]) -> Tensor:
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Sum of at least one scalar."""
     first, *rest = terms.values()
     for term in rest:
         first = first + term

@@ -51,6 +51,17 @@ class MultiTaskTrainingArguments(TrainingArguments):
     fusion_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Options of that fusion, such as {"rate": 0.02}.'}
     )
+    gradient_combination: str | None = field(
+        default=None,
+        metadata={
+            "help": "Combine the tasks' gradients by mean, pcgrad, mgda, cagrad, upgrad, aligned_mtl, imtl_g or "
+            "nash_mtl instead of adding them up. Needs the extra 'surgery'."
+        },
+    )
+    surgery_scope: str = field(
+        default="features",
+        metadata={"help": "Where those gradients are compared: features (cheap), last_block or full (dear)."},
+    )
     normalize_losses: str = field(
         default="chance",
         metadata={"help": "'chance' divides each task's loss by that of an uninformed guess; 'none' leaves it."},

@@ -19,9 +19,10 @@ from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.mixing import REACTIVE, MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, encoded_labels
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
-from hf_mtcompress.losses.fusion import Fusion, fusion_of
+from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
+from hf_mtcompress.trainers.surgery import GradientSurgery, refuse_sharded
 
 ItemCounts = dict[str, Tensor]
 """Labelled items by task over one accumulation window and all ranks."""
@@ -85,6 +86,9 @@ class MultiTaskTrainer(Trainer):
         """By task: summed window losses of this process and how many windows, since the last log line."""
         self._feature_gradients: dict[str, Tensor] = {}
         """By task: gradient of the window's mean loss at the shared features, summed over positions."""
+        self._several_sources = False
+        """Whether the present window has batches of several sources."""
+        self.surgery: GradientSurgery | None = None
         self._pulls: dict[str, float] = {}
         """By task: how strongly a reactive mixing strategy wants its rows."""
         if isinstance(model, MultiTaskModel):
@@ -118,7 +122,9 @@ class MultiTaskTrainer(Trainer):
             self.loss_is_scaled_for_ga = True
             self.label_names = [task.label_name for task in self.tasks.values()]
             self.fusion = self._set_up_fusion(fusion)
-            self.add_callback(_StartEpoch(self))
+            self._mixed = getattr(self.args, "batches", "one_source") == "mixed"
+            self._check_surgery()
+            self.add_callback(_TellTrainer(self))
 
     # ---- data ----
 
@@ -160,6 +166,35 @@ class MultiTaskTrainer(Trainer):
                     needed = encoded_labels(group.dataset, task) if task.problem == "regression" else []
                     fusion.normalisers.setdefault(name, task.chance_loss(needed))
         return fusion
+
+    def _check_surgery(self) -> None:
+        method = getattr(self.args, "gradient_combination", None)
+        if method is None or not self.train_groups:
+            return
+        refuse_sharded(self)
+        alone = all(len(group.tasks) == 1 for group in self.train_groups)
+        if alone and not self._mixed and self.args.gradient_accumulation_steps == 1:
+            raise TrainingError(
+                f"gradient_combination='{method}': expected several tasks in a step, found one "
+                "source of rows in each; say batches='mixed', or gradient_accumulation_steps of 2 and more"
+            )
+
+    def start_training(self) -> None:
+        """Set up what lives while training runs."""
+        method = getattr(self.args, "gradient_combination", None)
+        if self.surgery is not None:
+            self.surgery.close()
+            self.surgery = None
+        if method is not None:
+            core: Any = self.accelerator.unwrap_model(self.model)
+            scope: Any = getattr(self.args, "surgery_scope", "features")
+            self.surgery = GradientSurgery(core, method, scope, self._over_ranks, self.args.world_size)
+
+    def end_training(self) -> None:
+        """Take it away again."""
+        if self.surgery is not None:
+            self.surgery.close()
+            self.surgery = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -228,6 +263,7 @@ class MultiTaskTrainer(Trainer):
             gathered: Any = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
             counts = dict(zip(counts, gathered.cpu(), strict=True))
         self._present = [name for name, count in counts.items() if float(count) > 0]
+        self._several_sources = not self._mixed and len({_source(batch) for batch in batches}) > 1
         self.fusion.start_window(self.state.global_step, self.state.max_steps)
         return batches, counts
 
@@ -255,7 +291,11 @@ class MultiTaskTrainer(Trainer):
         outputs, losses, extra = self.task_losses(model, features, labels, counts, rows)
         if num_items_in_batch and self.fusion.wants_gradient_norms:
             self._note_feature_gradients(losses, outputs.last_hidden_state)
-        loss = self.fusion(losses)
+        terms = self.fusion.terms(losses)
+        if num_items_in_batch and self.surgery is not None:
+            names = [name for name in self._present if name in self.tasks] if self._mixed else list(terms)
+            terms = self.surgery.reweighted(terms, outputs.last_hidden_state, names)
+        loss = total(terms)
         for term in extra.values():
             loss = loss + term
         if num_items_in_batch:
@@ -306,7 +346,14 @@ class MultiTaskTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one batch; after the last one of a window, fusion and mixing learn from it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.multi_task and num_items_in_batch and self.accelerator.sync_gradients:
+        if not self.multi_task or not num_items_in_batch:
+            return loss
+        last = self.accelerator.sync_gradients
+        if self.surgery is not None and self._several_sources:
+            self.surgery.keep(_source(inputs), last)
+            if last:
+                self.surgery.combine()
+        if last:
             self._finish_window()
         return loss
 
@@ -326,6 +373,8 @@ class MultiTaskTrainer(Trainer):
         if self._feature_gradients:
             summed = self._over_ranks(self._feature_gradients)
             self.fusion.observe_gradient_norms({name: float(value.norm()) for name, value in summed.items()})
+        if self.surgery is not None:
+            self.surgery.finish_window()
         self._window, self._feature_gradients = {}, {}
 
     def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -378,6 +427,8 @@ class MultiTaskTrainer(Trainer):
             moving = [task.final_weight for task in self.tasks.values() if task.final_weight is not None]
             if self.fusion.adaptive or moving:
                 logs |= {f"weight_{name}": self.fusion.weight(name) for name in self.tasks}
+            if self.surgery is not None:
+                logs |= {f"combination_{name}": weight for name, weight in self.surgery.weights.items()}
             self._logged = {}
         super().log(logs, start_time)
 
@@ -537,11 +588,26 @@ def own_rows(values: Tensor, rows: Tensor | None) -> Tensor:
     return values if rows is None else values[rows]
 
 
-class _StartEpoch(TrainerCallback):
-    """Tells fusion and sampler which epoch begins; accelerate does not reach a batch sampler on one process."""
+def _source(batch: Mapping[str, Any]) -> str:
+    """Which tasks have rows in a batch, as one word."""
+    return "+".join(key.removeprefix("labels_") for key in batch if key.startswith("labels_"))
+
+
+class _TellTrainer(TrainerCallback):
+    """Tells the trainer when training and epochs begin; accelerate does not reach a batch sampler on one process."""
 
     def __init__(self, trainer: MultiTaskTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.start_training()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.end_training()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -43,6 +43,7 @@ def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool) -> None:
             batches="mixed" if mixed else "one_source",
             fusion="gradient_norm" if mixed else "sum",
             fusion_options={"share": 0.3} if mixed else None,
+            gradient_combination="upgrad" if mixed else None,
             dataloader_pin_memory=False,
             disable_tqdm=True,
         ),

@@ -31,7 +31,8 @@ def train(
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, modes: tuple[str, ...]) -> None:
     """Counts are summed over ranks, heads without rows do not stop DDP, whether it looks for them or not.
 
-    Batches of one source and a plain sum; batches of several, which differ between ranks, and learned weights.
+    Batches of one source and a plain sum; batches of several, which differ between ranks, learned weights and
+    gradient surgery.
     """
     one, alone = train(tmp_path / "one", [], 4, *modes)
     two, together = train(tmp_path / "two", TWO, 2, *modes)

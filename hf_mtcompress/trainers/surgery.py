@@ -1,0 +1,196 @@
+"""Gradient surgery inside Trainer: the tasks' gradients meet in a Gramian, which says how much each one counts.
+
+Where tasks share a batch, weights come first and one ordinary backward pass follows, so mixed precision, checkpointing
+of activations and DDP see nothing unusual. Where they come in batches of their own within an accumulation window,
+gradients are kept by source of rows and combined before the optimizer's step.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hf_mtcompress.errors import TrainingError
+from hf_mtcompress.losses.gradients import combination, gramian
+from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.modeling import MultiTaskModel
+
+SurgeryScope = Literal["features", "last_block", "full"]
+_LEAST = 1e-3
+"""Smallest weight, relative to an even one: a task that is cut off altogether could not train its head."""
+
+Sum = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Sums of equally named tensors over all processes."""
+
+
+class GradientSurgery:
+    """Weights the losses of a window so that the gradient of the shared encoder is a combination of the tasks' own.
+
+    Heads always get the gradient of their own task.
+
+    Args:
+        model: the model that is trained.
+        method: one of `hf_mtcompress.losses.gradients.COMBINATIONS`.
+        scope: where gradients are compared. `features`: at the encoder's output, summed over positions, which is the
+            gradient of a bias added there; costs a pass through the heads. `last_block`: parameters of the last layer.
+            `full`: all of the encoder but its embeddings; costs a backward pass for each task.
+        over_ranks: sums tensors over processes, so that all of them find the same weights.
+        world_size: number of processes.
+
+    Raises:
+        TrainingError: an unknown scope.
+        ValueError: an unknown method.
+    """
+
+    def __init__(
+        self, model: MultiTaskModel, method: str, scope: SurgeryScope, over_ranks: Sum, world_size: int
+    ) -> None:
+        if scope not in get_args(SurgeryScope):
+            raise TrainingError(f"surgery_scope: expected one of {get_args(SurgeryScope)}, found '{scope}'")
+        self.combine_gramian = combination(method)
+        self.scope = scope
+        self.weights: dict[str, float] = {}
+        """Of the last window, by task or source; 1 is an even share."""
+        self._model = model
+        self._over_ranks = over_ranks
+        self._world_size = world_size
+        self._head_scale: dict[str, float] = {}
+        self._kept: dict[str, dict[nn.Parameter, Tensor]] = {}
+        """By source: gradients of the shared parameters in this window."""
+        self._at_features: dict[str, Tensor] = {}
+        """By source: gradient at the features in this window."""
+        self._hooks = [
+            parameter.register_hook(self._scaler(name))
+            for name, task in model.tasks.items()
+            for parameter in model.heads[task.head_name].parameters()
+            if parameter.requires_grad
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the heads."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _scaler(self, name: str) -> Callable[[Tensor], Tensor]:
+        def scale(gradient: Tensor) -> Tensor:
+            return gradient * self._head_scale.get(name, 1.0)
+
+        return scale
+
+    # ---- tasks that share a batch ----
+
+    def reweighted(self, terms: Mapping[str, Tensor], features: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weighted losses of the tasks of one batch times the weights that the method gives them.
+
+        Args:
+            terms: by task that this process has rows of, scalars.
+            features: (batch, positions, hidden) output of the encoder that they were computed from.
+            names: tasks that any process has rows of, the same on all of them.
+        """
+        self._head_scale = {}
+        if not features.requires_grad:
+            return dict(terms)
+        vectors = {name: self._gradient(terms.get(name), features) for name in names}
+        source = "+".join(names)
+        if self.scope == "features":
+            total = torch.stack(list(vectors.values())).sum(0)
+            self._at_features[source] = self._at_features.get(source, torch.zeros_like(total)) + total
+        if len(names) < 2:
+            return dict(terms)
+        factors = self._factors(self._over_ranks(vectors))
+        self.weights |= factors
+        self._head_scale = {name: 1 / factor for name, factor in factors.items()}
+        return {name: factors[name] * term for name, term in terms.items()}
+
+    def _factors(self, vectors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Weights of the vectors, 1 being an even share; 1 also where a vector is zero."""
+        factors = dict.fromkeys(vectors, 1.0)
+        moving = {name: vector for name, vector in vectors.items() if vector.any()}
+        if moving:
+            weights = self.combine_gramian(gramian(moving)) * len(moving)
+            factors |= dict(zip(moving, weights.clamp(min=_LEAST).tolist(), strict=True))
+        return factors
+
+    def _gradient(self, term: Tensor | None, features: Tensor) -> Tensor:
+        if term is None:
+            term = 0.0 * features.sum()
+        if self.scope == "features":
+            (found,) = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True)
+            found = torch.zeros_like(features) if found is None else found
+            return found.float().reshape(-1, features.shape[-1]).sum(0)
+        parameters = self._compared
+        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat(
+            [
+                (torch.zeros_like(parameter) if gradient is None else gradient).float().flatten()
+                for parameter, gradient in zip(parameters, found, strict=True)
+            ]
+        )
+
+    @cached_property
+    def _compared(self) -> list[nn.Parameter]:
+        """Parameters whose gradients are compared."""
+        layers = find_anatomy(self._model.encoder).layers
+        chosen = layers if self.scope == "full" else layers[-1:]
+        return [parameter for layer in chosen for parameter in layer.module.parameters() if parameter.requires_grad]
+
+    # ---- tasks in batches of their own ----
+
+    def keep(self, source: str, last: bool) -> None:
+        """Put aside what the backward pass of one batch left on the shared parameters.
+
+        Args:
+            source: names of the tasks of the batch, joined.
+            last: whether DDP has averaged these gradients over processes already.
+        """
+        kept = self._kept.setdefault(source, {})
+        found = {parameter: parameter.grad for parameter in self._shared() if parameter.grad is not None}
+        for parameter, gradient in found.items():
+            if not last and self._world_size > 1:
+                gradient = self._over_ranks({"gradient": gradient})["gradient"] / self._world_size
+            kept[parameter] = kept[parameter] + gradient if parameter in kept else gradient
+            parameter.grad = None
+
+    def _shared(self) -> Iterator[nn.Parameter]:
+        return (parameter for encoder in self._model.encoders.values() for parameter in encoder.parameters())
+
+    def combine(self) -> None:
+        """Give the shared parameters the combination of what was kept in the window."""
+        if len(self._kept) > 1:
+            if self.scope == "features":
+                vectors = self._over_ranks(self._at_features)
+            else:
+                vectors = {
+                    source: torch.cat([kept.get(p, torch.zeros_like(p)).float().flatten() for p in self._compared])
+                    for source, kept in self._kept.items()
+                }
+            factors = self._factors(vectors)
+            self.weights |= factors
+        else:
+            factors = dict.fromkeys(self._kept, 1.0)
+        for source, kept in self._kept.items():
+            for parameter, gradient in kept.items():
+                share = factors[source] * gradient
+                parameter.grad = share if parameter.grad is None else parameter.grad + share
+        self.finish_window()
+
+    def finish_window(self) -> None:
+        """Forget the window."""
+        self._kept, self._at_features, self._head_scale = {}, {}, {}
+
+
+def refuse_sharded(trainer: Any) -> None:
+    """Surgery needs whole gradients on every process.
+
+    Raises:
+        TrainingError: the run is sharded by FSDP or DeepSpeed.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise TrainingError(
+            "expected one process or DDP with gradient_combination, found "
+            f"{'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'}, which keeps only pieces of each gradient; leave "
+            "gradient_combination out, or train without sharding"
+        )

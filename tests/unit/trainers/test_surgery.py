@@ -1,0 +1,150 @@
+"""Laws of gradient surgery inside the trainer, on a tiny real model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_mtcompress import MultiTaskTrainer
+from hf_mtcompress.errors import TrainingError
+from tests.unit.trainers.test_multitask import arguments, build
+
+COMBINED = "upgrad"
+
+
+def window(trainer: MultiTaskTrainer, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Gradients that an accumulation window of these batches leaves on the model."""
+    trainer.model.zero_grad()
+    trainer.start_training()
+    ready, counts = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = len(ready)
+    for number, batch in enumerate(ready):
+        trainer.accelerator.gradient_state._set_sync_gradients(number == len(ready) - 1)
+        trainer.training_step(trainer.model, dict(batch), counts)
+    trainer.end_training()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def prepared(folder: Path, **settings: Any) -> MultiTaskTrainer:
+    trainer = build(folder, **{"gradient_accumulation_steps": 2, **settings})
+    trainer.create_optimizer_and_scheduler(10)
+    return trainer
+
+
+def batches(trainer: MultiTaskTrainer, *sources: int) -> list[dict[str, Any]]:
+    """One batch of three rows from each of the named sources."""
+    rows = [group.dataset.with_format(None) for group in trainer.train_groups]
+    return [trainer.data_collator([rows[source][row] for row in range(3)]) for source in sources]
+
+
+def mixed(trainer: MultiTaskTrainer) -> list[dict[str, Any]]:
+    rows = [group.dataset.with_format(None) for group in trainer.train_groups]
+    return [trainer.data_collator([rows[0][0], rows[1][0], rows[0][1], rows[1][1]])]
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("scope", ["features", "last_block", "full"])
+@pytest.mark.parametrize("sources", [(0,), (0, 1), (1, 0, 1), "mixed"])
+def test_the_mean_is_the_plain_sum(tmp_path: Path, scope: str, sources: Any) -> None:
+    """Surgery that does nothing must change nothing: shared batches, batches of one source, mixed ones."""
+    batching = {"batches": "mixed"} if sources == "mixed" else {}
+    plain = prepared(tmp_path, **batching)
+    trainer = prepared(tmp_path, gradient_combination="mean", surgery_scope=scope, **batching)
+    rows = mixed(plain) if sources == "mixed" else batches(plain, *sources)
+    assert_same(window(trainer, rows), window(plain, rows))
+
+
+def shared(gradients: dict[str, Tensor]) -> Tensor:
+    """Gradients of the layers, flat."""
+    return torch.cat([value.flatten() for name, value in gradients.items() if ".layer." in name])
+
+
+@pytest.mark.parametrize("sources", [(0,), (0, 1)])
+def test_upgrad_goes_against_no_task(tmp_path: Path, sources: tuple[int, ...]) -> None:
+    """Its defining law, on the real gradients of the encoder's layers: no inner product is negative."""
+    plain = prepared(tmp_path)
+    trainer = prepared(tmp_path, gradient_combination=COMBINED, surgery_scope="full")
+    # Opposite tasks: the loss of one falls where that of the other rises.
+    rows = batches(plain, *sources)
+    names = [key.removeprefix("labels_") for batch in rows for key in batch if key.startswith("labels_")]
+    if len(sources) == 1:
+        with torch.no_grad():
+            for model in (plain.model, trainer.model):
+                for parameter in model.heads["task_strength"].parameters():
+                    parameter.mul_(-1)
+    else:
+        names = ["mood+strength", "tags"]
+    found = shared(window(trainer, rows))
+    for name in names:
+        alone = [
+            {key: value for key, value in batch.items() if not key.startswith("labels_") or key[7:] in name.split("+")}
+            for batch in rows
+        ]
+        alone = [batch for batch in alone if any(key.startswith("labels_") for key in batch)]
+        own = shared(window(plain, alone))
+        assert torch.dot(found, own) >= -1e-4 * found.norm() * own.norm(), name
+
+
+def test_heads_learn_from_their_own_task_alone(tmp_path: Path) -> None:
+    """Weights are for what is shared; a head whose task gets little weight still learns."""
+    plain = prepared(tmp_path)
+    trainer = prepared(tmp_path, gradient_combination="mgda")
+    rows = batches(plain, 0)
+    wanted, found = window(plain, rows), window(trainer, rows)
+    heads = [name for name in wanted if name.startswith("heads.")]
+    assert heads
+    for name in heads:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(shared(found), shared(wanted), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "mixing": "round_robin"},
+        {"batches": "mixed"},
+        {"surgery_scope": "last_block"},
+        {"surgery_scope": "full", "gradient_accumulation_steps": 3, "activation_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_training_with_surgery_lowers_every_loss_and_logs_weights(tmp_path: Path, settings: dict[str, Any]) -> None:
+    training = {"rows": 32, "num_train_epochs": 8, "learning_rate": 3e-3, "gradient_combination": COMBINED}
+    trainer = build(tmp_path, **{**training, **settings})
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for task in trainer.tasks:
+        assert after[f"eval_{task}_loss"] < before[f"eval_{task}_loss"], task
+    assert any("combination_mood" in row for row in trainer.state.log_history)
+    assert trainer.surgery is None, "nothing is left on the model"
+
+
+def test_a_run_where_no_two_tasks_meet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="expected several tasks in a step, found one source"):
+        lonely(tmp_path, gradient_combination=COMBINED)
+
+
+def lonely(folder: Path, **settings: Any) -> MultiTaskTrainer:
+    """Two tasks with rows of their own."""
+    trainer = build(folder)
+    del trainer.model.tasks["strength"]
+    data = {name: next(g.dataset for g in trainer.train_groups if name in g.tasks) for name in ("mood", "tags")}
+    return MultiTaskTrainer(model=trainer.model, args=arguments(folder, **settings), train_dataset=data)
+
+
+def test_an_unknown_scope_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="surgery_scope: expected one of"):
+        build(tmp_path, gradient_combination="mean", surgery_scope="feature").train()
