@@ -173,6 +173,7 @@ def test_a_head_per_token_answers_at_every_position() -> None:
 def test_the_dense_layer_stands_before_the_classifier() -> None:
     head = PooledHead(HIDDEN, 3, pooling="mean", dense=True, dropout=0.5, per_token=False).eval()
     hidden = torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(0))
+    assert head.dense is not None
     expected = head.classifier(functional.gelu(head.dense(hidden.mean(1))))
     torch.testing.assert_close(head(BaseModelOutput(last_hidden_state=hidden), None), expected)
     assert [tuple(parameter.shape) for parameter in head.parameters()] == [
