@@ -113,6 +113,8 @@ class StepRecord:
     """Layers, heads per layer and feed-forward width per layer after the step."""
     training: dict[str, Any] | None = None
     """Steps, epochs, final losses; the log history as a list of rows."""
+    interference: dict[str, Any] | None = None
+    """How the tasks' gradients got along in training, as `losses.interference.interference_report` returns it."""
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,8 @@ AGREEMENT_COSINE = 0.05
 """A task whose mean cosine with every other is below this agrees with none."""
 DUPLICATE_COSINE = 0.9
 """From this mean cosine on, two tasks are near duplicates."""
+CHANGED_COSINE = 0.2
+"""A mean cosine that moved by this much from the first quarter of a run to the last is said to have changed."""
 NORM_RATIO = 10.0
 """From this ratio of mean lengths on, one gradient drowns another."""
 CHANCE_LOSS = 0.95
@@ -193,15 +195,19 @@ def _add(sums: dict[str, list[float]], key: str, values: Sequence[float]) -> Non
         found[index] += value
 
 
-def interference_report(log: GradientLog) -> dict[str, Any]:
+def interference_report(log: GradientLog, scope: str | None = None) -> dict[str, Any]:
     """What a log says, in numbers and in words: the `interference` of a step's record.
 
+    Args:
+        log: what was logged.
+        scope: with respect to what the gradients were taken, in words such as `the last layer of the encoder`.
+
     Returns:
-        `steps` and `skipped`; `tasks`, which name the rows and columns of the matrices; `cosine` (mean over the steps
-        in which both had labels), `conflict` (share of those with a negative cosine) and `affinity` (what a step along
-        the row's gradient does to the column's loss, as a share of what a step along the column's own does), null where
-        two tasks never met; `norms` (mean length) and `losses` (mean of the last quarter, divided by that of an
-        uninformed guess) by task; `norm_ratio`, largest / smallest length; `pairs`, most conflicts first, with the
+        `steps`, `skipped` and `scope`; `tasks`, which name the rows and columns of the matrices; `cosine` (mean over
+        the steps in which both had labels), `conflict` (share of those with a negative cosine) and `affinity` (what a
+        step along the row's gradient does to the column's loss, as a share of what a step along the column's own does),
+        null where two tasks never met; `norms` (mean length) and `losses` (mean of the last quarter, divided by that of
+        an uninformed guess) by task; `norm_ratio`, largest / smallest length; `pairs`, most conflicts first, with the
         mean cosines of the first and last quarter; `findings`, sentences; and the `thresholds` behind them.
     """
     names = log.tasks
@@ -212,6 +218,7 @@ def interference_report(log: GradientLog) -> dict[str, Any]:
     report = {
         "steps": log.steps,
         "skipped": log.skipped,
+        "scope": scope,
         "tasks": names,
         "cosine": _matrix(log, 1.0, lambda sums, _: sums[1] / sums[0]),
         "conflict": _matrix(log, 0.0, lambda sums, _: sums[2] / sums[0]),
@@ -336,7 +343,7 @@ def _agreeing_with_none(names: Sequence[str], judged: Sequence[Mapping[str, Any]
 
 def _change(pair: Mapping[str, Any]) -> str:
     early, late = pair["early"], pair["late"]
-    if early is None or late is None or abs(late - early) < abs(CONFLICT_COSINE):
+    if early is None or late is None or abs(late - early) < CHANGED_COSINE:
         return ""
     return f" ({early:.2f} in the first quarter, {late:.2f} in the last)"
 

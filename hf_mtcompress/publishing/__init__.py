@@ -3,7 +3,7 @@
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.hub import PushResult, push_folder
 from hf_mtcompress.publishing.lint import lint_card
-from hf_mtcompress.publishing.picture import draw_comparison
+from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.publishing.repository import collect_repository
 
@@ -11,6 +11,7 @@ __all__ = [
     "PushResult",
     "collect_repository",
     "draw_comparison",
+    "draw_interference",
     "lint_card",
     "push_folder",
     "render_card",

@@ -17,6 +17,7 @@ from hf_mtcompress.publishing.facts import (
     delivered_artefact,
     delivered_step,
     final_scores,
+    interfering_steps,
     is_vanilla_shape,
     latency_of,
     layers_of,
@@ -32,6 +33,10 @@ from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, r
 
 LIBRARY_TAG = "hf_mtcompress"
 PICTURE = "comparison.png"
+INTERFERENCE_PICTURE = "interference.png"
+MATRIX_TASKS = 12
+"""Up to this many tasks a card shows cosines as a matrix, beyond it the pairs with most conflicts."""
+MOST_CONFLICTS = 20
 FEW_ROWS = 500
 """Below this many test rows a task's score is called uncertain in the card."""
 
@@ -72,6 +77,7 @@ def render_card(
     repo_id: str | None = None,
     *,
     picture: bool = True,
+    interference_picture: bool = True,
     own_words: str | None = None,
 ) -> str:
     """Write the model card of a run.
@@ -81,6 +87,8 @@ def render_card(
         recipe_text: the recipe as YAML, folded into the card without local paths.
         repo_id: where the card is published; without it the snippets name the folders of the run.
         picture: whether `assets/comparison.png` is shown (see `draw_comparison`).
+        interference_picture: whether `assets/interference.png` is shown where a step logged how its tasks got along
+            (see `draw_interference`).
         own_words: text of the author, shown as it is and free of checks on numbers (see `own_words_of`).
 
     Returns:
@@ -89,12 +97,12 @@ def render_card(
     Raises:
         PublishingError: the record holds no saved step.
     """
-    return _render(record, recipe_text, repo_id, picture, own_words)[0]
+    return _render(record, recipe_text, repo_id, (picture, interference_picture), own_words)[0]
 
 
 def allowed_numbers(record: RunRecord) -> set[str]:
     """Every number, as text, that a card of this record may print."""
-    return _render(record, None, None, True, None)[1].allowed
+    return _render(record, None, None, (True, True), None)[1].allowed
 
 
 def card_metadata(record: RunRecord, repo_id: str | None = None) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def card_metadata(record: RunRecord, repo_id: str | None = None) -> dict[str, An
 
 
 def _render(
-    record: RunRecord, recipe_text: str | None, repo_id: str | None, picture: bool, own_words: str | None
+    record: RunRecord, recipe_text: str | None, repo_id: str | None, pictures: tuple[bool, bool], own_words: str | None
 ) -> tuple[str, Figures]:
     # Local paths may stand in the settings of a step; the card shows the record as others may see it.
     record = run_from_dict(portable(json.loads(to_json(record))))
@@ -124,7 +132,8 @@ def _render(
         front_matter=_metadata(record, repo_id).to_yaml(),
         table=markdown,
         recipe=portable_recipe(recipe_text).strip() if recipe_text else None,
-        picture=picture,
+        picture=pictures[0],
+        interference_picture=pictures[1],
         own_words="\n".join([OWN_WORDS_BEGIN, own_words or _STUB, OWN_WORDS_END]),
     )
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -457,6 +466,58 @@ class _Page:
             low, high = (min(values), max(values)) if values else (None, None)
             columns.append(self.n.plain(low) if low == high else f"{self.n.plain(low)} to {self.n.plain(high)}")
         return columns
+
+    # ---- interference ----
+
+    def interference(self) -> dict[str, dict[str, Any]]:
+        """By step that logged its gradients: its length, table, sentences, and what these are judged by."""
+        return {
+            step.name: {
+                "steps": self.n.count(step.interference["steps"]),
+                "table": self._cosines(step.interference),
+                "findings": [self.n.text(finding) for finding in step.interference["findings"]],
+                "scope": self.n.text(step.interference["scope"] or "the shared part"),
+                "judged": self._judged(step.interference["thresholds"]),
+            }
+            for step in interfering_steps(self.record)
+            if step.interference is not None
+        }
+
+    def _cosines(self, report: Mapping[str, Any]) -> list[list[str]]:
+        n, names = self.n, report["tasks"]
+        if len(names) > MATRIX_TASKS:
+            rows = [["task", "and", "mean cosine", "in conflict"]]
+            for pair in report["pairs"][:MOST_CONFLICTS]:
+                cells = [n.cosine(pair["cosine"]), n.percent(pair["conflict"])]
+                rows.append([*(f"`{name}`" for name in pair["tasks"]), *cells])
+            return rows
+        rows = [["", *(f"`{name}`" for name in names), "mean length"]]
+        for i, name in enumerate(names):
+            cells = []
+            for j, cosine in enumerate(report["cosine"][i]):
+                known = f"{n.cosine(cosine)} ({n.percent(report['conflict'][i][j])})" if cosine is not None else None
+                cells.append("" if i == j else known or "never met")
+            rows.append([f"`{name}`", *cells, n.length(report["norms"][name])])
+        return rows
+
+    def _judged(self, thresholds: Mapping[str, float]) -> str:
+        limits = {name: self.n.plain(value) for name, value in thresholds.items()}
+        return (
+            f"Tasks are said to pull apart at a mean cosine of {limits['conflict_cosine']} or less, to agree with none "
+            f"below {limits['agreement_cosine']} with every other, to be near duplicates from "
+            f"{limits['duplicate_cosine']} on; lengths are compared from a ratio of {limits['norm_ratio']} on, a loss "
+            f"of {limits['chance_loss']} of an uninformed guess's is nothing learnt, and pairs that met in fewer than "
+            f"{limits['few_steps']} steps are not judged."
+        )
+
+    def interference_text(self) -> str:
+        """The picture of it in words."""
+        pairs = [
+            f"{step.name}: {' and '.join(pair['tasks'])} {self.n.cosine(pair['cosine'])}"
+            for step in interfering_steps(self.record)
+            for pair in (step.interference or {})["pairs"][:MOST_CONFLICTS]
+        ]
+        return "Mean cosines between the tasks' gradients: " + ("; ".join(pairs) or "no two tasks met")
 
     # ---- size and latency ----
 

@@ -73,6 +73,15 @@ def short_precision(artefact: Artefact) -> str:
     return artefact.precision.partition(",")[0]
 
 
+def interfering_steps(record: RunRecord) -> list[StepRecord]:
+    """Steps whose training logged how at least two tasks got along."""
+    return [
+        step
+        for step in record.steps
+        if step.interference is not None and step.interference["steps"] and len(step.interference["tasks"]) > 1
+    ]
+
+
 def ancestors(record: RunRecord, step: StepRecord) -> list[StepRecord]:
     """`step` and what it was made from, nearest first."""
     chain = [step]

@@ -106,6 +106,14 @@ class Figures:
         """A difference of two metrics with its sign, three decimals."""
         return NOT_MEASURED if value is None else self._print(f"{value:+.3f}", value)
 
+    def cosine(self, value: float | None) -> str:
+        """A cosine with its sign, two decimals."""
+        return NOT_MEASURED if value is None else self._print(f"{value:+.2f}", value)
+
+    def length(self, value: float | None) -> str:
+        """A number of any size, three significant digits."""
+        return NOT_MEASURED if value is None else self._print(f"{value:.3g}", value)
+
     def percent(self, value: float | None) -> str:
         """A fraction as per cent, one decimal."""
         return NOT_MEASURED if value is None else self._print(f"{100 * value:.1f} %", value)

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_mtcompress import artifacts
 from hf_mtcompress.errors import PublishingError
-from hf_mtcompress.publishing.card import PICTURE, is_untouched, render_card
+from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, PICTURE, is_untouched, render_card
 from hf_mtcompress.publishing.figures import own_words_of
 from hf_mtcompress.publishing.lint import lint_card_of_files
 from hf_mtcompress.publishing.portable import (
@@ -165,14 +165,23 @@ def repository_contents(folder: Path, record: RunRecord | None, repo_id: str) ->
 
 
 def _card(folder: Path, record: RunRecord, recipe_text: str | None, repo_id: str) -> str:
-    picture = (folder / artifacts.ASSETS / PICTURE).is_file()
+    picture, interference_picture = (
+        (folder / artifacts.ASSETS / name).is_file() for name in (PICTURE, INTERFERENCE_PICTURE)
+    )
     path = folder / artifacts.CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     own_words = own_words_of(existing) if existing is not None else None
     if existing is not None and not is_untouched(existing):
         # Somebody has worked on it, so it goes up as it is.
         return existing
-    return render_card(record, recipe_text, repo_id, picture=picture, own_words=own_words)
+    return render_card(
+        record,
+        recipe_text,
+        repo_id,
+        picture=picture,
+        interference_picture=interference_picture,
+        own_words=own_words,
+    )
 
 
 def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]:

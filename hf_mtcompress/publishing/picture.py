@@ -1,6 +1,7 @@
-"""The comparison picture of a card, with its data beside it as CSV."""
+"""The pictures of a card, with their data beside them as CSV."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -13,18 +14,21 @@ from hf_mtcompress.publishing.facts import (
     comparison_of,
     delivered_artefact,
     final_scores,
+    interfering_steps,
     latency_of,
     reference_artefact,
     short_precision,
 )
-from hf_mtcompress.records import Artefact, RunRecord
+from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
     from matplotlib.transforms import Bbox
 
 # Okabe and Ito's palette, which readers with colour-blindness tell apart; forms differ in shape as well.
 REFERENCE_COLOUR, DELIVERED_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00", "#7F7F7F"
+CONFLICT_COLOUR, AGREEMENT_COLOUR, UNKNOWN_COLOUR = "#D55E00", "#0072B2", "#DDDDDD"
 MARKERS = {"torch": "o", "bitsandbytes": "s", "onnx": "D", "vanilla": "^"}
 
 
@@ -252,4 +256,98 @@ def _csv(points: Sequence[Point], record: RunRecord) -> str:
         writer.writerow(
             [point.step, point.form, point.precision, *("" if value is None else value for value in values)]
         )
+    return target.getvalue()
+
+
+def draw_interference(record: RunRecord, path: Path) -> list[Path]:
+    """Draw the mean cosines between the tasks' gradients, one panel for each step that logged them.
+
+    Orange is conflict, blue agreement, white neither; the same colour is the same cosine in all panels. The diagonal
+    has the mean length of each task's gradient. Up to 12 tasks, cells hold their numbers.
+
+    Args:
+        record: what happened.
+        path: the PNG to write; the same data go into a CSV of the same name.
+
+    Returns:
+        The files written; none where no step logged the gradients of two tasks.
+    """
+    steps = interfering_steps(record)
+    if not steps:
+        return []
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    side = min(8.0, max(4.0, 0.5 * max(len((step.interference or {})["tasks"]) for step in steps) + 1.6))
+    columns = min(3, len(steps))
+    rows = math.ceil(len(steps) / columns)
+    figure = Figure(figsize=(side * columns + 1.2, side * rows + 0.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    limit = _colour_limit(steps)
+    image = None
+    for axes, step in zip(panels, steps, strict=False):
+        image = _draw_cosines(axes, step, limit)
+    for axes in panels[len(steps) :]:
+        axes.set_axis_off()
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
+    bar.set_label("mean cosine (below 0: conflict)")
+    figure.suptitle(f"{record.name}: do the tasks' gradients agree?", fontsize=12)
+    figure.savefig(path, metadata={"Software": "hf_mtcompress"})
+    data = path.with_suffix(".csv")
+    artifacts.write_text(data, _interference_csv(steps))
+    return [path, data]
+
+
+def _colour_limit(steps: Sequence[StepRecord]) -> float:
+    """The cosine of full colour: the largest one shown, up to the next tenth, so that small ones can be told apart."""
+    cosines = [abs(pair["cosine"]) for step in steps for pair in (step.interference or {})["pairs"]]
+    return min(1.0, max(0.2, math.ceil(10 * max(cosines, default=0.0)) / 10))
+
+
+def _draw_cosines(axes: "Axes", step: StepRecord, limit: float) -> "AxesImage":
+    from matplotlib.colors import LinearSegmentedColormap
+
+    report = step.interference or {}
+    names = report["tasks"]
+    colours = LinearSegmentedColormap.from_list("interference", [CONFLICT_COLOUR, "white", AGREEMENT_COLOUR])
+    colours = colours.with_extremes(bad=UNKNOWN_COLOUR)
+    cells = [
+        [math.nan if i == j or cosine is None else float(cosine) for j, cosine in enumerate(row)]
+        for i, row in enumerate(report["cosine"])
+    ]
+    image = axes.imshow(cells, cmap=colours, vmin=-limit, vmax=limit)
+    if len(names) <= 12:
+        for i, row in enumerate(cells):
+            for j, cosine in enumerate(row):
+                norm = report["norms"][names[i]]
+                length = "" if norm is None else f"length\n{norm:.3g}"
+                text = length if i == j else "never\nmet" if math.isnan(cosine) else f"{cosine:+.2f}"
+                # Black is read better on everything but the full blue.
+                colour = "white" if cosine > 0.75 * limit else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+    small = 9 if len(names) <= 12 else 6
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=small)
+    axes.set_yticks(range(len(names)), names, fontsize=small)
+    axes.set_title(f"{step.name}, {report['steps']:,} steps", fontsize=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _interference_csv(steps: Sequence[StepRecord]) -> str:
+    target = StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(["step", "task", "other", "cosine", "conflict", "affinity", "norm", "norm_of_other"])
+    for step in steps:
+        report = step.interference or {}
+        for i, name in enumerate(report["tasks"]):
+            for j, other in enumerate(report["tasks"]):
+                if i != j:
+                    values = [report[matrix][i][j] for matrix in ("cosine", "conflict", "affinity")]
+                    values += [report["norms"][name], report["norms"][other]]
+                    writer.writerow([step.name, name, other, *("" if value is None else value for value in values)])
     return target.getvalue()

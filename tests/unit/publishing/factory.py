@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.records import (
     Artefact,
     ArtefactForm,
@@ -155,6 +156,16 @@ def layers(count: int, heads: list[int], width: list[int]) -> dict[str, object]:
     }
 
 
+def interference() -> dict[str, object]:
+    """Intent and slots agree; mood is large and against both in three of four steps."""
+    log = GradientLog(list(TASKS))
+    for step in range(40):
+        mood = (-30.0 if step % 4 else 30.0, 0.0, 40.0)
+        rows = [(2.0, 0.0, 0.0), mood, (1.5, 2.0, 0.0)]
+        log.add(step, list(TASKS), [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows])
+    return interference_report(log, "the last layer of the encoder")
+
+
 def make_record() -> RunRecord:
     """Teacher, student, its plain export, pruned student, and the int8 graph of that."""
     reference = (0.975, 0.75, 0.925)
@@ -217,6 +228,7 @@ def make_record() -> RunRecord:
                 artefacts=[teacher],
                 structure=layers(6, [12], [1536]),
                 training=training,
+                interference=interference(),
             ),
             StepRecord(
                 name="teacher-int8",
@@ -323,4 +335,5 @@ def write_run(folder: Path, record: RunRecord | None = None) -> RunRecord:
     (folder / ".work" / "half.json").write_text("{}", encoding="utf-8")
     (folder / "assets").mkdir()
     (folder / "assets" / "comparison.png").write_bytes(b"\x89PNG invented")
+    (folder / "assets" / "interference.png").write_bytes(b"\x89PNG invented")
     return record

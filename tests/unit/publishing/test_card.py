@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_mtcompress.errors import PublishingError
+from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.publishing.card import card_metadata, is_untouched, render_card
 from hf_mtcompress.publishing.figures import numbers_in
 from hf_mtcompress.publishing.lint import lint_card
@@ -161,7 +163,35 @@ def local_paths(record: RunRecord) -> None:
     record.encoder["path_or_id"] = "/mnt/disk/encoders/base"
 
 
+def no_interference(record: RunRecord) -> None:
+    record.steps[0].interference = None
+
+
+def tasks_that_never_met(record: RunRecord) -> None:
+    log = GradientLog(["intent", "mood", "slots"])
+    for step in range(30):
+        log.add(step, [log.tasks[step % 3]], [[1.0 + step]])
+    record.steps[0].interference = interference_report(log)
+    record.steps[2].interference = interference_report(GradientLog(["intent", "mood"]))
+
+
+def many_tasks(record: RunRecord) -> None:
+    record.steps[2].interference = interference_of_many(15)
+
+
+def interference_of_many(count: int) -> dict[str, Any]:
+    names = [f"task_number_{number}" for number in range(count)]
+    log = GradientLog(names)
+    for step in range(12):
+        gramian = [[math.cos(0.3 * (i - j) * (1 + step / 9)) for j in range(count)] for i in range(count)]
+        log.add(step, names, gramian, dict.fromkeys(names[:2], 0.9875))
+    return interference_report(log, "the encoder | all of it")
+
+
 VARIANTS = [
+    no_interference,
+    tasks_that_never_met,
+    many_tasks,
     no_scores,
     no_latency,
     no_sizes,
@@ -208,6 +238,27 @@ def test_unmeasured_is_left_out():
         assert claim not in text.partition("## At a glance")[0]
     assert "Latency: not measured." in text
     assert "not scored" in text
+
+
+def test_interference_is_left_out_where_it_was_not_logged():
+    """An empty section reads as if there were no conflict."""
+    record = make_record()
+    assert "## How the tasks get along" in render_card(record)
+    assert "assets/interference.png" not in render_card(record, interference_picture=False)
+    record.steps[0].interference = None
+    assert "get along" not in render_card(record)
+    assert "interference" not in render_card(record)
+
+
+def test_interference_of_many_tasks_is_a_list_of_pairs():
+    """A matrix of 15 columns cannot be read; the pairs that matter can."""
+    record = make_record()
+    many_tasks(record)
+    record.steps[0].interference = None
+    section = render_card(record).partition("## How the tasks get along")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `task_number_\d+` \| `task_number_\d+` \| .+ \|$", section, re.MULTILINE)
+    assert len(rows) == 20
+    assert "the encoder \\| all of it" in section
 
 
 def test_no_saved_step():

@@ -93,6 +93,7 @@ def run(tmp_path: Path) -> Path:
 EXPECTED = [
     "README.md",
     "assets/comparison.png",
+    "assets/interference.png",
     "config.json",
     "model.safetensors",
     "onnx/config.json",
