@@ -6,10 +6,13 @@ they were computed on; what was not measured is null, never a guess.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 FORMAT_VERSION = 1
+
+Record = TypeVar("Record")
 
 ArtefactForm = Literal["torch", "bitsandbytes", "vanilla", "onnx"]
 
@@ -176,45 +179,62 @@ def _finite(value: Any) -> Any:
 
 
 def artefact_from_dict(data: dict[str, Any]) -> Artefact:
-    """Rebuild an `Artefact` from its JSON form."""
-    size = data.get("size")
-    return Artefact(
-        **{
-            **data,
-            "size": SizeRecord(**size) if size else None,
-            "scores": {
-                role: SplitScores(
-                    **{**scores, "tasks": {name: TaskScore(**score) for name, score in scores["tasks"].items()}}
-                )
-                for role, scores in data.get("scores", {}).items()
-            },
-            "latency": [LatencyRecord(**row) for row in data.get("latency", [])],
-        }
+    """Rebuild an `Artefact` from its JSON form.
+
+    Raises:
+        ValueError: a field is missing or unknown.
+    """
+    return _rebuild(
+        Artefact,
+        data,
+        size=lambda size: _rebuild(SizeRecord, size) if size else None,
+        scores=lambda scores: {role: _rebuild(SplitScores, split, tasks=_scores) for role, split in scores.items()},
+        latency=lambda rows: [_rebuild(LatencyRecord, row) for row in rows],
     )
 
 
 def step_from_dict(data: dict[str, Any]) -> StepRecord:
-    """Rebuild a `StepRecord` from its JSON form."""
-    return StepRecord(**{**data, "artefacts": [artefact_from_dict(artefact) for artefact in data["artefacts"]]})
+    """Rebuild a `StepRecord` from its JSON form.
+
+    Raises:
+        ValueError: a field is missing or unknown.
+    """
+    return _rebuild(StepRecord, data, artefacts=lambda rows: [artefact_from_dict(row) for row in rows])
 
 
 def run_from_dict(data: dict[str, Any]) -> RunRecord:
     """Rebuild a `RunRecord` from its JSON form.
 
     Raises:
-        ValueError: the record was written by a newer version of the package.
+        ValueError: the record was written by a newer version of the package, or a field is missing or unknown.
     """
-    found = data.get("format_version")
+    found = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(found, int) or found > FORMAT_VERSION:
         raise ValueError(
             f"expected a record of format_version {FORMAT_VERSION} or older, found {found}; "
             "update hf_mtcompress to read it"
         )
-    return RunRecord(
-        **{
-            **data,
-            "tasks": {name: TaskRecord(**task) for name, task in data["tasks"].items()},
-            "steps": [step_from_dict(step) for step in data["steps"]],
-            "comparisons": [Comparison(**comparison) for comparison in data.get("comparisons", [])],
-        }
+    return _rebuild(
+        RunRecord,
+        data,
+        tasks=lambda tasks: {name: _rebuild(TaskRecord, task) for name, task in tasks.items()},
+        steps=lambda steps: [step_from_dict(step) for step in steps],
+        comparisons=lambda rows: [_rebuild(Comparison, row) for row in rows],
     )
+
+
+def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:
+    return {name: _rebuild(TaskScore, score) for name, score in tasks.items()}
+
+
+def _rebuild(cls: type[Record], data: dict[str, Any], **nested: Callable[[Any], Any]) -> Record:
+    """An instance of a record class from its fields, those with records inside through a function each."""
+    known = {
+        entry.name: entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        for entry in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType] - every record is a dataclass
+    }
+    problems = [f"no '{name}'" for name, needed in known.items() if needed and name not in data]
+    problems += [f"the unknown field '{name}'" for name in data if name not in known]
+    if problems:
+        raise ValueError(f"expected the fields of a {cls.__name__}, found {', '.join(problems)}")
+    return cls(**{**data, **{name: build(data[name]) for name, build in nested.items() if name in data}})

@@ -87,7 +87,7 @@ def test_labels_by_kind() -> None:
     assert batch["labels_colour"].tolist() == [2, 0]
     dtypes = {key: tensor.dtype for key, tensor in batch.items()}
     assert {key for key, dtype in dtypes.items() if dtype == torch.float32} == {"labels_strength", "labels_topics"}
-    assert {dtype for dtype in dtypes.values()} == {torch.float32, torch.long}
+    assert set(dtypes.values()) == {torch.float32, torch.long}
 
 
 def test_word_labels_reach_a_padded_multiple() -> None:

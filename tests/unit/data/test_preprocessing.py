@@ -1,4 +1,4 @@
-"""Laws of encoding: tasks over the same rows are encoded once and as each alone, encoded rows pass, mistakes are named."""
+"""Laws of encoding: tasks over the same rows are encoded once and as each alone, and mistakes are named."""
 
 import logging
 from typing import Any
