@@ -5,6 +5,10 @@ runs/NAME/
   record.json     everything measured            assets/     pictures of the card
   STEP/           what a step saved, with step.json (its part of the record) inside
   .work/          checkpoints and half-made folders of a run that is under way
+
+runs/NAME-compare/
+  recipe.yaml     the resolved recipe            compare.json, compare.png   the differences
+  MODEL/SEED/     step.json of one training, with the model if it was kept; MODEL/.work/ as above
 """
 
 import os
@@ -21,6 +25,8 @@ CARD = "README.md"
 ASSETS = "assets"
 STEP_RECORD = "step.json"
 WORK = ".work"
+COMPARISON = "compare.json"
+COMPARISON_PICTURE = "compare.png"
 
 ONNX_MODEL = "model.onnx"
 """The graph of all heads, weights inside (external data does not load in a browser)."""

@@ -74,6 +74,29 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
     plan.add_argument("--json", action="store_true", help="as JSON")
 
+    compare = verb(
+        "compare-tasks", "train each task alone and all together, over seeds; show who is hurt", _compare_tasks
+    )
+    with_recipe(compare)
+    compare.add_argument("--seeds", type=int, default=3, help="trainings of each arm (default: 3)")
+    compare.add_argument("--output", metavar="DIR", type=Path, help="folder (default: runs/NAME-compare)")
+    compare.add_argument(
+        "--arm",
+        metavar="NAME=a.b.c=value[,...]",
+        action="append",
+        default=[],
+        help="all tasks together with a changed recipe, such as product=fusion.kind=product; repeatable",
+    )
+    compare.add_argument(
+        "--group",
+        metavar="NAME=task+task/task",
+        action="append",
+        default=[],
+        help="several models with some of the tasks each; repeatable",
+    )
+    compare.add_argument("--keep-models", action="store_true", help="keep the weights after scoring")
+    compare.add_argument("--json", action="store_true", help="as JSON")
+
     evaluate = verb("evaluate", "score a saved model on the data of a recipe", _evaluate)
     evaluate.add_argument("folder", metavar="FOLDER", type=Path, help="a step's folder, of any form")
     with_recipe(evaluate)
@@ -138,6 +161,19 @@ def _plan(options: argparse.Namespace) -> str:
 
     planned = plan(recipe)
     return json.dumps(planned, indent=2) if options.json else plan_text(planned, _output(options, recipe))
+
+
+def _compare_tasks(options: argparse.Namespace) -> str:
+    from hf_mtcompress.comparing import compare_tasks, load_comparison
+    from hf_mtcompress.publishing.task_comparison import comparison_table
+    from hf_mtcompress.records import to_json
+
+    comparison = load_comparison(
+        options.recipe, options.overrides, seeds=options.seeds, arms=options.arm, groups=options.group
+    )
+    output = (options.output or Path("runs") / f"{comparison.recipe.name}-compare").absolute()
+    record = compare_tasks(comparison, output, keep_models=options.keep_models)
+    return to_json(record) if options.json else f"{comparison_table(record)}\nRecord and picture: {output}"
 
 
 def _evaluate(options: argparse.Namespace) -> str:

@@ -43,9 +43,9 @@ from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
 from hf_mtcompress.inference.runtimes import folder_form, task_folders
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.planning import describe_plan
-from hf_mtcompress.publishing.card import render_card
+from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, render_card
 from hf_mtcompress.publishing.hub import push_folder
-from hf_mtcompress.publishing.picture import draw_comparison
+from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
 from hf_mtcompress.steps import Bench, check_steps_fit, load_processor, probe_batch, run_step
@@ -80,7 +80,7 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
     write_text(output / RECIPE, dump_recipe(recipe))
     done: dict[str, StepRecord] = {}
     for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = _do_step(step, source, done, bench)
+        done[str(step.name)] = do_step(step, source, done, bench)
     record = _measure(bench, list(done.values()))
     _write_results(bench, record)
     return record
@@ -126,12 +126,12 @@ def step_sources(recipe: Recipe) -> list[str | None]:
 # ---- one step ----
 
 
-def _do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> StepRecord:
+def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> StepRecord:
     """Run a step unless its folder holds the result of exactly this step."""
     name = str(step.name)
     fingerprint = step_fingerprint(step, source, done, bench)
     folder = bench.step_folder(name)
-    found = _read_step(folder / STEP_RECORD)
+    found = read_step(folder / STEP_RECORD)
     if found is not None and found.fingerprint == fingerprint:
         logger.warning("%s: done already, skipped", name)
         return found
@@ -153,10 +153,11 @@ def _do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], 
             ],
             structure=outcome.structure,
             training=outcome.training,
+            interference=outcome.interference,
         )
         for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):
             artefact.size = measure_size(scratch / made.folder)
-            artefact.scores["validation"] = _score(bench, scratch / made.folder, "validation")
+            artefact.scores["validation"] = score_folder(bench, scratch / made.folder, "validation")
         save_probes(scratch, probe_batch(bench)[0], outcome.probes)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))
@@ -194,14 +195,16 @@ def _folder_digest(folder: Path) -> str | None:
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
-def _read_step(path: Path) -> StepRecord | None:
+def read_step(path: Path) -> StepRecord | None:
+    """What a step left in its folder; None where it is not done."""
     try:
         return records.step_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _score(bench: Bench, folder: Path, role: Role) -> records.SplitScores:
+def score_folder(bench: Bench, folder: Path, role: Role) -> records.SplitScores:
+    """Scores of a saved folder on the rows that play a role."""
     return evaluate_folder(
         folder,
         bench.sources.tasks,
@@ -235,7 +238,7 @@ def _measure(bench: Bench, steps: list[StepRecord]) -> RunRecord:
         _check_reloads(bench.output, fresh, probe_batch(bench)[1])
     if bench.sources.role("test"):
         for artefact in (artefact for step in fresh for artefact in step.artefacts):
-            artefact.scores["test"] = _score(bench, bench.output / artefact.folder, "test")
+            artefact.scores["test"] = score_folder(bench, bench.output / artefact.folder, "test")
     if last is not None and not fresh and _same_conditions(last, steps, reference, recipe.benchmark):
         record.created, record.benchmark = last.created, last.benchmark
     else:
@@ -324,6 +327,7 @@ def _write_results(bench: Bench, record: RunRecord) -> None:
     if bench.recipe.publish is not None:
         record.publish = _plain(bench.recipe.publish)
     draw_comparison(record, assets / "comparison.png")
+    draw_interference(record, assets / INTERFERENCE_PICTURE)
     write_text(bench.output / RECORD, records.to_json(record))
     recipe = dump_recipe(bench.recipe, portable=True)
     write_text(bench.output / CARD, render_card(record, recipe))
@@ -409,7 +413,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
     """Scores of a saved folder of any form on one split of a recipe's data."""
     sources = load_sources(recipe.tasks, recipe.seed)
-    return _score(Bench(recipe, folder.parent, sources, None), folder, role)
+    return score_folder(Bench(recipe, folder.parent, sources, None), folder, role)
 
 
 def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
