@@ -21,6 +21,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "bitsandbytes",
+    "torchjd",
 )
 """Packages whose versions can change a score, a size or a time."""
 
