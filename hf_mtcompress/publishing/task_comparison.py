@@ -24,7 +24,7 @@ def comparison_table(record: TaskComparisonRecord) -> str:
     budget = [["arm", "tasks of a model", "epochs", "optimizer steps", "rows seen", "rows seen by task"]]
     for arm in record.arms:
         for number, model in enumerate(arm.models):
-            cells = [arm.name if number == 0 else "", "+".join(model.tasks), f"{model.epochs:g}"]
+            cells = [arm.name if number == 0 else "", "+".join(model.tasks), f"{round(model.epochs, 2):g}"]
             cells += [f"{model.optimizer_steps:,}", f"{model.rows_seen:,}", _rows_by_task(model)]
             budget.append(cells)
     settings = [f"Arm {arm.name}: {', '.join(arm.settings)}." for arm in record.arms if arm.settings]
@@ -44,8 +44,9 @@ def _notes(record: TaskComparisonRecord) -> list[str]:
     else:
         length = f"the share of {training['max_steps']:,} steps that its rows have"
     batches = training["gradient_accumulation_steps"]
+    who = "every model" if not any(arm.settings for arm in record.arms) else "every model whose arm says nothing else"
     budget = (
-        f"Same budget for every model: {length}, {f'{batches} batches' if batches > 1 else 'a batch'} of "
+        f"Same budget for {who}: {length}, {f'{batches} batches' if batches > 1 else 'a batch'} of "
         f"{training['batch_size']} rows a step, learning rate {training['learning_rate']:g}, weights of the last step."
     )
     if len(record.seeds) == 1:
