@@ -115,6 +115,7 @@ class StepOutcome:
     artefacts: list[Artefact]
     structure: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    interference: dict[str, Any] | None = None
     probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """By artefact folder: logits by task of the model in memory, for the check that it reloads."""
 
@@ -148,15 +149,13 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
 
 def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     model = _start_model(source, bench)
-    training = _train_finetune(step, model, bench, work)
-    return _save_trained(model, bench, folder, training)
+    return _save_trained(model, bench, folder, _train_finetune(step, model, bench, work))
 
 
 def _distill(step: DistillStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     teacher = load_teacher(step.teacher, bench)
     model = _student(step, source, teacher, bench)
-    training = _train_distill(step, model, teacher, bench, work)
-    return _save_trained(model, bench, folder, training)
+    return _save_trained(model, bench, folder, _train_distill(step, model, teacher, bench, work))
 
 
 def _start_model(source: str | None, bench: Bench) -> MultiTaskModel:
@@ -218,7 +217,15 @@ def load_teacher(name: str, bench: Bench) -> PreTrainedModel:
         ) from error
 
 
-def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, work: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Fit:
+    """How a model was trained, and how its tasks got along where that was measured."""
+
+    training: dict[str, Any]
+    interference: dict[str, Any] | None
+
+
+def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, work: Path) -> Fit:
     config = merged_training(step, bench.recipe.training)
     arguments = training_arguments(MultiTaskTrainingArguments, config, bench, work)
     trainer = MultiTaskTrainer(
@@ -232,9 +239,7 @@ def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, wor
     return _fit(trainer, work)
 
 
-def _train_distill(
-    step: DistillStep, model: MultiTaskModel, teacher: PreTrainedModel, bench: Bench, work: Path
-) -> dict[str, Any]:
+def _train_distill(step: DistillStep, model: MultiTaskModel, teacher: PreTrainedModel, bench: Bench, work: Path) -> Fit:
     config = merged_training(step, bench.recipe.training)
     arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
     trainer = DistillationTrainer(
@@ -253,12 +258,12 @@ def _train_distill(
     return _fit(trainer, work)
 
 
-def _fit(trainer: MultiTaskTrainer, work: Path) -> dict[str, Any]:
+def _fit(trainer: MultiTaskTrainer, work: Path) -> Fit:
     result = trainer.train(resume_from_checkpoint=last_checkpoint(work))
     history = [row for row in trainer.state.log_history if "train_runtime" not in row]
     if not math.isfinite(result.training_loss):
         raise TrainingError(f"expected a finite training loss, found {result.training_loss}; lower the learning rate")
-    return {
+    training = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "best_step": trainer.state.best_global_step,
@@ -267,6 +272,7 @@ def _fit(trainer: MultiTaskTrainer, work: Path) -> dict[str, Any]:
         "mixing": dict(zip([group.name for group in trainer.train_groups], trainer.mixing_sampler.shares, strict=True)),
         "log": history,
     }
+    return Fit(training, trainer.interference())
 
 
 def merged_training(step: TrainingConfig, defaults: TrainingConfig) -> TrainingConfig:
@@ -339,6 +345,7 @@ def _mixing_arguments(recipe: Recipe) -> dict[str, Any]:
         "normalize_losses": fusion.normalize,
         "gradient_combination": fusion.combination,
         "surgery_scope": fusion.scope,
+        "measure_interference": fusion.measure_every,
     }
 
 
@@ -365,7 +372,7 @@ def last_checkpoint(work: Path) -> str | None:
     return str(newest)
 
 
-def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, training: dict[str, Any] | None) -> StepOutcome:
+def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, fit: Fit | None) -> StepOutcome:
     torch.nn.Module.to(model, "cpu")
     model.eval()
     probes = {".": probe(model, bench)}
@@ -374,7 +381,8 @@ def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, training: d
     return StepOutcome(
         artefacts=[Artefact(form="torch", folder=".", precision="float32")],
         structure=structure_of(model),
-        training=training,
+        training=fit.training if fit else None,
+        interference=fit.interference if fit else None,
         probes=probes,
     )
 
@@ -406,12 +414,12 @@ def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work
     model = MultiTaskModel.from_pretrained(cut)
     for name, task in bench.sources.tasks.items():
         model.tasks[name] = task
-    training = None
+    fit = None
     if isinstance(step.recover, FinetuneStep):
-        training = _train_finetune(step.recover, model, bench, work)
+        fit = _train_finetune(step.recover, model, bench, work)
     elif isinstance(step.recover, DistillStep):
-        training = _train_distill(step.recover, model, load_teacher(step.recover.teacher, bench), bench, work)
-    return _save_trained(model, bench, folder, training)
+        fit = _train_distill(step.recover, model, load_teacher(step.recover.teacher, bench), bench, work)
+    return _save_trained(model, bench, folder, fit)
 
 
 def calibration_batches(model: MultiTaskModel, bench: Bench, rows: int) -> list[dict[str, torch.Tensor]]:

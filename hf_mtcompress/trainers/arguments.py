@@ -62,6 +62,13 @@ class MultiTaskTrainingArguments(TrainingArguments):
         default="features",
         metadata={"help": "Where those gradients are compared: features (cheap), last_block or full (dear)."},
     )
+    measure_interference: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compare the tasks' gradients, where surgery_scope says, every so many optimizer steps on a batch "
+            "of each source; `trainer.interference()` reports them."
+        },
+    )
     normalize_losses: str = field(
         default="chance",
         metadata={"help": "'chance' divides each task's loss by that of an uninformed guess; 'none' leaves it."},

@@ -20,9 +20,11 @@ from hf_mtcompress.data.mixing import REACTIVE, MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, encoded_labels
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
+from hf_mtcompress.losses.gradients import gramian
+from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.trainers.surgery import GradientSurgery, refuse_sharded
+from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedGradients, refuse_sharded
 
 ItemCounts = dict[str, Tensor]
 """Labelled items by task over one accumulation window and all ranks."""
@@ -124,6 +126,7 @@ class MultiTaskTrainer(Trainer):
             self.fusion = self._set_up_fusion(fusion)
             self._mixed = getattr(self.args, "batches", "one_source") == "mixed"
             self._check_surgery()
+            self.gradient_log = GradientLog(list(self.tasks))
             self.add_callback(_TellTrainer(self))
 
     # ---- data ----
@@ -376,6 +379,42 @@ class MultiTaskTrainer(Trainer):
         if self.surgery is not None:
             self.surgery.finish_window()
         self._window, self._feature_gradients = {}, {}
+        every = getattr(self.args, "measure_interference", None)
+        if every and self.state.global_step % every == 0:
+            self._measure_interference()
+
+    def _measure_interference(self) -> None:
+        """Compare the tasks' gradients on a batch of each source, without dropout, and leave everything as it was."""
+        core: Any = self.accelerator.unwrap_model(self.model)
+        gradients = SharedGradients(core, getattr(self.args, "surgery_scope", "features"))
+        training = core.training
+        core.eval()
+        step, vectors, shares = self.state.global_step, {}, {}
+        for number, group in enumerate(self.train_groups):
+            generator = np.random.default_rng([self.args.seed, step, number])
+            rows = generator.choice(len(group.dataset), min(self.args.train_batch_size, len(group.dataset)), False)
+            batch = self.data_collator(MixedDataset([group.dataset]).__getitems__([(0, int(row)) for row in rows]))
+            inputs = self._prepare_inputs(batch)
+            features = {key: value for key, value in inputs.items() if not key.startswith(_LABELS)}
+            with self.compute_loss_context_manager():
+                outputs = core(**features, tasks=list(group.tasks))
+            if not outputs.last_hidden_state.requires_grad:
+                continue
+            for name in group.tasks:
+                task, target = self.tasks[name], inputs[self.tasks[name].label_name]
+                loss = task.loss_sum(outputs[f"logits_{name}"], target) / task.item_count(target).clamp(min=1)
+                vectors[name] = gradients.of(self.fusion.weight(name, loss) * loss, outputs.last_hidden_state)
+                shares[name] = float(loss.detach()) / self.fusion.normalisers.get(name, 1.0)
+        core.train(training)
+        if vectors:
+            self.gradient_log.add(step, list(vectors), gramian(vectors).tolist(), shares)
+
+    def interference(self) -> dict[str, Any] | None:
+        """How the tasks get along, from what `measure_interference` compared; None where nothing was measured."""
+        if not self.multi_task or not self.gradient_log.steps:
+            return None
+        scope = SCOPE_WORDS[getattr(self.args, "surgery_scope", "features")]
+        return interference_report(self.gradient_log, scope)
 
     def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over processes, in one go. All ranks call it with the same names."""
@@ -440,6 +479,7 @@ class MultiTaskTrainer(Trainer):
             state = {
                 "fusion": self.fusion.state_dict(),
                 "mixing": {"history": self.mixing_sampler.history, "pulls": self._pulls},
+                "gradients": self.gradient_log.state_dict(),
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -451,6 +491,7 @@ class MultiTaskTrainer(Trainer):
             self.fusion.load_state_dict(state["fusion"])
             self.mixing_sampler.history = state["mixing"]["history"]
             self._pulls = state["mixing"]["pulls"]
+            self.gradient_log = GradientLog.from_state_dict(state["gradients"])
 
     def start_epoch(self, epoch: int) -> None:
         """Tell fusion and mixing that an epoch begins, or begins again after a restart."""

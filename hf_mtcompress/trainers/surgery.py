@@ -18,11 +18,69 @@ from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 
 SurgeryScope = Literal["features", "last_block", "full"]
+SCOPE_WORDS = {
+    "features": "the output of the encoder",
+    "last_block": "the last layer of the encoder",
+    "full": "all layers of the encoder",
+}
 _LEAST = 1e-3
 """Smallest weight, relative to an even one: a task that is cut off altogether could not train its head."""
 
 Sum = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Sums of equally named tensors over all processes."""
+
+
+class SharedGradients:
+    """Gradients of single tasks at what they share.
+
+    Args:
+        model: the model that is trained.
+        scope: where. `features`: at the encoder's output, summed over positions, which is the gradient of a bias added
+            there; costs a pass through the heads. `last_block`: parameters of the last layer. `full`: those of all
+            layers, which costs a backward pass for each task.
+
+    Raises:
+        TrainingError: an unknown scope.
+    """
+
+    def __init__(self, model: MultiTaskModel, scope: SurgeryScope) -> None:
+        if scope not in get_args(SurgeryScope):
+            raise TrainingError(f"surgery_scope: expected one of {get_args(SurgeryScope)}, found '{scope}'")
+        self.scope = scope
+        self._model = model
+
+    def of(self, term: Tensor | None, features: Tensor) -> Tensor:
+        """Flat float32 gradient of a scalar; zeros where there is none, or where it reads something else.
+
+        Args:
+            term: a loss that was computed from `features`.
+            features: (batch, positions, hidden) output of the encoder.
+        """
+        if term is None:
+            term = 0.0 * features.sum()
+        if self.scope == "features":
+            (found,) = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True)
+            found = torch.zeros_like(features) if found is None else found
+            return found.float().reshape(-1, features.shape[-1]).sum(0)
+        found = torch.autograd.grad(term, self.parameters, retain_graph=True, allow_unused=True)
+        return self.flat(dict(zip(self.parameters, found, strict=True)))
+
+    def flat(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Tensor:
+        """Gradients of the compared parameters in one row, zeros where there are none."""
+        found = {parameter: gradients.get(parameter) for parameter in self.parameters}
+        return torch.cat(
+            [
+                (torch.zeros_like(parameter) if gradient is None else gradient).float().flatten()
+                for parameter, gradient in found.items()
+            ]
+        )
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradients are compared, embeddings apart."""
+        layers = find_anatomy(self._model.encoder).layers
+        chosen = layers if self.scope == "full" else layers[-1:]
+        return [parameter for layer in chosen for parameter in layer.module.parameters() if parameter.requires_grad]
 
 
 class GradientSurgery:
@@ -33,9 +91,7 @@ class GradientSurgery:
     Args:
         model: the model that is trained.
         method: one of `hf_mtcompress.losses.gradients.COMBINATIONS`.
-        scope: where gradients are compared. `features`: at the encoder's output, summed over positions, which is the
-            gradient of a bias added there; costs a pass through the heads. `last_block`: parameters of the last layer.
-            `full`: all of the encoder but its embeddings; costs a backward pass for each task.
+        scope: where gradients are compared; see `SharedGradients`.
         over_ranks: sums tensors over processes, so that all of them find the same weights.
         world_size: number of processes.
 
@@ -47,10 +103,8 @@ class GradientSurgery:
     def __init__(
         self, model: MultiTaskModel, method: str, scope: SurgeryScope, over_ranks: Sum, world_size: int
     ) -> None:
-        if scope not in get_args(SurgeryScope):
-            raise TrainingError(f"surgery_scope: expected one of {get_args(SurgeryScope)}, found '{scope}'")
         self.combine_gramian = combination(method)
-        self.scope = scope
+        self.gradients = SharedGradients(model, scope)
         self.weights: dict[str, float] = {}
         """Of the last window, by task or source; 1 is an even share."""
         self._model = model
@@ -93,9 +147,9 @@ class GradientSurgery:
         self._head_scale = {}
         if not features.requires_grad:
             return dict(terms)
-        vectors = {name: self._gradient(terms.get(name), features) for name in names}
+        vectors = {name: self.gradients.of(terms.get(name), features) for name in names}
         source = "+".join(names)
-        if self.scope == "features":
+        if self.gradients.scope == "features":
             total = torch.stack(list(vectors.values())).sum(0)
             self._at_features[source] = self._at_features.get(source, torch.zeros_like(total)) + total
         if len(names) < 2:
@@ -113,29 +167,6 @@ class GradientSurgery:
             weights = self.combine_gramian(gramian(moving)) * len(moving)
             factors |= dict(zip(moving, weights.clamp(min=_LEAST).tolist(), strict=True))
         return factors
-
-    def _gradient(self, term: Tensor | None, features: Tensor) -> Tensor:
-        if term is None:
-            term = 0.0 * features.sum()
-        if self.scope == "features":
-            (found,) = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True)
-            found = torch.zeros_like(features) if found is None else found
-            return found.float().reshape(-1, features.shape[-1]).sum(0)
-        parameters = self._compared
-        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        return torch.cat(
-            [
-                (torch.zeros_like(parameter) if gradient is None else gradient).float().flatten()
-                for parameter, gradient in zip(parameters, found, strict=True)
-            ]
-        )
-
-    @cached_property
-    def _compared(self) -> list[nn.Parameter]:
-        """Parameters whose gradients are compared."""
-        layers = find_anatomy(self._model.encoder).layers
-        chosen = layers if self.scope == "full" else layers[-1:]
-        return [parameter for layer in chosen for parameter in layer.module.parameters() if parameter.requires_grad]
 
     # ---- tasks in batches of their own ----
 
@@ -160,13 +191,10 @@ class GradientSurgery:
     def combine(self) -> None:
         """Give the shared parameters the combination of what was kept in the window."""
         if len(self._kept) > 1:
-            if self.scope == "features":
+            if self.gradients.scope == "features":
                 vectors = self._over_ranks(self._at_features)
             else:
-                vectors = {
-                    source: torch.cat([kept.get(p, torch.zeros_like(p)).float().flatten() for p in self._compared])
-                    for source, kept in self._kept.items()
-                }
+                vectors = {source: self.gradients.flat(kept) for source, kept in self._kept.items()}
             factors = self._factors(vectors)
             self.weights |= factors
         else:

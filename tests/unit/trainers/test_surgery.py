@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hf_mtcompress import MultiTaskTrainer
+from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, SequenceClassification
 from hf_mtcompress.errors import TrainingError
+from tests.tiny import tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import arguments, build
 
 COMBINED = "upgrad"
@@ -148,3 +150,52 @@ def lonely(folder: Path, **settings: Any) -> MultiTaskTrainer:
 def test_an_unknown_scope_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="surgery_scope: expected one of"):
         build(tmp_path, gradient_combination="mean", surgery_scope="feature").train()
+
+
+def planted(folder: Path, **settings: Any) -> MultiTaskTrainer:
+    """A task, its copy, and one whose labels are drawn at random, on the same rows."""
+    rows = tiny_text_rows(96)
+    values = rows["intensity"]
+    noise = np.random.default_rng(0).choice(["x", "y"], len(values)).tolist()
+    rows = rows.add_column("noise", noise)
+    tasks = [
+        SequenceClassification("strength", problem_type="regression", text="text", label="intensity"),
+        SequenceClassification("copy", problem_type="regression", text="text", label="intensity"),
+        SequenceClassification("noise", labels=("x", "y"), text="text", label="noise"),
+    ]
+    torch.manual_seed(0)
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, max_length=32)
+    model.heads["task_copy"].load_state_dict(model.heads["task_strength"].state_dict())
+    return MultiTaskTrainer(
+        model=model,
+        args=arguments(folder, per_device_train_batch_size=16, learning_rate=2e-3, **settings),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def test_the_report_sees_a_duplicate_and_labels_drawn_at_random(tmp_path: Path) -> None:
+    trainer = planted(tmp_path, num_train_epochs=8, measure_interference=1)
+    trainer.train()
+    report = trainer.interference()
+    assert report is not None
+    names = report["tasks"]
+    place = {name: number for number, name in enumerate(names)}
+    assert report["cosine"][place["strength"]][place["copy"]] == pytest.approx(1.0, abs=1e-3)
+    assert abs(report["cosine"][place["strength"]][place["noise"]]) < 0.3
+    assert any("noise" in finding for finding in report["findings"])
+    assert any("copy" in finding and "strength" in finding for finding in report["findings"])
+
+
+def test_measuring_changes_nothing(tmp_path: Path) -> None:
+    """Watching must not disturb: the same weights with and without, dropout included."""
+    plain, watched = (planted(tmp_path, num_train_epochs=1, measure_interference=every) for every in (None, 2))
+    for trainer in (plain, watched):
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        torch.manual_seed(1)
+        trainer.train()
+    assert watched.gradient_log.steps == 3
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
