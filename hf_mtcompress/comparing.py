@@ -173,8 +173,10 @@ def _changed(
     for task in _main(recipe):
         if task not in changed.tasks or changed.tasks[task].role != "main":
             problems.append(f"--arm {name}: expected the main task '{task}' as in the recipe; do not change its role")
-        elif changed.tasks[task].metric != recipe.tasks[task].metric:
-            problems.append(f"--arm {name}: expected the metric of task '{task}' as in the recipe; arms share metrics")
+            continue
+        for key in ("kind", "label", "metric"):
+            if getattr(changed.tasks[task], key) != getattr(recipe.tasks[task], key):
+                problems.append(f"--arm {name}: expected the {key} of task '{task}' as in the recipe, found another")
     if not any(isinstance(step, FinetuneStep) for step in changed.steps):
         problems.append(f"--arm {name}: expected a finetune step, found none; do not replace it")
     elif "max_steps" in merged_training(_finetune_step(changed), changed.training).arguments:
@@ -299,6 +301,8 @@ def _models_of(comparison: Comparison, sources: Sources) -> dict[str, list[_Mode
 
 def _other_rows(arm: Arm, sources: Sources, own: Sources) -> list[str]:
     """Scores on other rows are no comparison."""
+    if own is sources:
+        return []
     problems = []
     for task in _main(arm.recipe):
         if task not in sources.splits:

@@ -190,6 +190,7 @@ def test_steps_are_shared_by_rows(tmp_path: Path) -> None:
         (["--arm", "same=steps.teacher.epochs=1"], "changes nothing"),
         (["--arm", "a=tasks.mood.role=auxiliary"], "--arm a: expected the main task 'mood'"),
         (["--arm", "a=tasks.mood.metric=macro_f1"], "--arm a: expected the metric of task 'mood'"),
+        (["--arm", "a=tasks.mood.label=text"], "--arm a: expected the label of task 'mood'"),
         (["--arm", "a=tasks.mood.data.max_rows=10"], "--arm a: expected the test rows of task 'mood'"),
         (["--group", "pair=moood+strength/tone"], "no task 'moood', did you mean 'mood'"),
         (["--group", "pair=mood+strength"], "expected every main task, found none of tone"),
