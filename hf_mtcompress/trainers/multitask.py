@@ -268,6 +268,8 @@ class MultiTaskTrainer(Trainer):
         self._present = [name for name, count in counts.items() if float(count) > 0]
         self._several_sources = not self._mixed and len({_source(batch) for batch in batches}) > 1
         self.fusion.start_window(self.state.global_step, self.state.max_steps)
+        if self.surgery is not None:
+            self.surgery.step = self.state.global_step
         return batches, counts
 
     def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:

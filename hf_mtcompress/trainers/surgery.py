@@ -105,6 +105,8 @@ class GradientSurgery:
     ) -> None:
         self.combine_gramian = combination(method)
         self.gradients = SharedGradients(model, scope)
+        self.step = 0
+        """Number of the optimizer step; draws depend on it alone."""
         self.weights: dict[str, float] = {}
         """Of the last window, by task or source; 1 is an even share."""
         self._model = model
@@ -160,13 +162,23 @@ class GradientSurgery:
         return {name: factors[name] * term for name, term in terms.items()}
 
     def _factors(self, vectors: Mapping[str, Tensor]) -> dict[str, float]:
-        """Weights of the vectors, 1 being an even share; 1 also where a vector is zero."""
+        """Weights of the vectors, 1 being an even share; 1 also where a vector is zero.
+
+        Methods give weights of different scales (PCGrad a sum, MGDA a mean). Here their sizes always add up to the
+        number of vectors: the method chooses the direction, the learning rate the length.
+        """
         factors = dict.fromkeys(vectors, 1.0)
         moving = {name: vector for name, vector in vectors.items() if vector.any()}
-        if moving:
-            weights = self.combine_gramian(gramian(moving)) * len(moving)
-            factors |= dict(zip(moving, weights.clamp(min=_LEAST).tolist(), strict=True))
-        return factors
+        if not moving:
+            return factors
+        # PCGrad draws an order: the same on all processes, and in a run that is resumed.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.step)
+            weights = self.combine_gramian(gramian(moving))
+        weights = weights / weights.abs().mean()
+        least = torch.where(weights < 0, -_LEAST, _LEAST).to(weights)
+        weights = torch.where(weights.abs() < _LEAST, least, weights)
+        return factors | dict(zip(moving, weights.tolist(), strict=True))
 
     # ---- tasks in batches of their own ----
 

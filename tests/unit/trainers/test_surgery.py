@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, SequenceClassification
 from hf_mtcompress.errors import TrainingError
+from hf_mtcompress.losses.gradients import COMBINATIONS
 from tests.tiny import tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import arguments, build
 
@@ -132,6 +133,29 @@ def test_training_with_surgery_lowers_every_loss_and_logs_weights(tmp_path: Path
         assert after[f"eval_{task}_loss"] < before[f"eval_{task}_loss"], task
     assert any("combination_mood" in row for row in trainer.state.log_history)
     assert trainer.surgery is None, "nothing is left on the model"
+
+
+@pytest.mark.parametrize("method", COMBINATIONS)
+def test_every_method_trains_and_the_length_is_that_of_an_even_sum(tmp_path: Path, method: str) -> None:
+    """Methods whose weights are a mean, a sum or a bargain can be exchanged without another learning rate."""
+    trainer = build(tmp_path, batches="mixed", gradient_combination=method, num_train_epochs=1)
+    trainer.train()
+    logged = [
+        [value for key, value in row.items() if key.startswith("combination_")] for row in trainer.state.log_history
+    ]
+    full = [values for values in logged if len(values) == 3]
+    assert full
+    for values in full:
+        assert sum(map(abs, values)) == pytest.approx(3.0, rel=0.01)
+
+
+def test_draws_depend_on_the_step_alone(tmp_path: Path) -> None:
+    """PCGrad's order must be the same on all processes, whatever else they drew."""
+    trainer = prepared(tmp_path, gradient_combination="pcgrad", surgery_scope="full")
+    rows = batches(trainer, 0)
+    first = window(trainer, rows)
+    torch.rand(7)
+    assert_same(window(trainer, rows), first)
 
 
 def test_a_run_where_no_two_tasks_meet_is_refused(tmp_path: Path) -> None:
