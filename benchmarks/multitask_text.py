@@ -1,0 +1,64 @@
+"""Single-task models, the multi-task model and its variants on eleven text tasks, over seeds.
+
+Command: python benchmarks/multitask_text.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--size small] [--seeds 3]
+
+Resumable: a training that is finished keeps its small JSON below benchmarks/results and is not repeated; one that was
+killed goes on from its checkpoint. `--seeds` and `--arms` do some now and others later.
+
+small: at most 1,000 training and 500 test rows a task, drawn with the recipe's seed. full: all rows.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hf_mtcompress.cli import main as command
+
+HERE = Path(__file__).parent
+RECIPE = HERE / "multitask_text.yaml"
+FOLDERS = {
+    "emotion": "tweeteval/emotion",
+    "irony": "tweeteval/irony",
+    "stance": "tweeteval/stance",
+    "sst2": "sst2",
+    "trec": "trec",
+    "subj": "subj",
+    "intent": "snips",
+    "entailment": "sick",
+    "pos": "ud_ewt_pos",
+}
+ARMS = {
+    "product": "fusion.kind=product",
+    "uncertainty": "fusion.kind=uncertainty",
+    "gradient-norm": "fusion.kind=gradient_norm",
+    # Surgery needs several tasks in a step, so it is compared with a plain sum over the same kind of batches.
+    "mixed": "mixing.batches=mixed,training.arguments={}",
+    "upgrad": "mixing.batches=mixed,training.arguments={},fusion.combination=upgrad",
+}
+TEMPERATURE = {"temperature": "mixing.strategy=temperature"}
+"""In `small` every source has the same number of rows, so this arm says something in `full` only."""
+
+
+def main() -> int:
+    """Call `hf-mtcompress compare-tasks` with the arms; its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--encoder", required=True, help="folder or Hub id of the pretrained encoder")
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="*", help="names of arms; default: all")
+    options = parser.parse_args()
+    arms = ARMS | (TEMPERATURE if options.size == "full" else {})
+    chosen = arms if options.arms is None else {name: arms[name] for name in options.arms}
+    overrides = [f"tasks.{task}.data.data_dir={options.data / folder}" for task, folder in FOLDERS.items()]
+    if options.size == "full":
+        overrides += [f"tasks.{task}.data.max_rows=null" for task in FOLDERS]
+        overrides += ["steps.model.epochs=3"]
+    arguments = ["compare-tasks", str(RECIPE), f"encoder.path={options.encoder}", *overrides]
+    arguments += ["--seeds", str(options.seeds), "--output", str(HERE / "results" / f"multitask_text_{options.size}")]
+    arguments += [word for name, settings in chosen.items() for word in ("--arm", f"{name}={settings}")]
+    return command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
