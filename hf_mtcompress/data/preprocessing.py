@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_mtcompress.data.load import check_label_order
 from hf_mtcompress.errors import DataError
@@ -13,6 +13,10 @@ from hf_mtcompress.tasks import Task
 
 ENCODED_COLUMNS = ("input_ids", "pixel_values")
 _DEFAULT_MAX_LENGTH = 512
+_STREAM_BLOCK = 64
+"""Rows of a stream that are encoded together."""
+_STREAM_SAMPLE = 512
+"""Rows of a stream that stand for all of them where a normaliser is wanted."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,19 @@ class EncodedGroup:
         return "+".join(self.tasks)
 
 
+@dataclass(frozen=True)
+class EncodedStream:
+    """The same for rows that are encoded while they are read.
+
+    Attributes:
+        tasks: names of the tasks, in order.
+        dataset: as of `EncodedGroup`.
+    """
+
+    tasks: tuple[str, ...]
+    dataset: IterableDataset
+
+
 def max_length_of(processor: Any, wanted: int | None) -> int:
     """Longest input in tokens: what is wanted, else the tokenizer's own limit, at most 512."""
     if wanted is not None:
@@ -46,11 +63,12 @@ def input_key(task: Task) -> tuple[Any, ...]:
     return (task.encoder, task.input_columns)
 
 
-def group_tasks(tasks: Mapping[str, Task], datasets: Mapping[str, Dataset]) -> list[tuple[str, ...]]:
+def group_tasks(tasks: Mapping[str, Task], datasets: Mapping[str, Dataset | IterableDataset]) -> list[tuple[str, ...]]:
     """Names of tasks that can be encoded together: same rows (the same data set), same encoder, same columns."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, dataset in datasets.items():
-        groups.setdefault((dataset._fingerprint, len(dataset), *input_key(tasks[name])), []).append(name)
+        rows = (dataset._fingerprint, len(dataset)) if isinstance(dataset, Dataset) else (id(dataset),)
+        groups.setdefault((*rows, *input_key(tasks[name])), []).append(name)
     return [tuple(names) for names in groups.values()]
 
 
@@ -73,9 +91,7 @@ def encode_groups(
     Raises:
         DataError: a column is missing, a split is empty, a label does not fit, or raw rows come without a processor.
     """
-    unknown = [name for name in datasets if name not in tasks]
-    if unknown:
-        raise DataError(f"{role}: expected rows for the tasks {list(tasks)}, found rows for {unknown}; rename the keys")
+    _refuse_unknown(tasks, datasets, role)
     return [
         EncodedGroup(
             names, encode_dataset(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role)
@@ -84,18 +100,52 @@ def encode_groups(
     ]
 
 
+def encode_streams(
+    tasks: Mapping[str, Task],
+    datasets: Mapping[str, IterableDataset],
+    processor: Any,
+    max_length: int | None,
+    role: str,
+) -> list[EncodedStream]:
+    """As `encode_groups`; tasks share a stream where they are given the same object.
+
+    Raises:
+        DataError: as `encode_groups`; labels are looked at when a row is read.
+    """
+    _refuse_unknown(tasks, datasets, role)
+    return [
+        EncodedStream(names, _encode(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role))
+        for names in group_tasks(tasks, datasets)
+    ]
+
+
+def _refuse_unknown(tasks: Mapping[str, Task], datasets: Mapping[str, Any], role: str) -> None:
+    unknown = [name for name in datasets if name not in tasks]
+    if unknown:
+        raise DataError(f"{role}: expected rows for the tasks {list(tasks)}, found rows for {unknown}; rename the keys")
+
+
 def encode_dataset(
     dataset: Dataset, tasks: Sequence[Task], processor: Any, max_length: int | None, role: str
 ) -> Dataset:
     """Encode the rows of tasks that share their inputs; see `encode_groups`."""
+    return _encode(dataset, tasks, processor, max_length, role)
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    """Names of the columns; a stream may not know them before its first row."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def _encode(dataset: Any, tasks: Sequence[Task], processor: Any, max_length: int | None, role: str) -> Any:
     names = ", ".join(task.name for task in tasks)
-    if len(dataset) == 0:
+    columns = columns_of(dataset)
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise DataError(
             f"task {names}: expected rows in the {role} split, found none; check the source and its filters"
         )
-    columns = dataset.column_names
     if any(column in columns for column in ENCODED_COLUMNS):
-        return _name_labels(dataset, tasks, role)
+        return _name_labels(dataset, columns, tasks, role)
     if processor is None:
         raise DataError(
             f"task {names}: expected a processing_class (tokenizer or image processor) for raw rows with columns "
@@ -108,7 +158,7 @@ def encode_dataset(
             )
         for column in (*task.input_columns, *([task.label] if task.label else [])):
             require_column(columns, column, f"task '{task.name}'", role)
-        if task.label:
+        if task.label and isinstance(dataset, Dataset):
             check_label_order(dataset, task, f"task '{task.name}'")
     if "pixel_values" in getattr(processor, "model_input_names", ()):
         return _encode_images(dataset, tasks, processor)
@@ -124,12 +174,14 @@ def encode_dataset(
         encoded.pop("word_ids", None)
         return {**encoded, **labels}
 
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(encode, batched=True, batch_size=_STREAM_BLOCK, remove_columns=columns)
     return dataset.map(
         encode, batched=True, remove_columns=columns, desc=f"Encoding {role} rows of {names}", load_from_cache_file=True
     )
 
 
-def _encode_images(dataset: Dataset, tasks: Sequence[Task], processor: Any) -> Dataset:
+def _encode_images(dataset: Any, tasks: Sequence[Task], processor: Any) -> Any:
     """Labels are encoded now, pixels when a row is read: encoded images would fill the disk."""
     image = tasks[0].input_columns[0]
 
@@ -145,19 +197,22 @@ def _encode_images(dataset: Dataset, tasks: Sequence[Task], processor: Any) -> D
         labels = {task.label_name: rows[task.label_name] for task in tasks if task.label_name in rows}
         return {**(tasks[0].encode([rows[image]], processor, None) if image in rows else {}), **labels}
 
+    if isinstance(dataset, IterableDataset):
+        columns = columns_of(dataset)
+        return dataset.map(encode, batched=True, batch_size=_STREAM_BLOCK, remove_columns=columns)
     return dataset.with_transform(encode)
 
 
-def _name_labels(dataset: Dataset, tasks: Sequence[Task], role: str) -> Dataset:
+def _name_labels(dataset: Any, columns: Sequence[str], tasks: Sequence[Task], role: str) -> Any:
     """Give the label columns of rows that were encoded elsewhere the names that batches use."""
     for task in tasks:
-        if task.label_name in dataset.column_names:
+        if task.label_name in columns:
             continue
-        found = next((name for name in (task.label, "labels", "label") if name in dataset.column_names), None)
+        found = next((name for name in (task.label, "labels", "label") if name in columns), None)
         if found is None:
             raise DataError(
                 f"task '{task.name}': expected labels in column '{task.label_name}', '{task.label}' or 'labels' of the "
-                f"{role} rows, found {dataset.column_names}; rename the column"
+                f"{role} rows, found {list(columns)}; rename the column"
             )
         if len(tasks) > 1 and found != task.label:
             raise DataError(
@@ -183,7 +238,9 @@ def require_column(columns: Iterable[str], wanted: str, what: str, role: str) ->
         )
 
 
-def encoded_labels(dataset: Dataset, task: Task) -> list[Any]:
-    """The encoded labels of one task, without reading inputs."""
+def encoded_labels(dataset: Dataset | IterableDataset, task: Task) -> list[Any]:
+    """The encoded labels of one task, without reading inputs; of a stream, those of its first rows."""
+    if isinstance(dataset, IterableDataset):
+        return [row[task.label_name] for row in dataset.take(_STREAM_SAMPLE)]
     column = dataset.with_format(None).select_columns([task.label_name])[task.label_name]
     return list(column)

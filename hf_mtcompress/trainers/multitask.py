@@ -3,13 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,7 +17,15 @@ from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.mixing import REACTIVE, MixedDataset, MixingSampler
-from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, encoded_labels
+from hf_mtcompress.data.preprocessing import (
+    EncodedGroup,
+    EncodedStream,
+    columns_of,
+    encode_groups,
+    encode_streams,
+    encoded_labels,
+)
+from hf_mtcompress.data.streaming import STREAM_STRATEGIES, MixedStream
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
 from hf_mtcompress.losses.gradients import gramian
@@ -45,7 +53,8 @@ class MultiTaskTrainer(Trainer):
     Args:
         model: a `MultiTaskModel`, or any model that `Trainer` takes.
         args: `MultiTaskTrainingArguments`, or plain `TrainingArguments` (then the defaults of ours hold).
-        train_dataset: rows by task name; or one data set that has the label columns of all tasks. Rows are raw
+        train_dataset: rows by task name; or one data set that has the label columns of all tasks; or streams
+            (`IterableDataset`, with `max_steps` and mixing uniform, round_robin or weights). Rows are raw
             (then `processing_class` is needed) or encoded (`input_ids` or `pixel_values`). Tasks with the same data
             set and the same input columns share batches and are encoded once.
         eval_dataset: likewise.
@@ -79,6 +88,7 @@ class MultiTaskTrainer(Trainer):
     ) -> None:
         self.multi_task = isinstance(model, MultiTaskModel)
         self.train_groups: list[EncodedGroup] = []
+        self.train_streams: list[EncodedStream] = []
         self.eval_groups: list[EncodedGroup] = []
         self._window: dict[str, Tensor] = {}
         """By task: this process's share of the mean loss in the present accumulation window."""
@@ -96,11 +106,18 @@ class MultiTaskTrainer(Trainer):
         if isinstance(model, MultiTaskModel):
             self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             self._processor = processing_class
-            self.train_groups = self._encode(model.tasks, train_dataset, "train")
+            rows = self._by_task(model.tasks, train_dataset, "train")
+            if any(isinstance(source, IterableDataset) for source in rows.values()):
+                self.train_streams = self._encode_streams(model.tasks, rows)
+            else:
+                self.train_groups = self._encode(model.tasks, rows, "train")
             self.eval_groups = self._encode(model.tasks, eval_dataset, "validation")
             self.task_metrics = _by_task(model.tasks, compute_metrics)
             compute_metrics = None
-            train_dataset = MixedDataset([group.dataset for group in self.train_groups]) if self.train_groups else None
+            if train_dataset is not None:
+                streams = [stream.dataset for stream in self.train_streams]
+                tables = [group.dataset for group in self.train_groups]
+                train_dataset = MixedStream(streams, 1) if streams else MixedDataset(tables)
             eval_dataset = MixedDataset([group.dataset for group in self.eval_groups]) if self.eval_groups else None
             text = "pixel_values" not in getattr(processing_class, "model_input_names", ())
             data_collator = data_collator or MultiTaskCollator(model.tasks, processing_class if text else None)
@@ -125,6 +142,7 @@ class MultiTaskTrainer(Trainer):
             self.label_names = [task.label_name for task in self.tasks.values()]
             self.fusion = self._set_up_fusion(fusion)
             self._mixed = getattr(self.args, "batches", "one_source") == "mixed"
+            self._check_streams()
             self._check_surgery()
             self.gradient_log = GradientLog(list(self.tasks))
             self.add_callback(_TellTrainer(self))
@@ -138,22 +156,44 @@ class MultiTaskTrainer(Trainer):
         assert isinstance(model, MultiTaskModel)
         return model.tasks
 
-    def _encode(self, tasks: dict[str, Task], dataset: Any, role: str) -> list[EncodedGroup]:
+    def _by_task(self, tasks: dict[str, Task], dataset: Any, role: str) -> dict[str, Any]:
+        """Rows by task name, from a dict of data sets or from one with the label columns of all tasks."""
         if dataset is None:
-            return []
-        if isinstance(dataset, Dataset):
+            return {}
+        if isinstance(dataset, Dataset | IterableDataset):
+            columns = columns_of(dataset)
             labelled = {
-                name: dataset
-                for name, task in tasks.items()
-                if task.label in dataset.column_names or task.label_name in dataset.column_names
+                name: dataset for name, task in tasks.items() if task.label in columns or task.label_name in columns
             }
-            dataset = labelled or dict.fromkeys(tasks, dataset)
+            return labelled or dict.fromkeys(tasks, dataset)
         if not isinstance(dataset, Mapping):
             raise DataError(
                 f"{role}: expected a datasets.Dataset or a dict of them by task name {list(tasks)}, "
                 f"found {type(dataset).__name__}"
             )
-        return encode_groups(tasks, dataset, self._processor, self._max_length, role)
+        return dict(dataset)
+
+    def _encode(self, tasks: dict[str, Task], dataset: Any, role: str) -> list[EncodedGroup]:
+        rows = self._by_task(tasks, dataset, role)
+        if any(isinstance(source, IterableDataset) for source in rows.values()):
+            raise DataError(
+                f"{role}: expected rows with a length, found a stream; load them without streaming, or take some: "
+                "Dataset.from_list(list(stream.take(1000)))"
+            )
+        return encode_groups(tasks, rows, self._processor, self._max_length, role)
+
+    def _encode_streams(self, tasks: dict[str, Task], rows: dict[str, Any]) -> list[EncodedStream]:
+        if not all(isinstance(source, IterableDataset) for source in rows.values()):
+            raise DataError(
+                "train: expected streams for all tasks or for none, found both; turn the others into streams with "
+                "Dataset.to_iterable_dataset()"
+            )
+        return encode_streams(tasks, rows, self._processor, self._max_length, "train")
+
+    @property
+    def train_sources(self) -> Sequence[EncodedGroup | EncodedStream]:
+        """Sources of training rows, tables or streams."""
+        return self.train_streams or self.train_groups
 
     def _set_up_fusion(self, fusion: Fusion | str | None) -> Fusion:
         options = getattr(self.args, "fusion_options", None) or {}
@@ -163,19 +203,56 @@ class MultiTaskTrainer(Trainer):
             weight = task.weight if task.final_weight is None else (task.weight, task.final_weight)
             fusion.weights.setdefault(name, weight)
         if getattr(self.args, "normalize_losses", "chance") == "chance" and len(self.tasks) > 1:
-            for group in self.train_groups:
+            for group in self.train_sources:
                 for name in group.tasks:
                     task = self.tasks[name]
                     needed = encoded_labels(group.dataset, task) if task.problem == "regression" else []
                     fusion.normalisers.setdefault(name, task.chance_loss(needed))
         return fusion
 
+    def _check_streams(self) -> None:
+        """What cannot be done with streams is said before training.
+
+        Raises:
+            DataError: settings that need a number of rows, or several readers.
+        """
+        if not self.train_streams:
+            return
+        dispatch: Any = self.args.accelerator_config
+        problems = [
+            text
+            for wrong, text in (
+                (
+                    self.mixing_strategy not in STREAM_STRATEGIES,
+                    f"expected mixing among {list(STREAM_STRATEGIES)} with streams, found '{self.mixing_strategy}'",
+                ),
+                (self._mixed, "expected batches='one_source' with streams, found 'mixed'"),
+                (
+                    self.args.dataloader_num_workers > 0,
+                    "expected dataloader_num_workers=0 with streams, of which every worker would read all rows",
+                ),
+                (
+                    dispatch.dispatch_batches,
+                    "expected dispatch_batches left out with streams, since every process reads its own",
+                ),
+                (
+                    getattr(self.args, "measure_interference", None),
+                    "expected no measure_interference with streams, whose rows cannot be drawn at will",
+                ),
+            )
+            if wrong
+        ]
+        if problems:
+            raise DataError("; ".join(problems))
+        # By default one process would read a stream for all, and deal rows without regard for their source.
+        self.accelerator.dataloader_config.dispatch_batches = False
+
     def _check_surgery(self) -> None:
         method = getattr(self.args, "gradient_combination", None)
-        if method is None or not self.train_groups:
+        if method is None or not self.train_sources:
             return
         refuse_sharded(self)
-        alone = all(len(group.tasks) == 1 for group in self.train_groups)
+        alone = all(len(source.tasks) == 1 for source in self.train_sources)
         if alone and not self._mixed and self.args.gradient_accumulation_steps == 1:
             raise TrainingError(
                 f"gradient_combination='{method}': expected several tasks in a step, found one "
@@ -211,6 +288,8 @@ class MultiTaskTrainer(Trainer):
         if self.train_dataset is None:
             raise DataError("expected train_dataset for training, found none; pass rows by task name")
         weights = getattr(self.args, "mixing_weights", None)
+        if self.train_streams:
+            return self._stream_dataloader(weights)
         self.mixing_sampler = MixingSampler(
             [len(group.dataset) for group in self.train_groups],
             self._train_batch_size,
@@ -235,12 +314,30 @@ class MultiTaskTrainer(Trainer):
             )
         )
 
+    def _stream_dataloader(self, weights: Mapping[str, float] | None) -> DataLoader[Any]:
+        stream = MixedStream(
+            [stream.dataset for stream in self.train_streams],
+            self._train_batch_size,
+            strategy=self.mixing_strategy,
+            weights=None if weights is None else self._source_weights(weights),
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            num_processes=self.accelerator.num_processes,
+        )
+        return self.accelerator.prepare(
+            DataLoader(
+                stream,
+                batch_size=self._train_batch_size,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+
     def _source_weights(self, weights: Mapping[str, float]) -> list[float]:
         """Weights of the sources: the sum of those of their tasks."""
         unknown = [name for name in weights if name not in self.tasks]
         if unknown:
             raise DataError(f"mixing_weights: expected task names among {list(self.tasks)}, found {unknown}")
-        return [sum(weights.get(name, 0.0) for name in group.tasks) for group in self.train_groups]
+        return [sum(weights.get(name, 0.0) for name in group.tasks) for group in self.train_sources]
 
     def _lengths(self) -> list[list[int]] | None:
         """Tokens of every training row by source; None for images, which are of one size."""
@@ -480,7 +577,7 @@ class MultiTaskTrainer(Trainer):
         if self.multi_task and self.args.should_save:
             state = {
                 "fusion": self.fusion.state_dict(),
-                "mixing": {"history": self.mixing_sampler.history, "pulls": self._pulls},
+                "mixing": {"history": [] if self.train_streams else self.mixing_sampler.history, "pulls": self._pulls},
                 "gradients": self.gradient_log.state_dict(),
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -491,13 +588,16 @@ class MultiTaskTrainer(Trainer):
         if self.multi_task and checkpoint is not None and file.exists():
             state = json.loads(file.read_text(encoding="utf-8"))
             self.fusion.load_state_dict(state["fusion"])
-            self.mixing_sampler.history = state["mixing"]["history"]
+            if not self.train_streams:
+                self.mixing_sampler.history = state["mixing"]["history"]
             self._pulls = state["mixing"]["pulls"]
             self.gradient_log = GradientLog.from_state_dict(state["gradients"])
 
     def start_epoch(self, epoch: int) -> None:
         """Tell fusion and mixing that an epoch begins, or begins again after a restart."""
         self.fusion.start_epoch(epoch)
+        if self.train_streams:
+            return
         sampler = self.mixing_sampler
         if sampler.strategy in REACTIVE and len(sampler.history) <= epoch and self._pulls:
             default = float(np.mean(list(self._pulls.values())))
