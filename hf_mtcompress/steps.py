@@ -340,6 +340,7 @@ def _mixing_arguments(recipe: Recipe) -> dict[str, Any]:
         "mixing_weights": mixing.weights,
         "mixing_targets": mixing.targets,
         "batches": mixing.batches,
+        "task_patience": mixing.task_patience,
         "fusion": fusion.kind,
         "fusion_options": {key: value for key, value in options.items() if value is not None} or None,
         "normalize_losses": fusion.normalize,

@@ -305,6 +305,7 @@ LIMITS: dict[str, _Limit] = {
     "size_mb": _POSITIVE,
     "source": _AT_LEAST_0,
     "targets": _POSITIVE,
+    "task_patience": _AT_LEAST_1,
     "temperature": _POSITIVE,
     "threads": _AT_LEAST_1,
     "to": _AT_LEAST_0,

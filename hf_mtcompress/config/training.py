@@ -41,6 +41,8 @@ class MixingConfig:
     """By task, for `score_gap`: the best known score, such as that of a model of its own; default: 1."""
     batches: Literal["one_source", "mixed"] = "one_source"
     """Whether a batch holds rows of one source or of several."""
+    task_patience: int | None = None
+    """Stop a task when its validation score did not get better for so many evaluations; the others go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -165,6 +165,8 @@ class MixingSampler(Sampler[list[Index]]):
         self.drop_last = False
         self.lengths = None if lengths is None else [np.asarray(source) for source in lengths]
         self.pulls: list[float] | None = None
+        self.excluded: set[int] = set()
+        """Sources that are left out of epochs that were not planned yet."""
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self.history: list[list[int]] = []
         """Groups of each source, by epoch: what a resumed run must know."""
@@ -195,7 +197,9 @@ class MixingSampler(Sampler[list[Index]]):
         once = [math.ceil(count / self.group_size) for count in counted]
         match self.strategy:
             case "proportional":
-                return once
+                if not self.excluded:
+                    return once
+                weights: list[float] = [float(count) for count in counted]
             case "temperature":
                 weights = [count ** (1 / self.temperature) for count in counted]
             case "annealed":
@@ -206,16 +210,17 @@ class MixingSampler(Sampler[list[Index]]):
             case "weights":
                 weights = list(self.weights or ())
             case "loss" | "score_gap":
-                weights = self.pulls or counted
-        return batch_shares(weights, sum(once))
+                weights = self.pulls or [float(count) for count in counted]
+        kept = [source for source in range(len(once)) if source not in self.excluded]
+        # Epochs keep their length: what is left out makes room for the others.
+        shares = batch_shares([weights[source] for source in kept], len(self) // self.num_processes)
+        return [shares[kept.index(source)] if source in kept else 0 for source in range(len(once))]
 
     def __len__(self) -> int:
-        groups = math.ceil(sum(self.rows) / self.group_size) if self._mixes_whole_sources else sum(self.shares)
-        return groups * self.num_processes
-
-    @property
-    def _mixes_whole_sources(self) -> bool:
-        return self.mixed and self.strategy == "proportional" and self.cap is None
+        counted = [count if self.cap is None else min(count, self.cap) for count in self.rows]
+        if self.mixed and self.strategy == "proportional" and self.cap is None:
+            return math.ceil(sum(counted) / self.group_size) * self.num_processes
+        return sum(math.ceil(count / self.group_size) for count in counted) * self.num_processes
 
     def __iter__(self) -> Iterator[list[Index]]:
         for group in self._mixed_groups() if self.mixed else self._pure_groups():
@@ -260,7 +265,7 @@ class MixingSampler(Sampler[list[Index]]):
         """Rows of a source's n-th group in this epoch."""
         size = self.group_size
         count = self.rows[source]
-        if self.strategy == "proportional" and self.cap is None:
+        if self.strategy == "proportional" and self.cap is None and all(self.shares):
             order = self._permutation(source, self.epoch)
             return [int(row) for row in order[group * size : (group + 1) * size]]
         # An endless row of permutations, cut into groups: no row comes twice before all others came once.

@@ -62,6 +62,13 @@ class MultiTaskTrainingArguments(TrainingArguments):
         default="features",
         metadata={"help": "Where those gradients are compared: features (cheap), last_block or full (dear)."},
     )
+    task_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop a task when its score did not get better for so many evaluations: its head is frozen, its "
+            "loss counts no more, and rows that no other task reads leave the mix with the next epoch."
+        },
+    )
     measure_interference: int | None = field(
         default=None,
         metadata={

@@ -1,6 +1,7 @@
 """A Trainer for several tasks on one shared encoder; with a stock model it is `transformers.Trainer`."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedG
 
 ItemCounts = dict[str, Tensor]
 """Labelled items by task over one accumulation window and all ranks."""
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "multi_task_state.json"
 """Beside the optimizer's state in a checkpoint: what fusion and mixing learned."""
@@ -101,6 +104,10 @@ class MultiTaskTrainer(Trainer):
         self._several_sources = False
         """Whether the present window has batches of several sources."""
         self.surgery: GradientSurgery | None = None
+        self.stopped_tasks: list[str] = []
+        """Tasks that `task_patience` stopped: their losses count no more, and their heads stay as they are."""
+        self._best_scores: dict[str, tuple[float, int]] = {}
+        """By task: best score, and evaluations since."""
         self._pulls: dict[str, float] = {}
         """By task: how strongly a reactive mixing strategy wants its rows."""
         if isinstance(model, MultiTaskModel):
@@ -276,6 +283,13 @@ class MultiTaskTrainer(Trainer):
             self.surgery.close()
             self.surgery = None
 
+    def freeze_stopped_heads(self) -> None:
+        """No gradient, no step: neither momentum nor weight decay moves the head of a task that stopped."""
+        core: Any = self.accelerator.unwrap_model(self.model)
+        for name in self.stopped_tasks:
+            for parameter in core.heads[self.tasks[name].head_name].parameters():
+                parameter.grad = None
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.multi_task and self._signature_columns is not None:
@@ -394,6 +408,9 @@ class MultiTaskTrainer(Trainer):
         if num_items_in_batch and self.fusion.wants_gradient_norms:
             self._note_feature_gradients(losses, outputs.last_hidden_state)
         terms = self.fusion.terms(losses)
+        for name in self.stopped_tasks if num_items_in_batch else ():
+            if name in terms:
+                terms[name] = 0.0 * terms[name]
         if num_items_in_batch and self.surgery is not None:
             names = [name for name in self._present if name in self.tasks] if self._mixed else list(terms)
             terms = self.surgery.reweighted(terms, outputs.last_hidden_state, names)
@@ -579,6 +596,7 @@ class MultiTaskTrainer(Trainer):
                 "fusion": self.fusion.state_dict(),
                 "mixing": {"history": [] if self.train_streams else self.mixing_sampler.history, "pulls": self._pulls},
                 "gradients": self.gradient_log.state_dict(),
+                "stopped": {"tasks": self.stopped_tasks, "best": self._best_scores},
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -591,6 +609,8 @@ class MultiTaskTrainer(Trainer):
             if not self.train_streams:
                 self.mixing_sampler.history = state["mixing"]["history"]
             self._pulls = state["mixing"]["pulls"]
+            self.stopped_tasks = state["stopped"]["tasks"]
+            self._best_scores = {name: (best, waited) for name, (best, waited) in state["stopped"]["best"].items()}
             self.gradient_log = GradientLog.from_state_dict(state["gradients"])
 
     def start_epoch(self, epoch: int) -> None:
@@ -599,6 +619,11 @@ class MultiTaskTrainer(Trainer):
         if self.train_streams:
             return
         sampler = self.mixing_sampler
+        sampler.excluded = {
+            number
+            for number, group in enumerate(self.train_groups)
+            if all(name in self.stopped_tasks for name in group.tasks)
+        }
         if sampler.strategy in REACTIVE and len(sampler.history) <= epoch and self._pulls:
             default = float(np.mean(list(self._pulls.values())))
             pulls = {name: self._pulls.get(name, default) for name in self.tasks}
@@ -661,6 +686,7 @@ class MultiTaskTrainer(Trainer):
         ]
         if eval_dataset is None:
             self._pulls_by_score(scores, metric_key_prefix)
+            self._stop_tasks(scores, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_loss": float(self.fusion.static(losses)), **scores}
         if primary:
             metrics[f"{metric_key_prefix}_average"] = float(np.mean(primary))
@@ -680,6 +706,23 @@ class MultiTaskTrainer(Trainer):
             if (score := scores.get(f"{prefix}_{name}_{task.metric}")) is not None:
                 target = targets.get(name, 1.0)
                 self._pulls[name] = max(target - score, 0.0) / target
+
+    def _stop_tasks(self, scores: Mapping[str, float], prefix: str) -> None:
+        """Freeze the heads of tasks that did not get better for `task_patience` evaluations."""
+        patience = getattr(self.args, "task_patience", None)
+        if patience is None:
+            return
+        for name, task in self.tasks.items():
+            score = scores.get(f"{prefix}_{name}_{task.metric}")
+            if score is None or name in self.stopped_tasks:
+                continue
+            best, waited = self._best_scores.get(name, (-math.inf, 0))
+            self._best_scores[name] = (score, 0) if score > best else (best, waited + 1)
+            if self._best_scores[name][1] >= patience:
+                self.stopped_tasks.append(name)
+                logger.warning("task '%s' stops at step %d: best score %.4f", name, self.state.global_step, best)
+        if len(self.stopped_tasks) == len(self.tasks):
+            self.control.should_training_stop = True
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Logits by task for each task with rows in `test_dataset`; a stock model is predicted as `Trainer` does."""
@@ -751,6 +794,11 @@ class _TellTrainer(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.end_training()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.freeze_stopped_heads()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

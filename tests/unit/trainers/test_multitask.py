@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -170,6 +171,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"batches": "mixed", "mixing": "temperature"},
     *({"fusion": kind} for kind in get_args(FusionKind) if kind != "sum"),
     {"fusion": "gradient_norm", "fusion_options": {"share": 0.9}},
+    {"task_patience": 1},
 ]
 
 
@@ -227,6 +229,35 @@ def test_mixing_by_score_looks_at_validation_scores_and_targets(tmp_path: Path) 
     metrics = trainer.evaluate()
     assert trainer._pulls["mood"] == pytest.approx(max(0.5 - metrics["eval_mood_accuracy"], 0) / 0.5)
     assert trainer._pulls["tags"] == pytest.approx(1 - metrics["eval_tags_span_f1"])
+
+
+def test_a_task_that_gets_no_better_stops_alone(tmp_path: Path) -> None:
+    """Its head stays as it is, bit for bit, its rows leave the mix, and the other tasks go on."""
+    trainer = build(tmp_path, rows=32, task_patience=1, eval_strategy="epoch", num_train_epochs=4, weight_decay=0.1)
+    # A score that never moves.
+    trainer.eval_groups = [group for group in trainer.eval_groups if "tags" in group.tasks]
+    trainer.tasks["tags"].compute_metrics = lambda logits, labels: {"span_f1": 0.5}  # type: ignore[method-assign]
+    heads: list[torch.Tensor] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if "tags" in trainer.stopped_tasks:
+                heads.append(torch.cat([p.detach().flatten() for p in trainer.model.heads["task_tags"].parameters()]))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert trainer.stopped_tasks == ["tags"]
+    assert len(heads) > 5
+    assert all(torch.equal(head, heads[0]) for head in heads)
+    assert [shares[1] == 0 for shares in trainer.mixing_sampler.history] == [False, False, True, True]
+    assert [sum(shares) for shares in trainer.mixing_sampler.history] == [12] * 4
+
+
+def test_training_ends_when_all_tasks_stopped(tmp_path: Path) -> None:
+    trainer = build(tmp_path, task_patience=2, eval_strategy="epoch", num_train_epochs=9, learning_rate=0.0)
+    trainer.train()
+    assert sorted(trainer.stopped_tasks) == ["mood", "strength", "tags"]
+    assert trainer.state.epoch == 3
 
 
 def test_weights_that_move_stand_in_the_log(tmp_path: Path) -> None:
