@@ -1,0 +1,130 @@
+"""Which tasks should share an encoder: the grouping with the highest expected affinity, under a number of encoders.
+
+Needs no torch: it works on the matrices of `interference_report`.
+
+References:
+    Standley et al. 2020, "Which Tasks Should Be Learned Together in Multi-task Learning?"; Fifty et al. 2021,
+    "Efficiently Identifying Task Groupings for Multi-Task Learning". Deviation: affinity is to first order (cosines of
+    gradients), not by looking ahead, and every task is in one group only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+EXACT_UP_TO = 10
+"""Tasks up to which all groupings are tried; above that, moves of single tasks are, from several starts."""
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Tasks by encoder.
+
+    Attributes:
+        groups: names of the tasks of each encoder, in the order given.
+        affinity: by task: mean affinity of the others in its group to it; 0 for a task that is alone.
+        expected: mean of these over all tasks.
+        exact: whether all groupings were tried.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    affinity: dict[str, float]
+    expected: float
+    exact: bool
+
+    @property
+    def text(self) -> str:
+        """As `compare-tasks --group NAME=...` takes it."""
+        return "/".join("+".join(group) for group in self.groups)
+
+
+def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int) -> Grouping:
+    """The grouping into at most `encoders` groups with the highest mean affinity, and among equals the fewest groups.
+
+    Args:
+        tasks: names.
+        affinity: (K, K); row i, column j: how much training task i helps task j, at most 1; None counts as 0.
+        encoders: at least 1.
+
+    Raises:
+        ValueError: no task, a matrix of another size, or no encoder.
+    """
+    if not tasks or len(affinity) != len(tasks) or any(len(row) != len(tasks) for row in affinity):
+        raise ValueError(
+            f"expected a matrix of {len(tasks)} x {len(tasks)} for at least one task, found rows of "
+            f"{[len(row) for row in affinity]}"
+        )
+    if encoders < 1:
+        raise ValueError(f"expected at least 1 encoder, found {encoders}")
+    helps = [[float(value or 0.0) for value in row] for row in affinity]
+    exact = len(tasks) <= EXACT_UP_TO
+    candidates = _all(len(tasks), encoders) if exact else _searched(helps, encoders)
+    best = max(candidates, key=lambda places: (round(_expected(places, helps), 9), -len(set(places))))
+    numbers = list(dict.fromkeys(best))
+    groups = [[task for task, place in enumerate(best) if place == number] for number in numbers]
+    by_task = {tasks[task]: _mean_help(task, group, helps) for group in groups for task in group}
+    return Grouping(
+        tuple(tuple(tasks[task] for task in group) for group in groups),
+        {name: by_task[name] for name in tasks},
+        _expected(best, helps),
+        exact,
+    )
+
+
+def encoders_within(parameters: int, per_encoder: int) -> int:
+    """How many encoders a number of parameters allows.
+
+    Raises:
+        ValueError: not even one.
+    """
+    if parameters < per_encoder:
+        raise ValueError(
+            f"expected room for at least one encoder of {per_encoder:,} parameters, found {parameters:,}; allow more, "
+            "or take a smaller encoder"
+        )
+    return parameters // per_encoder
+
+
+def _mean_help(task: int, group: Sequence[int], helps: Sequence[Sequence[float]]) -> float:
+    others = [helps[other][task] for other in group if other != task]
+    return sum(others) / len(others) if others else 0.0
+
+
+def _expected(places: Sequence[int], helps: Sequence[Sequence[float]]) -> float:
+    groups = {place: [task for task, own in enumerate(places) if own == place] for place in set(places)}
+    return sum(_mean_help(task, groups[place], helps) for task, place in enumerate(places)) / len(places)
+
+
+def _all(tasks: int, encoders: int) -> Iterator[list[int]]:
+    """Every grouping once: task 0 is in group 0, a later one in a group that is there or in the next new one."""
+
+    def extend(places: list[int]) -> Iterator[list[int]]:
+        if len(places) == tasks:
+            yield places
+            return
+        for place in range(min(max(places) + 2, encoders)):
+            yield from extend([*places, place])
+
+    return extend([0])
+
+
+def _searched(helps: Sequence[Sequence[float]], encoders: int) -> Iterator[list[int]]:
+    """From each pair of tasks as the seeds of two groups, and from one group: move single tasks while that helps."""
+    count = len(helps)
+    starts = [[0] * count] + [
+        [int(helps[two][task] > helps[one][task]) if task != one else 0 for task in range(count)]
+        for one, two in combinations(range(count), 2)
+    ]
+    for start in starts if encoders > 1 else starts[:1]:
+        places, score = list(start), _expected(start, helps)
+        better = True
+        while better:
+            better = False
+            for task in range(count):
+                for place in range(encoders):
+                    moved = [*places[:task], place, *places[task + 1 :]]
+                    if (found := _expected(moved, helps)) > score + 1e-12:
+                        places, score, better = moved, found, True
+        yield places

@@ -1,0 +1,78 @@
+"""Laws of grouping tasks by affinity."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from hf_mtcompress.losses import grouping
+from hf_mtcompress.losses.grouping import best_grouping, encoders_within
+
+PLANTED = [[1.0, 0.8, -0.5, -0.4], [0.7, 1.0, -0.6, -0.5], [-0.5, -0.4, 1.0, 0.9], [-0.3, -0.6, 0.6, 1.0]]
+
+
+def test_planted_groups_are_found() -> None:
+    found = best_grouping(["a", "b", "c", "d"], PLANTED, 2)
+    assert found.groups == (("a", "b"), ("c", "d"))
+    assert found.text == "a+b/c+d"
+    assert found.affinity == pytest.approx({"a": 0.7, "b": 0.8, "c": 0.6, "d": 0.9})
+    assert found.expected == pytest.approx(0.75)
+    assert found.exact
+
+
+def test_one_encoder_holds_all_and_more_encoders_never_expect_less() -> None:
+    expected = [best_grouping(list("abcd"), PLANTED, count).expected for count in range(1, 5)]
+    assert best_grouping(list("abcd"), PLANTED, 1).groups == (tuple("abcd"),)
+    assert expected == sorted(expected)
+
+
+def test_of_equal_groupings_that_with_fewest_encoders_is_taken() -> None:
+    assert best_grouping(list("abc"), [[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]], 3).groups == (tuple("abc"),)
+
+
+def test_a_task_that_hurts_all_is_alone() -> None:
+    found = best_grouping(list("abc"), [[1, 0.4, -0.2], [0.4, 1, -0.1], [-0.3, -0.2, 1]], 2)
+    assert found.groups == (("a", "b"), ("c",))
+    assert found.affinity["c"] == 0.0
+
+
+def test_all_groupings_are_tried_once() -> None:
+    """Bell numbers, and Stirling numbers up to two groups."""
+    assert [len(list(grouping._all(count, count))) for count in range(1, 8)] == [1, 2, 5, 15, 52, 203, 877]
+    assert len(list(grouping._all(10, 2))) == 2**9
+
+
+def test_exact_equals_brute_force() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        helps = generator.normal(size=(5, 5)).tolist()
+        wanted = max(grouping._expected(places, helps) for places in product(range(3), repeat=5))
+        assert best_grouping(list("abcde"), helps, 3).expected == pytest.approx(wanted)
+
+
+def test_the_search_for_many_tasks_finds_planted_groups() -> None:
+    """Twelve tasks in three families, in disorder."""
+    generator = np.random.default_rng(1)
+    families = generator.permutation([0, 1, 2] * 4)
+    helps = np.where(families[:, None] == families, 0.3, -0.1) + 0.05 * generator.normal(size=(12, 12))
+    names = [f"t{number}" for number in range(12)]
+    found = best_grouping(names, helps.tolist(), 3)
+    assert not found.exact
+    wanted = {frozenset(name for name, family in zip(names, families, strict=True) if family == f) for f in range(3)}
+    assert {frozenset(group) for group in found.groups} == wanted
+
+
+def test_pairs_that_never_met_count_as_neutral() -> None:
+    assert best_grouping(["a", "b"], [[1.0, None], [None, 1.0]], 2).groups == (("a", "b"),)
+
+
+def test_encoders_within_a_number_of_parameters() -> None:
+    assert encoders_within(50_000_000, 22_700_000) == 2
+    with pytest.raises(ValueError, match="expected room for at least one encoder"):
+        encoders_within(20_000_000, 22_700_000)
+
+
+@pytest.mark.parametrize(("tasks", "matrix", "encoders"), [([], [], 1), (["a"], [[1.0, 0.0]], 1), (["a"], [[1.0]], 0)])
+def test_bad_input_is_refused(tasks: list[str], matrix: list[list[float]], encoders: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        best_grouping(tasks, matrix, encoders)
