@@ -1,5 +1,6 @@
 """The shared encoder with one head for each task."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -13,7 +14,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
@@ -118,6 +121,39 @@ class MultiTaskModel(PreTrainedModel):
         return model
 
     @classmethod
+    def from_heads(
+        cls,
+        checkpoints: Mapping[str, str | os.PathLike[str] | PreTrainedModel],
+        encoder: str | os.PathLike[str] | PreTrainedModel | None = None,
+        *,
+        max_length: int | None = None,
+        image_size: int | None = None,
+    ) -> "MultiTaskModel":
+        """Put the heads of fine-tuned stock checkpoints on one encoder, as a start for training them together.
+
+        Args:
+            checkpoints: by task name: folder, Hub id or model of the family's AutoModelFor class; labels are theirs.
+            encoder: the encoder to share; default: a copy of the first checkpoint's. Logits of that checkpoint's task
+                then equal the checkpoint's; the other heads have to get used to it.
+            max_length: longest input in tokens, saved with the model.
+            image_size: side of the input in pixels, saved with the model.
+
+        Raises:
+            TaskError: no checkpoint, one without a head that is known here, or checkpoints of different families.
+        """
+        if not checkpoints:
+            raise TaskError("expected at least one checkpoint by task name, found none")
+        stocks = {name: load_stock(checkpoint) for name, checkpoint in checkpoints.items()}
+        check_one_family(stocks)
+        tasks = [task_of_stock(name, stock) for name, stock in stocks.items()]
+        first = copy.deepcopy(encoder_of(next(iter(stocks.values())))) if encoder is None else encoder
+        model = cls.from_encoder(first, tasks, max_length=max_length, image_size=image_size)
+        for task in tasks:
+            head = model.heads[task.head_name]
+            head.load_state_dict(head_weights(stocks[task.name]))
+        return model.eval()
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model, bit-equal to the one that was saved; see `PreTrainedModel.from_pretrained`."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -168,6 +204,59 @@ class MultiTaskModel(PreTrainedModel):
             for part in [key for key, module in encoder.named_children() if key == "pooler" and module is not None]:
                 if not any(_reads_pooler(type(stock), stock.config) for stock in stocks):
                     setattr(encoder, part, None)
+
+    # ---- heads over time ----
+
+    def add_task(self, task: Task) -> None:
+        """Put one more head, freshly drawn, on the encoder; the answers of the other tasks do not change.
+
+        Raises:
+            TaskError: there is a task of this name, its labels are missing, or its head reads a part of the encoder
+                that was dropped because no head read it.
+        """
+        if task.name in self.tasks:
+            raise TaskError(f"expected a new task name, found '{task.name}' among {list(self.tasks)}; choose another")
+        encoder = self.encoders[task.encoder]
+        assert isinstance(encoder, PreTrainedModel)
+        with torch.device(encoder.device):
+            head = self._build_head(task)
+        parts = dict(encoder.named_children())
+        if isinstance(head, PreTrainedModel) and _reads_pooler(type(head), head.config) and parts.get("pooler") is None:
+            raise TaskError(
+                f"task '{task.name}': expected an encoder with a pooler for its stock head, found one whose pooler was "
+                "dropped because no head read it; use head 'linear', or build the model with this task"
+            )
+        self.tasks[task.name] = task
+        self.heads[task.head_name] = nn.Module.to(head, encoder.dtype).train(self.training)
+        self.refresh_config()
+
+    def remove_task(self, name: str) -> None:
+        """Take a task and its head out; the answers of the other tasks do not change.
+
+        Raises:
+            TaskError: there is no such task, or it is the only one.
+        """
+        if name not in self.tasks or len(self.tasks) == 1:
+            raise TaskError(f"expected one of at least two tasks, found '{name}' and the tasks {list(self.tasks)}")
+        del self.heads[self.tasks.pop(name).head_name]
+        self.refresh_config()
+
+    def freeze_encoder(self, tasks: Sequence[str] | None = None, *, frozen: bool = True) -> None:
+        """Keep the encoder as it is while heads are trained.
+
+        Args:
+            tasks: heads that are trained; the others are kept as they are too. Default: all.
+            frozen: False trains everything again.
+
+        Raises:
+            TaskError: there is no such task.
+        """
+        unknown = [name for name in tasks or () if name not in self.tasks]
+        if unknown:
+            raise TaskError(f"expected tasks among {list(self.tasks)}, found {unknown}")
+        self.requires_grad_(not frozen)
+        for name, task in self.tasks.items():
+            self.heads[task.head_name].requires_grad_(not frozen or tasks is None or name in tasks)
 
     # ---- running ----
 

@@ -18,7 +18,7 @@ from hf_mtcompress.losses.distillation import (
 )
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.tasks.base import UNLABELLED
+from hf_mtcompress.tasks.base import UNLABELLED, divisor
 from hf_mtcompress.trainers.multitask import ItemCounts, MultiTaskTrainer, own_rows
 
 HIDDEN = "hidden"
@@ -114,7 +114,7 @@ class DistillationTrainer(MultiTaskTrainer):
         for name, target in labels.items():
             task = self.tasks[name]
             logits = own_rows(outputs[f"logits_{name}"], rows.get(name))
-            items = counts[name].to(target.device).clamp(min=1)
+            items = divisor(counts[name].to(target.device))
             loss = self.label_weight * task.loss_sum(logits, target)
             if "logits" in self.criteria:
                 order = self._label_order[name]
@@ -127,7 +127,7 @@ class DistillationTrainer(MultiTaskTrainer):
             return outputs, losses, {}
         count = counts.get(HIDDEN, _positions(features).sum())
         error = self._hidden_error(model, outputs.hidden_states, guide[HIDDEN], _positions(features))
-        term = (1 - self.label_weight) * self.hidden_weight * error / count.to(error.device).clamp(min=1)
+        term = (1 - self.label_weight) * self.hidden_weight * error / divisor(count.to(error.device))
         return outputs, losses, {HIDDEN: term}
 
     def _ask_teacher(self, features: Mapping[str, Tensor], names: list[str], hidden: bool) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from hf_mtcompress.losses.gradients import gramian
 from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
+from hf_mtcompress.tasks.base import divisor
 from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedGradients, refuse_sharded
 
 ItemCounts = dict[str, Tensor]
@@ -457,7 +458,7 @@ class MultiTaskTrainer(Trainer):
         outputs = model(**features, tasks=list(labels))
         losses = {
             name: self.tasks[name].loss_sum(own_rows(outputs[f"logits_{name}"], rows.get(name)), target)
-            / counts[name].to(target.device).clamp(min=1)
+            / divisor(counts[name].to(target.device))
             for name, target in labels.items()
         }
         return outputs, losses, {}
@@ -518,7 +519,7 @@ class MultiTaskTrainer(Trainer):
                 continue
             for name in group.tasks:
                 task, target = self.tasks[name], inputs[self.tasks[name].label_name]
-                loss = task.loss_sum(outputs[f"logits_{name}"], target) / task.item_count(target).clamp(min=1)
+                loss = task.loss_sum(outputs[f"logits_{name}"], target) / divisor(task.item_count(target))
                 vectors[name] = gradients.of(self.fusion.weight(name, loss) * loss, outputs.last_hidden_state)
                 shares[name] = float(loss.detach()) / self.fusion.normalisers.get(name, 1.0)
         core.train(training)
@@ -749,7 +750,7 @@ class MultiTaskTrainer(Trainer):
 
     def _score(self, task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], Tensor]:
         targets = torch.as_tensor(labels)
-        loss = task.loss_sum(torch.as_tensor(logits), targets) / task.item_count(targets).clamp(min=1)
+        loss = task.loss_sum(torch.as_tensor(logits), targets) / divisor(task.item_count(targets))
         extra = self.task_metrics.get(task.name)
         scores = {"loss": float(loss), **task.compute_metrics(logits, labels)}
         if extra is not None:
