@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--keep-models", action="store_true", help="keep the weights after scoring")
     compare.add_argument("--json", action="store_true", help="as JSON")
 
+    group = verb(
+        "group-tasks", "say which tasks should share an encoder, from the gradients that a run measured", _group_tasks
+    )
+    group.add_argument("run", metavar="RUN", type=Path, help="folder of a run with fusion.measure_every")
+    group.add_argument("--encoders", type=int, help="at most so many (default: 2)")
+    group.add_argument("--parameters", type=int, help="at most so many in all encoders, instead of --encoders")
+    group.add_argument("--json", action="store_true", help="as JSON")
+
     evaluate = verb("evaluate", "score a saved model on the data of a recipe", _evaluate)
     evaluate.add_argument("folder", metavar="FOLDER", type=Path, help="a step's folder, of any form")
     with_recipe(evaluate)
@@ -174,6 +182,25 @@ def _compare_tasks(options: argparse.Namespace) -> str:
     output = (options.output or Path("runs") / f"{comparison.recipe.name}-compare").absolute()
     record = compare_tasks(comparison, output, keep_models=options.keep_models)
     return to_json(record) if options.json else f"{comparison_table(record)}\nRecord and picture: {output}"
+
+
+def _group_tasks(options: argparse.Namespace) -> str:
+    from hf_mtcompress.workflow import group_tasks_of
+
+    grouping = group_tasks_of(options.run, encoders=options.encoders, parameters=options.parameters)
+    if options.json:
+        return json.dumps(dataclasses.asdict(grouping), indent=2)
+    lines = [f"{name}: {affinity:+.3f}" for name, affinity in grouping.affinity.items()]
+    return "\n".join(
+        [
+            f"{len(grouping.groups)} encoders, expected affinity {grouping.expected:+.3f}"
+            + ("" if grouping.exact else " (searched, not all groupings tried)"),
+            *(f"  {' + '.join(group)}" for group in grouping.groups),
+            "mean affinity of a task's companions to it:",
+            *(f"  {line}" for line in lines),
+            f"to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped={grouping.text}",
+        ]
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> str:

@@ -42,6 +42,7 @@ from hf_mtcompress.inference.probes import reload_checks, save_probes
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
 from hf_mtcompress.inference.runtimes import folder_form, task_folders
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
+from hf_mtcompress.losses.grouping import Grouping, best_grouping, encoders_within
 from hf_mtcompress.planning import describe_plan
 from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, render_card
 from hf_mtcompress.publishing.hub import push_folder
@@ -408,6 +409,38 @@ def validate(recipe: Recipe) -> None:
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `run` would do, without doing it; see `describe_plan`."""
     return describe_plan(recipe, step_sources(recipe))
+
+
+def group_tasks_of(folder: Path, *, encoders: int | None = None, parameters: int | None = None) -> Grouping:
+    """The grouping of a run's tasks into encoders, from the last step that measured their gradients.
+
+    Args:
+        folder: of the run.
+        encoders: at most so many; default 2.
+        parameters: at most so many in all encoders together, instead of `encoders`.
+
+    Raises:
+        ArtifactError: there is no run, or none of its steps measured gradients.
+        RecipeError: both limits, or one that allows no encoder.
+    """
+    record = load_record(folder)
+    step = next((step for step in reversed(record.steps) if step.interference is not None), None)
+    if step is None or step.interference is None:
+        raise ArtifactError(
+            f"expected a run that measured how its tasks get along, found none of its steps in {folder.name} did; run "
+            "its recipe with fusion.measure_every=10"
+        )
+    if encoders is not None and parameters is not None:
+        raise RecipeError("expected --encoders or --parameters, found both; give one")
+    try:
+        if parameters is not None:
+            size = step.artefacts[0].size
+            encoders = encoders_within(parameters, int((size.encoder_parameters if size else None) or 0) or 1)
+        return best_grouping(
+            step.interference["tasks"], step.interference["cosine"], 2 if encoders is None else encoders
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:

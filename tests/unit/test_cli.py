@@ -100,8 +100,13 @@ def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     assert "--jsn" in capsys.readouterr().err
 
 
+def test_a_run_that_measured_no_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected the folder of a run" in refused(capsys, "group-tasks", str(tmp_path))
+
+
 def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Data on stdout alone, so that it can be piped."""
+    change(recipe, fusion={"measure_every": 2})
     output = tmp_path / "out"
     assert main(["validate", str(recipe)]) == 0
     assert main(["plan", str(recipe), "--json"]) == 0
@@ -123,6 +128,14 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
 
     assert main(["card", str(output)]) == 0
     assert capsys.readouterr().out.strip().endswith("README.md")
+
+    assert main(["group-tasks", str(output), "--encoders", "2", "--json"]) == 0
+    grouping = json.loads(capsys.readouterr().out)
+    assert sorted(name for group in grouping["groups"] for name in group) == ["mood", "strength"]
+    assert main(["group-tasks", str(output), "--parameters", "10"]) == 2
+    assert "expected room for at least one encoder" in capsys.readouterr().err
+    assert "How the tasks get along" in (output / "README.md").read_text(encoding="utf-8")
+    assert (output / "assets" / "interference.png").exists()
 
     assert main(["push", str(output), "--dry-run"]) == 0
     listed = capsys.readouterr().out
