@@ -173,19 +173,30 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
     teachers = [getattr(step, "teacher", None), getattr(getattr(step, "recover", None), "teacher", None)]
     parts = {
         "format": records.FORMAT_VERSION,
-        "step": _plain(step),
+        "step": {"kind": step.kind, **_chosen(step)},
         "source": done[source].fingerprint if source is not None else None,
         "teachers": [done[name].fingerprint if name in done else name for name in teachers if name],
         "seed": recipe.seed,
-        "encoder": _plain(recipe.encoder),
+        "encoder": _chosen(recipe.encoder),
         "encoder_files": _folder_digest(Path(recipe.encoder.path)),
-        "tasks": {name: task.to_dict() for name, task in bench.sources.tasks.items()},
+        "tasks": {name: {"kind": task.kind, **_chosen(task)} for name, task in bench.sources.tasks.items()},
         "data": bench.sources.fingerprints,
-        "mixing": _plain(recipe.mixing),
-        "fusion": _plain(recipe.fusion),
-        "training": _plain(recipe.training),
+        "mixing": _chosen(recipe.mixing),
+        "fusion": _chosen(recipe.fusion),
+        "training": _chosen(recipe.training),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _chosen(section: Any) -> dict[str, Any]:
+    """What differs from its default: a key that a later version adds does not undo what is done."""
+    chosen = {}
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if value != default:
+            chosen[item.name] = _plain(value)
+    return chosen
 
 
 def _folder_digest(folder: Path) -> str | None:

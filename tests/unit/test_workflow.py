@@ -13,10 +13,12 @@ import pytest
 
 from hf_mtcompress.artifacts import CARD, RECORD
 from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.records import RunRecord
-from hf_mtcompress.workflow import load_record, run
+from hf_mtcompress.steps import Bench
+from hf_mtcompress.workflow import load_record, run, step_fingerprint
 from tests.tiny_recipe import write_tiny_recipe
 
 STEPS = ("teacher", "student", "plain", "pruned", "small", "int8")
@@ -141,3 +143,26 @@ def test_a_changed_step_is_done_again_and_others_are_not(finished: tuple[Path, P
     after = {name: (output / name / "step.json").stat().st_mtime_ns for name in STEPS}
     assert {name for name in STEPS if before[name] != after[name]} == {"pruned", "small", "int8"}
     assert json.loads((output / RECORD).read_text())["steps"][3]["settings"]["heads"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("tasks.mood.text=label", False),
+        ("tasks.mood.weight={from: 1, to: 0}", False),
+        ("fusion.kind=product", False),
+        ("steps.teacher.epochs=9", False),
+        ("benchmark.repetitions=3", True),
+        ("fusion.scope=features", True),
+    ],
+)
+def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: str, same: bool) -> None:
+    """Another column or weight is another training; a default that is written out is not."""
+    path = write_tiny_recipe(tmp_path)
+
+    def fingerprint(*overrides: str) -> str:
+        recipe = load_recipe(path, overrides)
+        bench = Bench(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
+        return step_fingerprint(recipe.steps[0], None, {}, bench)
+
+    assert (fingerprint(override) == fingerprint()) == same
