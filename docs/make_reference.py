@@ -11,7 +11,7 @@ import inspect
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hf_mtcompress import config
 from hf_mtcompress.config.sections import LIMITS, WRITTEN_AS, expected
@@ -27,6 +27,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "sequence-classification": (config.SequenceClassificationConfig, TaskSettings),
     "token-classification": (config.TokenClassificationConfig, TaskSettings),
     "image-classification": (config.ImageClassificationConfig, TaskSettings),
+    "weight": (config.WeightSchedule, None),
     "mixing": (config.MixingConfig, None),
     "fusion": (config.FusionConfig, None),
     "training": (config.TrainingConfig, None),
@@ -67,7 +68,7 @@ def table(cls: type, apart_from: type | None = None) -> str:
     rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for field in fields:
         key = WRITTEN_AS.get(field.name, field.name)
-        rows.append(f"| `{key}` | {_value(field, hints)} | {_default(field)} | {texts[field.name]} |")
+        rows.append(f"| `{key}` | {_value(field, hints)} | {_default(field, hints)} | {texts[field.name]} |")
     return "\n".join(rows)
 
 
@@ -77,9 +78,9 @@ def _value(field: dataclasses.Field[Any], hints: dict[str, Any]) -> str:
     return LIMITS[field.name][0] if words in ("a number", "a whole number") else words
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.name == "kind":
-        return "required"
+def _default(field: dataclasses.Field[Any], hints: dict[str, Any]) -> str:
+    if field.name == "kind" and len(get_args(hints["kind"])) == 1:
+        return "required"  # it tells sections apart
     if field.default is not dataclasses.MISSING:
         value = field.default
     elif field.default_factory is not dataclasses.MISSING:
