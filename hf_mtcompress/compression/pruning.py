@@ -14,6 +14,7 @@ from hf_mtcompress.compression.importance import Scores, add, combine, first_ord
 from hf_mtcompress.compression.selection import check_fraction, select_heads, select_layers, select_neurons
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, describe_structure, is_vanilla, keep_layers
 
@@ -77,6 +78,8 @@ def prune(
         TrainingError: the loss is not a number.
         UnsupportedEncoderError: the encoder is built in another way; see `find_anatomy`.
     """
+    if isinstance(model, MultiTaskModel):
+        refuse_sub_models(model, "pruning")
     start = time.monotonic()
     check_fraction("heads", heads)
     check_fraction("feed_forward", feed_forward)

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.marking import StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.structured import keep_exact
@@ -48,6 +49,8 @@ def quantize_bitsandbytes(model: PreTrainedModel, bits: Literal[8, 4]) -> PreTra
     require_extra("bitsandbytes")
     if bits not in (8, 4):
         raise ValueError(f"bits: expected 8 or 4, found {bits}")
+    if isinstance(model, MultiTaskModel):
+        refuse_sub_models(model, "quantization by bitsandbytes")
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedEncoderError(
             f"{type(model).__name__}: expected float weights, found a model that is quantized already; start from the "

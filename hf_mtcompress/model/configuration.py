@@ -21,6 +21,7 @@ class MultiTaskConfig(PreTrainedConfig):
         encoders: configs by encoder name; one encoder is called `main`.
         tasks: task specs without columns (`Task.to_dict`), in order.
         preprocessing: by encoder name: `max_length` in tokens or `image_size` in pixels.
+        branches: by branch name: {"encoder": whose lower layers it shares, "layers": how many top layers are its own}.
         structure: by encoder name: what pruning left, by layer index and role (see `model/surgery.py`); empty if whole.
     """
 
@@ -30,6 +31,7 @@ class MultiTaskConfig(PreTrainedConfig):
     encoders: dict | None = None
     tasks: list | None = None
     preprocessing: dict | None = None
+    branches: dict | None = None
     structure: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -42,12 +44,17 @@ class MultiTaskConfig(PreTrainedConfig):
         self.encoders = self.encoders or {}
         self.tasks = self.tasks or []
         self.preprocessing = self.preprocessing or {}
+        self.branches = self.branches or {}
         self.structure = self.structure or {}
 
     def encoder_config(self, name: str = "main") -> PreTrainedConfig:
-        """A fresh config object of one encoder."""
-        values = copy.deepcopy((self.encoders or {})[name])
+        """A fresh config object of one encoder, or of the one that a branch shares."""
+        values = copy.deepcopy((self.encoders or {})[self.root_of(name)])
         return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def root_of(self, name: str) -> str:
+        """The encoder that a branch shares; an encoder itself."""
+        return (self.branches or {}).get(name, {}).get("encoder", name)
 
     def build_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""

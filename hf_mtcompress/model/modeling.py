@@ -15,13 +15,14 @@ from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of
+from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.tasks.base import divisor
+from hf_mtcompress.tasks.base import NAME_PATTERN, divisor
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _FOUND_AT_LEAST = 0.95
@@ -71,6 +72,13 @@ class MultiTaskModel(PreTrainedModel):
         self.encoders = nn.ModuleDict(
             {name: self._build_encoder(name) for name in config.encoders or {}} if encoders is None else dict(encoders)
         )
+        self.branches = nn.ModuleDict(
+            {
+                name: Branch(self.encoders[place["encoder"]], place["layers"])  # type: ignore[arg-type]  # an encoder
+                for name, place in (config.branches or {}).items()
+            }
+        )
+        check_depth(self)
         self.heads = nn.ModuleDict({task.head_name: self._build_head(task) for task in self.tasks.values()})
         self._drop_unread_parts()
         self.model_tags = ["hf_mtcompress", "multi-task"]
@@ -86,6 +94,8 @@ class MultiTaskModel(PreTrainedModel):
         *,
         max_length: int | None = None,
         image_size: int | None = None,
+        branches: Mapping[str, Sequence[str]] | None = None,
+        branch_layers: int | None = 2,
         **kwargs: Any,
     ) -> "MultiTaskModel":
         """Put a new head for each task on a pretrained encoder.
@@ -95,26 +105,34 @@ class MultiTaskModel(PreTrainedModel):
             tasks: tasks with known labels and different names.
             max_length: longest input in tokens, saved with the model.
             image_size: side of the input in pixels, saved with the model.
+            branches: by name: tasks that read a branch of their own; the others read the encoder itself.
+            branch_layers: top layers that each branch has for itself, starting as copies, while embeddings and lower
+                layers are shared and run once; None for a whole encoder of its own.
             **kwargs: for `AutoModel.from_pretrained`, such as `revision`.
 
         Raises:
-            TaskError: two tasks share a name, or labels are missing.
+            TaskError: two tasks share a name, labels are missing, or branches name tasks that are not there or twice.
             UnsupportedEncoderError: the checkpoint's weights do not fill the encoder.
         """
         names = [task.name for task in tasks]
         if len(set(names)) != len(names) or not names:
             raise TaskError(f"expected at least one task and different names, found {names}; rename the doubles")
         loaded = encoder if isinstance(encoder, PreTrainedModel) else load_encoder(encoder, **kwargs)
+        tasks = _assigned(tasks, branches or {})
         preprocessing = {"max_length": max_length, "image_size": image_size}
+        whole = list(branches or {}) if branch_layers is None else []
         config = MultiTaskConfig(
-            encoders={"main": _config_dict(loaded.config)},
+            encoders={name: _config_dict(loaded.config) for name in ["main", *whole]},
             tasks=[task.to_dict() for task in tasks],
             preprocessing={"main": {key: value for key, value in preprocessing.items() if value is not None}},
+            branches={
+                name: {"encoder": "main", "layers": branch_layers} for name in branches or {} if name not in whole
+            },
         )
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             # Trainer aligns these with the tokenizer's, and says so, where they are missing.
             setattr(config, key, getattr(loaded.config, key, None))
-        model = cls(config, encoders={"main": loaded})
+        model = cls(config, encoders={"main": loaded, **{name: copy.deepcopy(loaded) for name in whole}})
         for task in tasks:
             # The data columns are not in the config, but useful while the model lives.
             model.tasks[task.name] = task
@@ -216,6 +234,11 @@ class MultiTaskModel(PreTrainedModel):
         """
         if task.name in self.tasks:
             raise TaskError(f"expected a new task name, found '{task.name}' among {list(self.tasks)}; choose another")
+        if task.encoder not in self.encoders or task.layer is not None:
+            raise TaskError(
+                f"task '{task.name}': expected a new task on a whole encoder {list(self.encoders)}, found encoder "
+                f"'{task.encoder}' and layer {task.layer}; build the model with this task"
+            )
         encoder = self.encoders[task.encoder]
         assert isinstance(encoder, PreTrainedModel)
         with torch.device(encoder.device):
@@ -301,10 +324,9 @@ class MultiTaskModel(PreTrainedModel):
             tasks = [name for name, task in self.tasks.items() if task.label_name in labels] or list(self.tasks)
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        outputs = self.encode(
-            input_ids, attention_mask, token_type_ids, pixel_values, output_hidden_states=output_hidden_states
-        )
-        logits = {name: self.answer(name, outputs, attention_mask) for name in tasks}
+        read = self._read(tasks, (input_ids, attention_mask, token_type_ids, pixel_values), output_hidden_states)
+        logits = {name: self.answer(name, read[self._place(name)], attention_mask) for name in tasks}
+        outputs = read["main", None] if ("main", None) in read else next(iter(read.values()))
         loss = None
         for name in tasks:
             task = self.tasks[name]
@@ -316,8 +338,32 @@ class MultiTaskModel(PreTrainedModel):
             loss=loss,
             **{f"logits_{name}": value for name, value in logits.items()},
             last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.get("hidden_states"),
+            hidden_states=outputs.get("hidden_states") if output_hidden_states else None,
         )
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """Encoder or branch, and depth, that a task reads."""
+        return self.tasks[name].encoder, self.tasks[name].layer
+
+    def _read(self, tasks: Sequence[str], inputs: tuple[Tensor | None, ...], output_hidden_states: bool | None) -> Any:
+        """Outputs by place, for all places that these tasks read: each encoder and each branch is run once."""
+        places = list(dict.fromkeys(self._place(name) for name in tasks)) or [("main", None)]
+        found: dict[tuple[str, int | None], Any] = {}
+        for root in dict.fromkeys(self.config.root_of(name) for name, _ in places):
+            deeper = [place for place in places if self.config.root_of(place[0]) == root and place != (root, None)]
+            wanted = bool(deeper) or output_hidden_states
+            outputs = found[root, None] = self.encode(*inputs, output_hidden_states=wanted, name=root)
+            encoder = self.encoders[root]
+            assert isinstance(encoder, PreTrainedModel)
+            given = self._encoder_inputs(*inputs, name=root)
+            for name, layer in deeper:
+                if layer is not None:
+                    found[name, layer] = run_depth(encoder, layer, outputs.hidden_states, given)
+                else:
+                    branch = self.branches[name]
+                    assert isinstance(branch, Branch)
+                    found[name, layer] = run_branch(encoder, branch, outputs.hidden_states, given)
+        return found
 
     def encode(
         self,
@@ -329,6 +375,20 @@ class MultiTaskModel(PreTrainedModel):
         name: str = "main",
     ) -> Any:
         """Run one encoder; its own output object."""
+        inputs = self._encoder_inputs(input_ids, attention_mask, token_type_ids, pixel_values, name)
+        if output_hidden_states:
+            inputs["output_hidden_states"] = True
+        return self.encoders[name](**inputs, return_dict=True)
+
+    def _encoder_inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        name: str,
+    ) -> dict[str, Any]:
+        """What one encoder takes of the inputs."""
         inputs: dict[str, Any] = {}
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values
@@ -337,9 +397,7 @@ class MultiTaskModel(PreTrainedModel):
             inputs["attention_mask"] = attention_mask
             if token_type_ids is not None and "type_vocab_size" in (self.config.encoders or {})[name]:
                 inputs["token_type_ids"] = token_type_ids
-        if output_hidden_states:
-            inputs["output_hidden_states"] = True
-        return self.encoders[name](**inputs, return_dict=True)
+        return inputs
 
     def answer(self, name: str, outputs: Any, attention_mask: Tensor | None) -> Tensor:
         """Logits of one task from an encoder's output."""
@@ -390,6 +448,21 @@ class MultiTaskModel(PreTrainedModel):
             TaskError: no such task, or its head is not the stock one.
         """
         return export_folder(self, name, Path(folder), processor)
+
+
+def _assigned(tasks: Sequence[Task], branches: Mapping[str, Sequence[str]]) -> list[Task]:
+    """Tasks that say which branch they read."""
+    named = [name for names in branches.values() for name in names]
+    known = [task.name for task in tasks]
+    wrong = [name for name in named if name not in known or named.count(name) > 1]
+    bad = [name for name in branches if not NAME_PATTERN.fullmatch(name) or name == "main"]
+    if wrong or bad or not all(branches.values()):
+        raise TaskError(
+            f"branches: expected names of lower-case letters other than 'main', each with different tasks among "
+            f"{known}, found {dict(branches)}; every task is in one branch or in none"
+        )
+    place = {name: branch for branch, names in branches.items() for name in names}
+    return [dataclasses.replace(task, encoder=place[task.name]) if task.name in place else task for task in tasks]
 
 
 def load_encoder(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

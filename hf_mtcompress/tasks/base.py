@@ -37,8 +37,8 @@ class Task(ABC):
         final_weight: factor at the end of the training, reached linearly; None for the same throughout.
         head: `stock` (the head of the family's AutoModelFor class), `linear` or `mlp`.
         pooling: what a `linear` or `mlp` head reads: `cls`, `mean`, `max`; None takes the encoder's pooler, else `cls`.
-        encoder: which encoder of the model the task reads.
-        layer: depth that the task reads, None for the last layer. Kept in the saved format; only None works so far.
+        encoder: which encoder or branch of the model the task reads.
+        layer: how many layers of the encoder the task reads, from 1; None for all. Final norm and pooler follow.
 
     Raises:
         TaskError: the name, labels, head, role or metric cannot work.
@@ -84,8 +84,8 @@ class Task(ABC):
                 f"task '{self.name}': a stock head has its own pooling, found pooling '{self.pooling}'; "
                 "use head 'linear' or 'mlp' with it"
             )
-        if self.layer is not None:
-            raise TaskError(f"task '{self.name}': only the last layer can be read, found layer {self.layer}")
+        if self.layer is not None and self.layer < 1:
+            raise TaskError(f"task '{self.name}': expected a layer of at least 1, found {self.layer}")
         if self.weight < 0 or (self.final_weight is not None and self.final_weight < 0):
             raise TaskError(
                 f"task '{self.name}': expected weights of at least 0, found {self.weight} and {self.final_weight}"

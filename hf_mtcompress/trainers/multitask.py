@@ -564,6 +564,7 @@ class MultiTaskTrainer(Trainer):
         parts += [
             part for encoder in core.encoders.values() for key, part in encoder.named_children() if key == "pooler"
         ]
+        parts += list(core.branches.values())
         total = torch.zeros((), device=self.args.device)
         for parameter in (parameter for part in parts if part is not None for parameter in part.parameters()):
             total = total + 0.0 * parameter.sum()
