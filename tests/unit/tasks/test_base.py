@@ -184,7 +184,7 @@ def test_names_that_pass(name: str) -> None:
         ({"head": "mpl"}, r"expected a head among \['stock', 'linear', 'mlp'\], found 'mpl'"),
         ({"head": "mlp", "pooling": "average"}, "expected a pooling among .*found 'average'"),
         ({"role": "helper"}, r"expected a role among \['main', 'auxiliary'\], found 'helper'"),
-        ({"layer": 2}, "only the last layer can be read, found layer 2"),
+        ({"layer": 0}, "expected a layer of at least 1, found 0"),
         ({"weight": -0.5}, "at least 0, found -0.5"),
         ({"class_weights": [1.0, 2.0]}, "expected one class weight for each of 3 labels, found 2"),
         ({"metric": "f1"}, r"expected a primary metric among \['accuracy', .*found 'f1'"),
