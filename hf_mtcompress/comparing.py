@@ -192,7 +192,8 @@ def _changed(
 
 def _essence(recipe: Recipe) -> tuple[Any, ...]:
     """What the result of an arm depends on."""
-    return recipe.encoder, recipe.tasks, recipe.mixing, recipe.fusion, _training_step(recipe, recipe.seed, None)
+    shared = recipe.encoder, recipe.branches, recipe.branch_layers
+    return *shared, recipe.tasks, recipe.mixing, recipe.fusion, _training_step(recipe, recipe.seed, None)
 
 
 def _without_path(setting: str) -> str:
@@ -337,6 +338,7 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
         tasks=tasks,
         mixing=MixingConfig(cap=recipe.mixing.cap) if single else _mixing_of(recipe.mixing, names),
         fusion=FusionConfig() if single else recipe.fusion,
+        branches={} if single else _branches_of(recipe, names),
         reference=None,
         budget=None,
     )
@@ -356,6 +358,12 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
     if folder is None:
         folder = f"{ALONE}-{names[0]}" if single else "+".join(names)
     return _Model(folder, part, own, processor, steps)
+
+
+def _branches_of(recipe: Recipe, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Branches with those of their tasks that are there."""
+    own = {branch: tuple(task for task in tasks if task in names) for branch, tasks in recipe.branches.items()}
+    return {branch: tasks for branch, tasks in own.items() if tasks}
 
 
 def _mixing_of(mixing: MixingConfig, names: Sequence[str]) -> MixingConfig:

@@ -94,6 +94,8 @@ class Bench:
             model.tasks[task.name] = dataclasses.replace(
                 task,
                 labels=model.tasks[task.name].labels,
+                encoder=model.tasks[task.name].encoder,
+                layer=model.tasks[task.name].layer,
                 weight=task.weight,
                 final_weight=task.final_weight,
                 role=task.role,
@@ -176,7 +178,12 @@ def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:
         ) from error
     image_size = bench.processor.size.get("height") if bench.max_length is None else None
     return MultiTaskModel.from_encoder(
-        encoder, list(bench.sources.tasks.values()), max_length=bench.max_length, image_size=image_size
+        encoder,
+        list(bench.sources.tasks.values()),
+        max_length=bench.max_length,
+        image_size=image_size,
+        branches=bench.recipe.branches,
+        branch_layers=None if bench.recipe.branch_layers == "all" else bench.recipe.branch_layers,
     )
 
 

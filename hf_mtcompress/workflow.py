@@ -184,6 +184,7 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
         "mixing": _chosen(recipe.mixing),
         "fusion": _chosen(recipe.fusion),
         "training": _chosen(recipe.training),
+        **({"branches": [recipe.branches, recipe.branch_layers]} if recipe.branches else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.config.data import DataConfig
-from hf_mtcompress.config.recipe import BenchmarkConfig, PublishConfig
+from hf_mtcompress.config.recipe import BenchmarkConfig, PublishConfig, Recipe
 from hf_mtcompress.config.sections import Problems, join, near
 from hf_mtcompress.config.steps import (
     FLOAT_STEPS,
@@ -268,6 +268,36 @@ def check_mixing(mixing: MixingConfig, fusion: FusionConfig, tasks: Sequence[str
         if getattr(fusion, key) is not None and key not in FUSION_OPTIONS.get(fusion.kind, ()):
             owners = " and ".join(kind for kind, options in FUSION_OPTIONS.items() if key in options)
             problems.add(f"fusion.{key}", f"used by {owners} only, found kind: {fusion.kind}")
+
+
+def check_branches(recipe: Recipe, problems: Problems) -> None:
+    """Branches have names and different tasks; what cannot be done with them is said before training."""
+    taken: dict[str, str] = {}
+    for name, tasks in recipe.branches.items():
+        path = f"branches.{name}"
+        if not TASK_NAME.fullmatch(name) or name == "main":
+            problems.add(
+                path, "expected lower-case letters, digits and underscores other than 'main'; rename the branch"
+            )
+        if not tasks:
+            problems.add(path, "expected at least one task, found none")
+        for task in tasks:
+            if task not in recipe.tasks:
+                problems.add(path, f"there is no task '{task}', {near(task, list(recipe.tasks))}")
+            elif task in taken:
+                problems.add(path, f"expected every task in one branch, found '{task}' in '{taken[task]}' too")
+            elif recipe.tasks[task].layer is not None:
+                problems.add(path, f"task '{task}' has a layer; a branch is read at its end, remove one of both")
+            taken.setdefault(task, name)
+    deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
+    if not recipe.branches and not deep:
+        return
+    found = f"branches {', '.join(recipe.branches)}" if recipe.branches else f"tasks with a layer: {', '.join(deep)}"
+    for step in recipe.steps:
+        layers = isinstance(step, DistillStep) and step.student is not None and step.student.layers is not None
+        bitsandbytes = isinstance(step, QuantizeStep) and step.backend == "bitsandbytes"
+        if isinstance(step, PruneStep) or layers or bitsandbytes:
+            problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")
 
 
 def check_benchmark(benchmark: BenchmarkConfig, problems: Problems) -> None:

@@ -1,6 +1,7 @@
 """A recipe: encoder, tasks and the ordered steps, as one frozen object."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hf_mtcompress.config.steps import StepConfig
 from hf_mtcompress.config.tasks import TaskConfig
@@ -69,6 +70,10 @@ class Recipe:
     """The pretrained encoder that all tasks share; `encoders: {main: ...}` is read too."""
     tasks: dict[str, TaskConfig]
     """Tasks by name: lower-case letters, digits and underscores. The name joins data, head, metrics and logs."""
+    branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tasks that read a branch of their own, by name of the branch; the others read the encoder itself."""
+    branch_layers: int | Literal["all"] = 2
+    """Top layers that each branch has for itself, while the lower ones are shared and run once; `all`: an encoder."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """How often each source of rows is drawn."""
     fusion: FusionConfig = field(default_factory=FusionConfig)

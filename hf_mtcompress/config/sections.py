@@ -274,6 +274,7 @@ _SHARE: _Limit = ("a share between 0 and 1", lambda value: 0 <= value <= 1)
 LIMITS: dict[str, _Limit] = {
     "batch_size": _AT_LEAST_1,
     "batch_sizes": _AT_LEAST_1,
+    "branch_layers": _AT_LEAST_1,
     "cap": _AT_LEAST_1,
     "class_weights": _POSITIVE,
     "epochs": _POSITIVE,
@@ -288,6 +289,7 @@ LIMITS: dict[str, _Limit] = {
     "label_weight": _SHARE,
     "latency_b1_ratio": _POSITIVE,
     "latency_b32_ratio": _POSITIVE,
+    "layer": _AT_LEAST_1,
     "layers": _AT_LEAST_0,
     "learning_rate": _POSITIVE,
     "max_length": _AT_LEAST_1,

@@ -56,6 +56,8 @@ class TaskSettings:
     """`stock` is the head of the family's own AutoModelFor class."""
     pooling: Literal["cls", "mean", "max"] | None = None
     """Pooling under a `linear` or `mlp` head."""
+    layer: int | None = None
+    """How many layers of the encoder the task reads, from 1; default: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

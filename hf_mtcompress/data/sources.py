@@ -139,6 +139,7 @@ def task_of(name: str, config: TaskConfig) -> Task:
         **_weights(config.weight),
         "head": config.head,
         "pooling": config.pooling,
+        "layer": config.layer,
         "class_weights": config.class_weights,
         "label_smoothing": config.label_smoothing,
     }

@@ -48,6 +48,11 @@ def recipe(tmp_path: Path) -> Path:
         ("encoder.path=/nowhere/at-all", "expected a local folder or a Hub id"),
         ("steps.1={kind: distill, teacher: teechr, student: {layers: 1}}", "steps.1"),
         ("reference=techer", "did you mean 'teacher'"),
+        ("branches={side: [strenght]}", "there is no task 'strenght', did you mean 'strength'"),
+        ("branches={main: [strength]}", "other than 'main'"),
+        ("tasks.mood.layer=0", "expected a whole number of at least 1"),
+        ("mixing={strategy: weights, weights: {moood: 1}}", "there is no such task, did you mean 'mood'"),
+        ("fusion={kind: product, rate: 0.1}", "used by uncertainty and famo only, found kind: product"),
     ],
 )
 def test_a_mistake_gets_one_clear_message_and_leaves_nothing(

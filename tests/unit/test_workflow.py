@@ -166,3 +166,20 @@ def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: st
         return step_fingerprint(recipe.steps[0], None, {}, bench)
 
     assert (fingerprint(override) == fingerprint()) == same
+
+
+def test_a_branch_runs_from_recipe_to_int8(tmp_path: Path) -> None:
+    """One task reads a branch of its own: trained, exported as plain folders and as a graph, all reload."""
+    steps = [
+        {"kind": "finetune", "name": "teacher", "epochs": 1},
+        {"kind": "export", "name": "plain", "formats": ["vanilla"]},
+        {"kind": "quantize", "name": "int8", "backend": "onnxruntime", "bits": 8},
+    ]
+    path = write_tiny_recipe(tmp_path, steps=steps, branches={"side": ["strength"]}, branch_layers=1)
+    record = run(load_recipe(path), tmp_path / "out")
+    assert [artefact.reload and artefact.reload["passed"] for step in record.steps for artefact in step.artefacts] == [
+        True
+    ] * 3
+    saved = json.loads((tmp_path / "out" / "teacher" / "config.json").read_text())
+    assert saved["branches"] == {"side": {"encoder": "main", "layers": 1}}
+    assert [task["encoder"] for task in saved["tasks"]] == ["main", "side"]

@@ -455,7 +455,7 @@ def test_newer_format_is_refused_alone():
         ({"class_weights": [1, 2, 3], "labels": ["a", "b"]}, "expected one weight for each of the 2 labels, found 3"),
         ({"class_weights": [1, -2]}, "tasks.mood.class_weights.1: expected a number above 0, found -2.0"),
         ({"weight": -1}, "tasks.mood.weight: expected a number of at least 0, found -1.0"),
-        ({"weight": True}, "tasks.mood.weight: expected a number, found true"),
+        ({"weight": True}, "tasks.mood.weight: expected a number or a section, found true"),
         ({"weight": float("nan")}, "tasks.mood.weight: expected a number of at least 0, found nan"),
         ({"label_smoothing": 1}, "tasks.mood.label_smoothing: expected a fraction of at least 0 and below 1"),
         ({"text": None}, "tasks.mood.text: is required: expected text"),
