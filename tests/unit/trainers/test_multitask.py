@@ -410,3 +410,27 @@ def test_extra_metrics_by_task(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.task_metrics = {"mood": lambda output: {"rows": float(len(output.predictions))}}
     assert trainer.evaluate()["eval_mood_rows"] == 12
+
+
+def test_a_hundred_tasks_train_and_evaluate(tmp_path: Path) -> None:
+    """Twenty sources with five tasks each: one head, loss, metric and log entry for every task."""
+    specs, data = [], {}
+    for source in range(20):
+        rows = tiny_text_rows(6, seed=source)
+        for number in range(5):
+            name = f"task_{source}_{number}"
+            specs.append(SequenceClassification(name, labels=FEELING_LABELS, text="text", label="label"))
+            data[name] = rows
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), specs, max_length=32)
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=arguments(tmp_path, num_train_epochs=1, batches="mixed", per_device_train_batch_size=8),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer(),
+    )
+    assert len(trainer.train_groups) == 20
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len([key for key in metrics if key.endswith("_accuracy") and "balanced" not in key]) == 100
+    assert {f"loss_{name}" for name in data} <= {key for row in trainer.state.log_history for key in row}

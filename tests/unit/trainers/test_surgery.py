@@ -1,6 +1,7 @@
 """Laws of gradient surgery inside the trainer, on a tiny real model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, SequenceClassification
 from hf_mtcompress.errors import TrainingError
 from hf_mtcompress.losses.gradients import COMBINATIONS
+from hf_mtcompress.trainers.surgery import refuse_sharded
 from tests.tiny import tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import arguments, build
 
@@ -223,3 +225,10 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
     assert watched.gradient_log.steps == 3
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, watched.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("fsdp", "name"), [(True, "FSDP"), (False, "DeepSpeed")])
+def test_sharded_training_is_refused(fsdp: bool, name: str) -> None:
+    """Each process has only pieces of the gradients there."""
+    with pytest.raises(TrainingError, match=f"expected one process or DDP .* found {name}"):
+        refuse_sharded(SimpleNamespace(is_fsdp_enabled=fsdp, is_deepspeed_enabled=not fsdp))
