@@ -27,7 +27,8 @@ def student_of(teacher: MultiTaskModel, layers: int | Sequence[int]) -> MultiTas
         raise UnsupportedEncoderError(
             f"expected layers of a teacher that has {depth} (counted from 0), found {layers}; choose 1 to {depth}"
         )
-    student = copy.deepcopy(teacher)
+    # A teacher may be frozen; its student is there to be trained.
+    student = copy.deepcopy(teacher).requires_grad_(True)
     keep_layers(student.encoder, kept)
     student.refresh_config()
     return student

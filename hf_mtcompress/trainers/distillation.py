@@ -19,7 +19,7 @@ from hf_mtcompress.losses.distillation import (
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import UNLABELLED, divisor
-from hf_mtcompress.trainers.multitask import ItemCounts, MultiTaskTrainer, own_rows
+from hf_mtcompress.trainers.multitask import ONLY_COUNTED, ItemCounts, MultiTaskTrainer, own_rows
 
 HIDDEN = "hidden"
 CRITERIA = ("logits", HIDDEN)
@@ -93,9 +93,16 @@ class DistillationTrainer(MultiTaskTrainer):
             del model.projections
 
     def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:
-        """Positions that the hidden-state criterion runs over."""
+        """Positions that the hidden-state criterion runs over; items of tasks whose own count is weighted by class."""
         total = sum(float(_positions(batch).sum()) for batch in batches)
-        return {HIDDEN: torch.tensor(total)}
+        counts = {HIDDEN: torch.tensor(total)}
+        for name, task in self.tasks.items():
+            if task.class_weights:
+                found = [
+                    float((batch[task.label_name] != UNLABELLED).sum()) for batch in batches if task.label_name in batch
+                ]
+                counts[name + ONLY_COUNTED] = torch.tensor(sum(found))
+        return counts
 
     def task_losses(
         self,
@@ -115,14 +122,15 @@ class DistillationTrainer(MultiTaskTrainer):
             task = self.tasks[name]
             logits = own_rows(outputs[f"logits_{name}"], rows.get(name))
             items = divisor(counts[name].to(target.device))
-            loss = self.label_weight * task.loss_sum(logits, target)
+            loss = self.label_weight * task.loss_sum(logits, target) / items
             if "logits" in self.criteria:
                 order = self._label_order[name]
                 wanted = own_rows(guide[name], rows.get(name))
                 wanted = wanted if order is None else wanted[..., order]
-                divergence = self._divergence(task, logits, wanted, target)
-                loss = loss + (1 - self.label_weight) * divergence
-            losses[name] = loss / items
+                # Class weights are for labels: every item counts the same beside the teacher.
+                each = divisor(counts.get(name + ONLY_COUNTED, counts[name]).to(target.device))
+                loss = loss + (1 - self.label_weight) * self._divergence(task, logits, wanted, target) / each
+            losses[name] = loss
         if not hidden:
             return outputs, losses, {}
         count = counts.get(HIDDEN, _positions(features).sum())

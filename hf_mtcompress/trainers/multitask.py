@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "multi_task_state.json"
 """Beside the optimizer's state in a checkpoint: what fusion and mixing learned."""
 
+ONLY_COUNTED = " items"
+"""End of the name of a count that no loss belongs to."""
+
 _LABELS = ("labels_", "rows_")
 
 
@@ -377,7 +380,7 @@ class MultiTaskTrainer(Trainer):
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
             counts = dict(zip(counts, gathered.cpu(), strict=True))
-        self._present = [name for name, count in counts.items() if float(count) > 0]
+        self._present = [name for name, count in counts.items() if float(count) > 0 and not name.endswith(ONLY_COUNTED)]
         self._several_sources = not self._mixed and len({_source(batch) for batch in batches}) > 1
         self.fusion.start_window(self.state.global_step, self.state.max_steps)
         if self.surgery is not None:

@@ -103,6 +103,23 @@ def test_splitting_a_window_differently_changes_no_gradient(tmp_path: Path) -> N
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_class_weights_are_for_labels_and_not_for_the_teacher(tmp_path: Path) -> None:
+    """Beside the teacher alone they change no gradient; with labels they do."""
+    teacher = teacher_model()
+
+    def gradient(label_weight: float, class_weights: tuple[float, ...] | None) -> torch.Tensor:
+        trainer = build(student_of(teacher, 2), teacher, tmp_path, label_weight=label_weight, criteria=("logits",))
+        trainer.tasks["mood"].class_weights = class_weights
+        trainer.create_optimizer_and_scheduler(10)
+        rows = trainer.train_groups[0].dataset
+        (found,) = gradients(trainer, [[trainer.data_collator([rows[index] for index in range(6)])]])
+        return found
+
+    weights = (3.0, 1.0, 0.25)
+    torch.testing.assert_close(gradient(0.0, weights), gradient(0.0, None), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(gradient(1.0, weights), gradient(1.0, None), rtol=1e-2)
+
+
 def test_the_teacher_is_never_trained_or_saved(tmp_path: Path) -> None:
     teacher = teacher_model()
     before = copy.deepcopy(teacher.state_dict())
