@@ -2,6 +2,7 @@
 
 plan: arms (together, alone:TASK, changed recipes, groups of tasks) -> the models they need, each once
 for each seed, for each model: skip if done, else train, score, delete the weights -> differences, compare.json, picture
+Several processes with the same command share the trainings: each takes those that no other holds.
 
 A model is a recipe of one finetune step on some of the tasks, and is trained by the workflow's own `do_step`: it is
 skipped when its fingerprint is that of a finished one, and goes on from its checkpoint when it was killed.
@@ -18,15 +19,17 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, write_text
+from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, WORK, write_text
 from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig
 from hf_mtcompress.config.load import dump_recipe, load_recipe
 from hf_mtcompress.config.overrides import without_local_paths
@@ -248,7 +251,8 @@ class _Model:
 def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = False) -> TaskComparisonRecord:
     """Train and score every arm in every seed, and write what the differences are.
 
-    A repeated call skips what is done; a killed one goes on from its last checkpoint. The rows are drawn with the
+    A repeated call skips what is done; a killed one goes on from its last checkpoint. Processes that are called with
+    the same arguments at the same time share the work; all of them return the whole record. The rows are drawn with the
     recipe's seed and are the same in all trainings; seeds change the heads at the start, the order and dropout.
 
     Args:
@@ -267,15 +271,24 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
     models = list({model.folder: model for parts in arms.values() for model in parts}.values())
     prepare_output(output)
     write_text(output / RECIPE, dump_recipe(recipe))
-    done: dict[str, list[StepRecord]] = {model.folder: [] for model in models}
-    total = len(comparison.seeds) * len(models)
-    for round_, seed in enumerate(comparison.seeds):
-        for number, model in enumerate(models, 1):
-            logger.warning("%s, seed %d (%d of %d)", model.folder, seed, round_ * len(models) + number, total)
-            done[model.folder].append(_train(model, seed, output, keep_models))
+    trainings = [(seed, model) for seed in comparison.seeds for model in models]
+
+    def train(training: tuple[int, _Model]) -> StepRecord:
+        seed, model = training
+        number = trainings.index(training) + 1
+        logger.warning("%s, seed %d (%d of %d)", model.folder, seed, number, len(trainings))
+        return _train(model, seed, output, keep_models)
+
+    locks = [output / WORK / f"{model.folder}-seed-{seed}.lock" for seed, model in trainings]
+    steps = _shared(train, trainings, locks)
+    done = {
+        model.folder: [step for step, (_, own) in zip(steps, trainings, strict=True) if own is model]
+        for model in models
+    }
     record = _record(comparison, sources, arms, done)
-    write_text(output / COMPARISON, records.to_json(record))
-    draw_differences(record, output / COMPARISON_PICTURE)
+    with FileLock(output / WORK / f"{COMPARISON}.lock"):
+        write_text(output / COMPARISON, records.to_json(record))
+        draw_differences(record, output / COMPARISON_PICTURE)
     return record
 
 
@@ -398,6 +411,28 @@ def _training_step(recipe: Recipe, seed: int, steps: int | None) -> FinetuneStep
 
 
 # ---- one training ----
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_LOOK_AGAIN = 1.0
+"""Seconds until a process that has nothing left to take looks whether the others are done."""
+
+
+def _shared(work: Callable[[Item], Result], items: Sequence[Item], locks: Sequence[Path]) -> list[Result]:
+    """Results of all items; those that another process works on are waited for, and then read by `work` itself."""
+    results: dict[int, Result] = {}
+    while len(results) < len(items):
+        taken = False
+        for number in (number for number in range(len(items)) if number not in results):
+            try:
+                with FileLock(locks[number], timeout=0):
+                    results[number] = work(items[number])
+                    taken = True
+            except Timeout:
+                continue
+        if not taken:
+            time.sleep(_LOOK_AGAIN)
+    return [results[number] for number in range(len(items))]
 
 
 def _train(model: _Model, seed: int, output: Path, keep_models: bool) -> StepRecord:

@@ -97,7 +97,7 @@ def prepare_output(output: Path) -> None:
         (output / WORK).mkdir(parents=True, exist_ok=True)
         probe = output / WORK / "writable"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may share the folder
     except OSError as error:
         raise ArtifactError(
             f"expected a folder that can be written at {output}, found that it cannot ({error.strerror}); "

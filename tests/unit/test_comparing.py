@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.comparing import compare_tasks, load_comparison
@@ -233,6 +236,42 @@ def test_one_task_is_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFi
 def test_commas_inside_a_value_stay(finished: tuple[Path, Path, dict[str, Any]], text: str) -> None:
     (arm,) = load_comparison(finished[0], arms=[text]).arms
     assert arm.settings == ("tasks.mood.labels=[bad, plain, good]", "fusion.kind=product")
+
+
+def test_what_another_process_holds_is_waited_for(
+    finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two processes with one command would otherwise train everything twice, into the same folders."""
+    comparison = load_comparison(finished[0], seeds=1)
+    output, taken = tmp_path / "out", threading.Event()
+    lock = FileLock(output / ".work" / "together-seed-5.lock")
+
+    def other_process() -> None:
+        with lock:
+            taken.set()
+            wait_for(output / "alone-tone" / "seed-5" / "step.json")
+            shutil.copytree(finished[1] / "together", output / "together")
+
+    (output / ".work").mkdir(parents=True)
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    taken.wait()
+    record = compare_tasks(comparison, output)
+    thread.join()
+    begun = [line for line in caplog.messages if "seed 5 (" in line]
+    assert begun[-1] == "together, seed 5 (1 of 4)"
+    assert "seed-5: done already, skipped" in caplog.text
+    scores = arms_of(finished[2])["together"]["scores"]
+    assert {task: values[0] for task, values in record.arms[0].scores.items()} == {
+        task: values[0] for task, values in scores.items()
+    }
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
