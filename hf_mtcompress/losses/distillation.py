@@ -61,8 +61,8 @@ def standardized_divergence_sum(student: Tensor, teacher: Tensor, mask: Tensor, 
         A scalar; 0 where student and teacher agree up to offset and scale.
 
     References:
-        Sun et al. 2024, "Logit Standardization in Knowledge Distillation", CVPR, eq. 12 and algorithm 1. The standard
-        deviation is that of the population, as in the algorithm.
+        Sun et al. 2024, "Logit Standardization in Knowledge Distillation", CVPR. The standard deviation is that of the
+        population.
 
     Deviation: an item whose logits are all equal is standardized to zeros and gives the student no gradient.
     """
@@ -99,7 +99,7 @@ def decoupled_divergence_sum(
             8 (CIFAR-100), and grow with the teacher's certainty.
 
     References:
-        Zhao et al. 2022, "Decoupled Knowledge Distillation", CVPR, eq. 7; the squared temperature is that of plain
+        Zhao et al. 2022, "Decoupled Knowledge Distillation", CVPR, eq. 7, with the squared temperature of plain
         distillation.
 
     Deviation: where the target is unlabelled the teacher's own answer stands in for it.
@@ -148,7 +148,7 @@ def correlation_distance_sum(
         gamma: weight of the part between items, at least 0.
 
     References:
-        Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher", NeurIPS, eq. 6 to 10.
+        Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher", NeurIPS (DIST).
 
     Deviations: a sum over items in place of a mean, in both parts. Not multiplied by the squared temperature: unlike a
     divergence, a correlation does not fade when its distributions soften. Where one side does not vary the distance is
@@ -309,7 +309,7 @@ def relational_distance_sum(student: Tensor, teacher: Tensor, mask: Tensor | Non
         ValueError: the numbers of rows differ.
 
     References:
-        Park et al. 2019, "Relational Knowledge Distillation", CVPR, eq. 5 to 8 (distance-wise).
+        Park et al. 2019, "Relational Knowledge Distillation", CVPR, the distance-wise loss.
 
     Deviations: scaled to a sum over rows, in place of a sum over pairs. A side whose rows are all the same has
     distances of 0 and no gradient.
@@ -351,7 +351,7 @@ def attention_map_distance_sum(
         ValueError: rows differ, or positions differ and are no square grids.
 
     References:
-        Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", ICLR, eq. 1 and 2, with p = 2.
+        Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", ICLR, activation-based, with p = 2.
 
     Deviations: the distance is squared, as in the authors' code, and the factor of a half is left to the caller's
     weight. The paper's students have the teacher's resolution.

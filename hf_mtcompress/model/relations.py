@@ -66,8 +66,8 @@ class RelationRecord:
         if lost:
             raise TrainingError(
                 f"expected queries, keys and values of '{self._name}' with a gradient, found reentrant gradient "
-                "checkpointing, which runs the layer without; set gradient_checkpointing_kwargs={'use_reentrant': "
-                "False}"
+                "checkpointing, which runs the layer without; set `activation_checkpointing_kwargs` to "
+                "{'use_reentrant': False}"
             )
         parts = answers[0].chunk(3, dim=-1) if self._fused else answers[:3]
         if len(parts) != 3 or any(part.dim() != 3 or part.shape != parts[0].shape for part in parts):
