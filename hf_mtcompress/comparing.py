@@ -19,17 +19,16 @@ import logging
 import math
 import re
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, WORK, write_text
+from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, WORK, share_work, write_text
 from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig
 from hf_mtcompress.config.load import dump_recipe, load_recipe
 from hf_mtcompress.config.overrides import without_local_paths
@@ -280,7 +279,7 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
         return _train(model, seed, output, keep_models)
 
     locks = [output / WORK / f"{model.folder}-seed-{seed}.lock" for seed, model in trainings]
-    steps = _shared(train, trainings, locks)
+    steps = share_work(train, trainings, locks)
     done = {
         model.folder: [step for step, (_, own) in zip(steps, trainings, strict=True) if own is model]
         for model in models
@@ -411,28 +410,6 @@ def _training_step(recipe: Recipe, seed: int, steps: int | None) -> FinetuneStep
 
 
 # ---- one training ----
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-_LOOK_AGAIN = 1.0
-"""Seconds until a process that has nothing left to take looks whether the others are done."""
-
-
-def _shared(work: Callable[[Item], Result], items: Sequence[Item], locks: Sequence[Path]) -> list[Result]:
-    """Results of all items; those that another process works on are waited for, and then read by `work` itself."""
-    results: dict[int, Result] = {}
-    while len(results) < len(items):
-        taken = False
-        for number in (number for number in range(len(items)) if number not in results):
-            try:
-                with FileLock(locks[number], timeout=0):
-                    results[number] = work(items[number])
-                    taken = True
-            except Timeout:
-                continue
-        if not taken:
-            time.sleep(_LOOK_AGAIN)
-    return [results[number] for number in range(len(items))]
 
 
 def _train(model: _Model, seed: int, output: Path, keep_models: bool) -> StepRecord:

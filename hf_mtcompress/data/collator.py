@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED
 from hf_mtcompress.tasks import Task
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -48,7 +50,30 @@ class MultiTaskCollator:
                 batch[task.label_name] = task.collate_labels([rows[place][task.label_name] for place in own], length)
             if 0 < len(own) < len(rows):
                 batch[task.rows_name] = torch.tensor(own)
-        return batch
+        if any(UNCOUNTED in row for row in rows):
+            batch[UNCOUNTED] = torch.tensor([bool(row.get(UNCOUNTED)) for row in rows])
+        return {**batch, **stack_signals(rows, length)}
+
+
+def stack_signals(rows: Sequence[Mapping[str, Any]], length: int | None) -> dict[str, Tensor]:
+    """What a teacher said of the rows of a batch: of those that have it, padded with NaN where it is by position.
+
+    Args:
+        rows: with arrays (width,) or (positions, width) under names that begin with `SIGNALS`.
+        length: padded input length in tokens; None for images, which are of one size.
+    """
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith(SIGNALS))
+    stacked = {}
+    for name in names:
+        arrays = [np.asarray(row[name]) for row in rows if name in row]
+        if arrays[0].ndim == 2 and length is not None:
+            padded = np.full((len(arrays), length, arrays[0].shape[1]), np.nan, dtype=arrays[0].dtype)
+            for place, array in enumerate(arrays):
+                padded[place, : len(array)] = array
+            stacked[name] = torch.from_numpy(padded)
+        else:
+            stacked[name] = torch.from_numpy(np.stack(arrays))
+    return stacked
 
 
 def _stack_equal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ A source is a set of rows with one or several tasks on them; tasks that share ro
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -23,15 +23,34 @@ _ANNEALED_BY = 0.8
 _BATCHES_IN_A_BLOCK = 50
 """As in transformers' own grouping by length."""
 
+SIGNALS = "teacher_"
+"""Beginning of the names of a row's signals."""
+UNCOUNTED = "uncounted"
+"""Key of a row, and of a batch, that says which rows count nowhere."""
+
 Index = tuple[int, int]
 """Source and row; -1 - row is the row without its labels, which then counts nowhere."""
 
 
+class SignalTable(Protocol):
+    """What was said of the rows of a source, such as a teacher's answers."""
+
+    def rows(self, indices: Sequence[int]) -> dict[str, list[np.ndarray]]:
+        """Arrays of some rows, by name."""
+        ...
+
+
 class MixedDataset(TorchDataset[dict[str, Any]]):
-    """Several data sets, indexed by (source, row)."""
+    """Several data sets, indexed by (source, row).
+
+    Attributes:
+        sources: the data sets.
+        signals: for each source what comes along with its rows under names that begin with `SIGNALS`; or nothing.
+    """
 
     def __init__(self, sources: Sequence[Dataset]) -> None:
         self.sources = list(sources)
+        self.signals: Sequence[SignalTable] = ()
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
@@ -45,7 +64,10 @@ class MixedDataset(TorchDataset[dict[str, Any]]):
         for source in dict.fromkeys(source for source, _ in indices):
             places = [place for place, index in enumerate(indices) if index[0] == source]
             numbers = [indices[place][1] for place in places]
-            columns = self.sources[source][[number if number >= 0 else -1 - number for number in numbers]]
+            rows = [number if number >= 0 else -1 - number for number in numbers]
+            columns = dict(self.sources[source][rows])
+            if self.signals:
+                columns |= {f"{SIGNALS}{name}": arrays for name, arrays in self.signals[source].rows(rows).items()}
             for position, (place, number) in enumerate(zip(places, numbers, strict=True)):
                 row = {key: values[position] for key, values in columns.items()}
                 found[place] = row if number >= 0 else _without_labels(row)
@@ -53,7 +75,7 @@ class MixedDataset(TorchDataset[dict[str, Any]]):
 
 
 def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs with every label marked as unlabelled."""
+    """The same inputs with every label marked as unlabelled, and the row as one that counts nowhere."""
 
     def unlabelled(label: Any) -> Any:
         match label:
@@ -64,7 +86,8 @@ def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
             case _:
                 return UNLABELLED
 
-    return {key: unlabelled(value) if key.startswith("labels_") else value for key, value in row.items()}
+    blank = {key: unlabelled(value) if key.startswith("labels_") else value for key, value in row.items()}
+    return {**blank, UNCOUNTED: True}
 
 
 def batch_shares(weights: Sequence[float], total: int) -> list[int]:

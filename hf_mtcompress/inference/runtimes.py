@@ -1,5 +1,6 @@
 """One way to run every saved form: arrays of model inputs to logits by task."""
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -43,12 +44,14 @@ class Runtime(ABC):
 
     Attributes:
         form: what kind of folder it is.
+        folder: where it was loaded from.
         tasks: the tasks by name.
         processor: tokenizer or image processor.
         max_length: longest input in tokens, None where nothing says so.
     """
 
     form: Form
+    folder: Path
     tasks: dict[str, Task]
     processor: Any
     max_length: int | None
@@ -65,12 +68,22 @@ class Runtime(ABC):
             By task: (rows, labels), or (rows, tokens, labels) for word-level tasks.
         """
 
+    def digest(self) -> str:
+        """Digest of the files it was loaded from, for caches of its answers."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.rglob("*")):
+            if file.suffix in (".safetensors", ".onnx", ".json"):
+                digest.update(file.relative_to(self.folder).as_posix().encode())
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
+
 
 class TorchRuntime(Runtime):
     """A multi-task folder, in float precision or quantized by bitsandbytes."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         _set_threads(threads)
+        self.folder = folder
         config = _load_config(folder)
         assert isinstance(config, MultiTaskConfig)
         self.form = "torch" if folder_form(folder) == "torch" else "bitsandbytes"
@@ -94,6 +107,7 @@ class VanillaRuntime(Runtime):
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         _set_threads(threads)
+        self.folder = folder
         register()
         folders = task_folders(folder)
         self.models: dict[str, PreTrainedModel] = {}
@@ -131,6 +145,7 @@ class OnnxRuntime(Runtime):
         from hf_mtcompress.inference.onnx_session import open_session, run_session
 
         self._run = run_session
+        self.folder = folder
         settings = read_onnx_settings(folder)
         self.session = open_session(folder / ONNX_MODEL, threads)
         self.tasks = settings.build_tasks()

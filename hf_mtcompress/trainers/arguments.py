@@ -87,10 +87,24 @@ class DistillationTrainingArguments(MultiTaskTrainingArguments):
     """Adds what distillation needs."""
 
     criteria: str = field(
-        default="logits,hidden", metadata={"help": "Comma-separated criteria among logits and hidden."}
+        default="logits,hidden",
+        metadata={"help": "Comma-separated criteria among logits, hidden, relations, embedding and feature_map."},
     )
-    temperature: float = field(default=2.0, metadata={"help": "Softens both distributions; above 0."})
+    temperature: float = field(default=2.0, metadata={"help": "Softens the logits that are compared; above 0."})
     label_weight: float = field(
         default=0.5, metadata={"help": "Share of the loss on true labels, in [0, 1]; the rest is the criteria's."}
     )
-    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the hidden-state criterion, at least 0."})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for what the teacher says of the training rows. It is asked once, whatever the epochs, and "
+            "other runs with the same teacher and rows find its answers there. Default: it runs beside the student."
+        },
+    )
+    cache_precision: str = field(default="float16", metadata={"help": "Of the numbers in it: float16 or float32."})
+    probe_rows: int = field(
+        default=64,
+        metadata={
+            "help": "Labelled rows of each source on which the teacher must be better than a guess; 0 trusts it."
+        },
+    )

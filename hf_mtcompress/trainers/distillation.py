@@ -1,108 +1,462 @@
-"""A Trainer whose student learns to answer like its teacher."""
+"""A Trainer whose student learns to answer like its teachers, and to think like them.
 
-from collections.abc import Mapping
-from typing import Any
+Teachers are asked while the student trains, or once for all rows before (`teacher_cache`). Which is done changes no
+gradient: a batch then brings along what was said of its rows.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
-from hf_mtcompress.errors import TaskError
-from hf_mtcompress.losses.distillation import (
-    binary_divergence_sum,
-    hidden_error_sum,
-    layer_map,
-    match_labels,
-    soft_cross_entropy_sum,
-    squared_error_sum,
+from hf_mtcompress.data.collator import stack_signals
+from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED, MixedDataset
+from hf_mtcompress.data.preprocessing import EncodedGroup
+from hf_mtcompress.data.teacher_cache import (
+    CachedSignals,
+    CacheSummary,
+    Precision,
+    Signals,
+    cached_signals,
+    digest_of,
+    input_digest,
 )
+from hf_mtcompress.errors import DataError, TaskError, TrainingError
+from hf_mtcompress.inference.runtimes import Runtime
+from hf_mtcompress.losses.criteria import AnswerCriterion, Criterion, StateCriterion, criterion_of, scheduled
+from hf_mtcompress.losses.fusion import Weight
+from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.states import reading_states, state_width
+from hf_mtcompress.model.stock_heads import task_of_stock
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import UNLABELLED, divisor
+from hf_mtcompress.trainers.asking import Asking
 from hf_mtcompress.trainers.multitask import ONLY_COUNTED, ItemCounts, MultiTaskTrainer, own_rows
+from hf_mtcompress.trainers.probing import agreement
+from hf_mtcompress.trainers.teachers import (
+    TeacherPanel,
+    Teachers,
+    logits_name,
+    panel_of,
+    positions_of,
+    same_tokenizer,
+)
 
-HIDDEN = "hidden"
-CRITERIA = ("logits", HIDDEN)
+logger = logging.getLogger(__name__)
+
+DEFAULT_CRITERIA = "logits,hidden"
+STOCK_TASK = "answer"
+"""Name of the only task of a stock student, in messages."""
+CACHE_FOLDER = "teacher_cache"
 
 
-class DistillationTrainer(MultiTaskTrainer):
-    """Trains a `MultiTaskModel` on labels and on a teacher's logits and hidden states.
+class DistillationMixin:
+    """Adds teachers to a Trainer: to `MultiTaskTrainer`, or to your own subclass of `transformers.Trainer`.
 
-    The loss of a task is `label_weight` * label loss + (1 - `label_weight`) * divergence from the teacher's logits;
-    the hidden-state term is added once. The teacher runs in evaluation mode without gradients and is never part of
-    the optimizer, of a checkpoint or of a saved folder.
-
-    Args:
-        teacher: a `MultiTaskModel` with the student's tasks (labels in any order, matched by name), or for a student
-            with one task a stock model of that kind. It shares the student's tokenizer.
-        criteria: among `logits` and `hidden`; default: `args.criteria`.
-        temperature, label_weight, hidden_weight: override those of `args` (`DistillationTrainingArguments`).
-        **kwargs: for `MultiTaskTrainer`.
-
-    Raises:
-        TaskError: student and teacher do not fit: tasks, labels or vocabulary differ.
-
-    References:
-        Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Jiao et al. 2020, "TinyBERT".
+    `class Mine(DistillationMixin, MyTrainer)` trains what `MyTrainer` trains, a stock model with one head or a
+    `MultiTaskModel` (then `MyTrainer` is a `MultiTaskTrainer`). See `DistillationTrainer` for the arguments.
     """
+
+    # What it uses of the Trainer that it is mixed with.
+    model: Any
+    args: Any
+    state: Any
+    accelerator: Any
+    train_dataset: Any
+    data_collator: Any
+    processing_class: Any
 
     def __init__(
         self,
-        model: MultiTaskModel,
-        *,
-        teacher: PreTrainedModel,
-        criteria: tuple[str, ...] | None = None,
+        *args: Any,
+        teacher: Teachers | None = None,
+        teachers: Teachers | None = None,
+        teacher_processing_class: Any = None,
+        criteria: Sequence[Criterion | str] | None = None,
         temperature: float | None = None,
-        label_weight: float | None = None,
-        hidden_weight: float | None = None,
+        label_weight: Weight | None = None,
+        teacher_cache: str | Path | None = None,
+        probe_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, **kwargs)
-        own = self.args
-        self.criteria = criteria or tuple(str(getattr(own, "criteria", "logits,hidden")).split(","))
-        self.temperature = float(getattr(own, "temperature", 2.0) if temperature is None else temperature)
-        self.label_weight = float(getattr(own, "label_weight", 0.5) if label_weight is None else label_weight)
-        self.hidden_weight = float(getattr(own, "hidden_weight", 1.0) if hidden_weight is None else hidden_weight)
-        unknown = [name for name in self.criteria if name not in CRITERIA]
-        if unknown or not self.criteria:
-            raise TaskError(f"expected criteria among {CRITERIA}, found {unknown or 'none'}")
-        if not 0 <= self.label_weight <= 1 or self.temperature <= 0:
-            raise TaskError(
-                f"expected label_weight in [0, 1] and a temperature above 0, found {self.label_weight} and "
-                f"{self.temperature}"
+        given = teachers if teacher is None else teacher
+        if given is None or (teacher is not None and teachers is not None):
+            raise TaskError("expected teacher= or teachers=, found " + ("both" if given is not None else "neither"))
+        super().__init__(*args, **kwargs)
+        settings = self.args
+        self.label_weight: Weight = getattr(settings, "label_weight", 0.5) if label_weight is None else label_weight
+        softness = float(getattr(settings, "temperature", 2.0) if temperature is None else temperature)
+        self.criteria = _criteria(criteria or str(getattr(settings, "criteria", DEFAULT_CRITERIA)).split(","), softness)
+        _check_weights(self.label_weight, softness)
+        self.answer_criteria = [item for item in self.criteria if isinstance(item, AnswerCriterion)]
+        self.state_criteria = [item for item in self.criteria if isinstance(item, StateCriterion)]
+        self._signals: dict[str, Tensor] = {}
+        """What the present batch brings along of its teachers."""
+        self._uncounted: Tensor | None = None
+        """Rows of the present batch that count nowhere."""
+        self._stock: Task | None = None
+        if not getattr(self, "multi_task", False):
+            self._stock = task_of_stock(STOCK_TASK, self._core)
+            # Losses are divided by the items of a whole accumulation window in `compute_loss`.
+            self.loss_is_scaled_for_ga = True
+        self.panel = self._panel(given, teacher_processing_class)
+        for member in self.panel.teachers:
+            member.to(self.args.device)
+        self._check_states()
+        folder = teacher_cache or getattr(settings, "teacher_cache", None)
+        foreign = [member for member in self.panel.teachers if member.processor is not None]
+        if folder is None and foreign:
+            folder = Path(str(settings.output_dir)) / CACHE_FOLDER
+            logger.warning(
+                "a teacher reads inputs of its own: it is asked about all rows now, and what it says is kept in %s",
+                folder.name,
             )
-        self.teacher = teacher.eval().requires_grad_(False)
-        torch.nn.Module.to(self.teacher, self.args.device)
-        self._label_order = {name: _label_order(task, teacher) for name, task in model.tasks.items()}
-        _check_vocabulary(model, teacher)
-        student_config, teacher_config = model.encoder.config, _encoder_config(teacher)
-        self._layers = layer_map_or_explain(student_config.num_hidden_layers, teacher_config.num_hidden_layers)
-        self._widths = (student_config.hidden_size, teacher_config.hidden_size)
+        count = int(getattr(settings, "probe_rows", 64) if probe_rows is None else probe_rows)
+        if count:
+            self._probe(count)
+        self.caches: list[CacheSummary] = []
+        """Of what teachers said of the training rows, one for each source of rows; empty without a cache."""
+        if folder is not None and self.train_dataset is not None:
+            self._fill_caches(Path(folder))
+
+    # ---- who teaches what ----
+
+    @property
+    def _core(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _answered(self) -> dict[str, Task]:
+        """The student's tasks by name."""
+        return {STOCK_TASK: self._stock} if self._stock is not None else self._core.tasks
+
+    @property
+    def _student_encoder(self) -> PreTrainedModel:
+        core = self._core
+        return core.encoder if isinstance(core, MultiTaskModel) else encoder_of(core)
+
+    def _label_key(self, name: str) -> str:
+        return "labels" if self._stock is not None else self._answered[name].label_name
+
+    def _panel(self, given: Teachers, processing_class: Any) -> TeacherPanel:
+        models, own = _models_and_processors(given, processing_class)
+        processors, lengths = {}, {}
+        for model, processor in zip(models, own, strict=True):
+            if isinstance(model, Runtime):
+                processor = model.processor if processor is None else processor
+                lengths[id(model)] = model.max_length
+            elif isinstance(model, MultiTaskModel):
+                lengths[id(model)] = (model.config.preprocessing or {}).get("main", {}).get("max_length")
+            if processor is None:
+                self._check_vocabulary(model)
+            elif not same_tokenizer(processor, self.processing_class):
+                processors[id(model)] = processor
+        return panel_of(given, self._answered, processors, lengths)
+
+    def _check_vocabulary(self, teacher: Any) -> None:
+        encoder = teacher.encoder if isinstance(teacher, MultiTaskModel) else encoder_of(teacher)
+        own = self._student_encoder.config.to_dict().get("vocab_size")
+        other = encoder.config.to_dict().get("vocab_size")
+        if own != other:
+            raise TaskError(
+                f"expected teacher and student with one tokenizer, found vocabularies of {other} and {own} tokens; "
+                "pass its own tokenizer as teacher_processing_class, or take a student of the teacher's layers"
+            )
+
+    def _check_states(self) -> None:
+        """State criteria fit student and teachers."""
+        self._pairs: list[tuple[StateCriterion, list[tuple[str, str]]]] = []
+        showing = list(
+            {id(self.panel.shown_by([name])): self.panel.shown_by([name]) for name in self._answered}.values()
+        )
+        if not self.state_criteria:
+            return
+        encoders = [teacher.encoder for teacher in showing]
+        if any(encoder is None for encoder in encoders):
+            raise TaskError(
+                f"expected a teacher in torch for the criteria {[item.kind for item in self.state_criteria]}, found an "
+                "ONNX graph, which shows answers only; use criteria=['logits'], or the checkpoint the graph was made of"
+            )
+        clash = [item.kind for item in self.state_criteria if item.kind in self._answered]
+        if clash:
+            raise TaskError(f"expected task names other than those of criteria, found {clash}; rename the task")
+        if len(showing) > 1 and getattr(self, "_mixed", False):
+            raise TrainingError(
+                f"expected one teacher for the states in batches of several sources, found {len(showing)}; use "
+                "batches='one_source', or criteria=['logits']"
+            )
+        shapes = {(encoder.config.num_hidden_layers, encoder.config.hidden_size) for encoder in encoders if encoder}
+        if len(shapes) > 1:
+            raise TaskError(
+                f"expected teachers of one depth and width for state criteria, found {sorted(shapes)}; use "
+                "criteria=['logits']"
+            )
+        first = encoders[0]
+        assert first is not None
+        depths = self._student_encoder.config.num_hidden_layers, first.config.num_hidden_layers
+        for item in self.state_criteria:
+            if (
+                item.images_only
+                and getattr(self._core, "main_input_name", "") != "pixel_values"
+                and not hasattr(self._student_encoder.config, "patch_size")
+            ):
+                raise TaskError(f"criterion '{item.kind}': expected a vision encoder, found one for texts")
+            self._pairs.append((item, item.pairs(*depths)))
+        self._own_states = list(dict.fromkeys(own for _, pairs in self._pairs for own, _ in pairs))
+        self._their_states = list(dict.fromkeys(theirs for _, pairs in self._pairs for _, theirs in pairs))
+        self._widths = {
+            **{("own", name): state_width(self._student_encoder, name) for name in self._own_states},
+            **{("theirs", name): state_width(first, name) for name in self._their_states},
+        }
+
+    _own_states: Sequence[str] = ()
+    _their_states: Sequence[str] = ()
+    _widths: Mapping[tuple[str, str], int] = {}
+
+    # ---- what teachers say of many rows ----
+
+    def _groups(self, role: str) -> list[tuple[EncodedGroup, Any]]:
+        """Encoded rows with the raw rows they came from."""
+        if self._stock is not None:
+            dataset = self.train_dataset if role == "train" else getattr(self, "eval_dataset", None)
+            if not isinstance(dataset, Dataset):
+                return []
+            return [(EncodedGroup((STOCK_TASK,), dataset), dataset)]
+        groups = self.train_groups if role == "train" else self.eval_groups  # type: ignore[attr-defined]
+        rows = self.train_rows if role == "train" else self.eval_rows  # type: ignore[attr-defined]
+        return [(group, rows.get(group.tasks[0])) for group in groups]
+
+    def _ask_about(self, group: EncodedGroup, raw: Any, indices: Sequence[int], states: Sequence[str]) -> Signals:
+        """What the teachers say of some rows, in their order."""
+        tasks = {name: self._answered[name] for name in group.tasks}
+        asking = Asking(
+            panel=self.panel,
+            processor=self.processing_class,
+            max_length=getattr(self, "_max_length", None),
+            device=self.args.device,
+            batch_size=self.args.eval_batch_size,
+        )
+        return asking.about(group.dataset, raw, indices, tasks, states)
+
+    def _probe(self, count: int) -> None:
+        """Refuse teachers that answer no better than a guess.
+
+        Raises:
+            TaskError: one line for each task.
+        """
+        problems = []
+        for group, raw in self._groups("validation") or self._groups("train"):
+            indices = list(range(0, len(group.dataset), max(1, len(group.dataset) // count)))[:count]
+            signals = self._ask_about(group, raw, indices, ())
+            for name in group.tasks:
+                task = self._answered[name]
+                column = next(
+                    (key for key in (self._label_key(name), "label") if key in group.dataset.column_names), None
+                )
+                key = column or self._label_key(name)
+                labels = [group.dataset[index].get(key) for index in indices]
+                if any(label is None for label in labels):
+                    continue
+                found = agreement(task, signals[logits_name(name)], labels)
+                if found.near_chance:
+                    measure = "correlation" if task.problem == "regression" else "agreement beyond chance (kappa)"
+                    cause = found.cause or (
+                        "it was not trained on this task, reads another tokenizer's ids, or the columns are not those "
+                        "it was trained on"
+                    )
+                    problems.append(
+                        f"task '{name}': expected a teacher that knows it, found a {measure} of {found.value:.2f} on "
+                        f"{found.items} items; likely cause: {cause}"
+                    )
+        if problems:
+            raise TaskError("\n".join([*problems, "give another teacher, or probe_rows=0 to train with this one"]))
+
+    def _fill_caches(self, folder: Path) -> None:
+        if getattr(self, "train_streams", None):
+            raise DataError(
+                "expected rows with a length for a teacher's cache, found streams; load them without streaming"
+            )
+        precision: Any = getattr(self.args, "cache_precision", "float16")
+        if precision not in get_args(Precision):
+            raise TaskError(f"expected cache_precision among {get_args(Precision)}, found '{precision}'")
+        tables: list[CachedSignals] = []
+        digests = [teacher.digest() for teacher in self.panel.teachers]
+        for group, raw in self._groups("train"):
+            dataset = group.dataset
+            columns = [name for name in ("input_ids", "token_type_ids", "pixel_values") if name in dataset[0]]
+            asked = {
+                name: [(self.panel.teachers.index(teacher), weight) for teacher, weight in self.panel.by_task[name]]
+                for name in group.tasks
+            }
+            parts = {
+                "teachers": digests,
+                "asked": asked,
+                "labels": {name: self._answered[name].labels for name in group.tasks},
+                "orders": [teacher.orders for teacher in self.panel.teachers],
+                "states": list(self._their_states),
+                "rows": input_digest(dataset, columns),
+                "precision": precision,
+            }
+
+            def compute(indices: Sequence[int], group: EncodedGroup = group, raw: Any = raw) -> Signals:
+                return self._ask_about(group, raw, indices, self._their_states)
+
+            tables.append(
+                cached_signals(
+                    folder,
+                    digest_of(parts),
+                    len(dataset),
+                    compute,
+                    precision=precision,
+                    description=f"Asking the teacher about {group.name}",
+                )
+            )
+        self.caches = [table.summary for table in tables]
+        asked_now = sum(table.computed for table in tables)
+        logger.warning(
+            "teacher's answers to %d rows: %.1f MB on disk, %s",
+            sum(summary.rows for summary in self.caches),
+            sum(summary.bytes for summary in self.caches) / 1e6,
+            f"asked for {sum(item.seconds for item in self.caches):.0f} s" if asked_now else "all there already",
+        )
+        if self._stock is not None:
+            self.train_dataset = _WithSignals(self.train_dataset, tables[0])
+            self.data_collator = _SignalCollator(self.data_collator)
+        else:
+            assert isinstance(self.train_dataset, MixedDataset)
+            self.train_dataset.signals = tables
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; cached answers come along with the rows."""
+        loader = super().get_train_dataloader()  # type: ignore[misc]  # of the Trainer
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(dataset, MixedDataset) and isinstance(self.train_dataset, MixedDataset):
+            dataset.signals = self.train_dataset.signals
+        return loader
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]  # of the Trainer
+        signature = getattr(self, "_signature_columns", None)
+        if signature is not None and self._stock is not None:
+            names = [f"{SIGNALS}{logits_name(STOCK_TASK)}", *(f"{SIGNALS}{name}" for name in self._their_states)]
+            signature += [name for name in names if name not in signature]
+
+    # ---- training ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; where widths differ a projection of each layer is learned beside the student and dropped after it."""
+        """Train; where widths differ projections are learned beside the student and dropped after it."""
+        projections = {
+            self._projection_name(item, own): nn.Linear(self._widths["own", own], self._widths["theirs", theirs])
+            for item, pairs in self._pairs
+            for own, theirs in pairs
+            if item.projected and self._widths["own", own] != self._widths["theirs", theirs]
+        }
+        if not projections:
+            return super().train(*args, **kwargs)  # type: ignore[misc]  # of the Trainer
         model = self.model
-        assert isinstance(model, MultiTaskModel)
-        if HIDDEN not in self.criteria or self._widths[0] == self._widths[1]:
-            return super().train(*args, **kwargs)
         # A part of the model while training, so that optimizer, DDP and checkpoints hold it.
-        model.projections = nn.ModuleList(nn.Linear(*self._widths) for _ in self._layers).to(self.args.device)
+        model.projections = nn.ModuleDict(projections).to(self.args.device)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)  # type: ignore[misc]  # of the Trainer
         finally:
             del model.projections
 
+    @staticmethod
+    def _projection_name(criterion: StateCriterion, state: str) -> str:
+        return f"{criterion.kind}_{state}"
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps - 1, 1)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Batches of one accumulation window, and how many items of each kind are in it over all ranks."""
+        batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if self._stock is None:
+            return batches, counted
+        labels = [batch["labels"] for batch in batches if "labels" in batch]
+        found = [self._stock.item_count(label).cpu() for label in labels]
+        counts: ItemCounts = {STOCK_TASK: torch.stack(found).sum() if found else torch.tensor(0.0)}
+        counts |= self.extra_counts(batches)
+        if self.args.world_size > 1:
+            gathered: Any = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
+            counts = dict(zip(counts, gathered.cpu(), strict=True))
+        return batches, counts
+
     def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:
-        """Positions that the hidden-state criterion runs over; items of tasks whose own count is weighted by class."""
-        total = sum(float(_positions(batch).sum()) for batch in batches)
-        counts = {HIDDEN: torch.tensor(total)}
-        for name, task in self.tasks.items():
-            if task.class_weights:
-                found = [
-                    float((batch[task.label_name] != UNLABELLED).sum()) for batch in batches if task.label_name in batch
-                ]
-                counts[name + ONLY_COUNTED] = torch.tensor(sum(found))
+        """Items of the window that each criterion runs over."""
+        counts: ItemCounts = {}
+        for name in self._answered:
+            masks = [self._asked(name, batch).sum() for batch in batches if self._label_key(name) in batch]
+            counts[name + ONLY_COUNTED] = torch.stack(masks).sum().float().cpu() if masks else torch.tensor(0.0)
+        for item, pairs in self._pairs:
+            masks = [self._state_mask(item, pairs[0][1], batch).sum() for batch in batches]
+            counts[item.kind] = torch.stack(masks).sum().float().cpu() if masks else torch.tensor(0.0)
         return counts
+
+    def _asked(self, name: str, batch: Mapping[str, Any]) -> Tensor:
+        """Which items of a task count beside the teacher: (rows,), or (rows, positions) of word labels.
+
+        Rows without a label count too, as the teacher has an answer for them. Of words, those with a label; of a row
+        without any, every position.
+        """
+        task, target = self._answered[name], batch[self._label_key(name)]
+        rows = batch.get(f"rows_{name}")
+        if task.problem == "token_classification":
+            labelled = target != UNLABELLED
+            attention = own_rows(positions_of(batch), rows).bool()
+            mask = labelled | (~labelled.any(1, keepdim=True) & attention)
+        else:
+            mask = torch.ones(len(target), dtype=torch.bool, device=target.device)
+        if UNCOUNTED in batch:
+            skipped = own_rows(batch[UNCOUNTED], rows)
+            mask = mask & ~(skipped[:, None] if mask.dim() == 2 else skipped)
+        wanted = batch.get(f"{SIGNALS}{logits_name(name)}")
+        return mask if wanted is None else mask & wanted.isfinite().all(-1)
+
+    def _state_mask(self, criterion: StateCriterion, theirs: str, batch: Mapping[str, Any]) -> Tensor:
+        """Which positions (rows, where a criterion compares rows) count: of texts (rows, positions), else (rows,)."""
+        positions = positions_of(batch).bool()
+        if UNCOUNTED in batch:
+            skipped = batch[UNCOUNTED]
+            positions = positions & ~(skipped[:, None] if positions.dim() == 2 else skipped)
+        wanted = batch.get(f"{SIGNALS}{theirs}")
+        if wanted is not None and wanted.dim() == 3 and positions.dim() == 2:
+            positions = positions & wanted.isfinite().all(-1)
+        return positions.any(1) if criterion.per_row and positions.dim() == 2 else positions
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss on labels and on what the teachers say; outside of training a stock student's own loss."""
+        self._signals = {key.removeprefix(SIGNALS): value for key, value in inputs.items() if key.startswith(SIGNALS)}
+        self._uncounted = inputs.get(UNCOUNTED)
+        inputs = {key: value for key, value in inputs.items() if not key.startswith(SIGNALS) and key != UNCOUNTED}
+        if self._stock is None or not isinstance(num_items_in_batch, dict):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        target = inputs.pop("labels", None)
+        if target is None:
+            target = self._stock.collate_labels(
+                self._stock.encode_labels([None] * len(next(iter(inputs.values()))), {}), None
+            ).to(self.args.device)
+        labels = {STOCK_TASK: target}
+        outputs, losses, extra = self.task_losses(model, inputs, labels, num_items_in_batch, {})
+        loss = torch.stack([*losses.values(), *extra.values()]).sum() * self.args.world_size
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"expected a finite loss at step {self.state.global_step}, found {float(loss.detach())}; lower the "
+                "learning rate, or turn off bf16/fp16"
+            )
+        return (loss, outputs) if return_outputs else loss
 
     def task_losses(
         self,
@@ -112,130 +466,201 @@ class DistillationTrainer(MultiTaskTrainer):
         counts: ItemCounts,
         rows: dict[str, Tensor],
     ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """Label loss mixed with the divergence from the teacher, by task; and the hidden-state term."""
-        hidden = HIDDEN in self.criteria
-        outputs = model(**features, tasks=list(labels), output_hidden_states=hidden or None)
-        with torch.no_grad():
-            guide = self._ask_teacher(features, list(labels), hidden)
+        """Label loss mixed with the distance from the teachers, by task; and one term for each state criterion."""
+        batch = self._whole_batch(features, labels, rows)
+        core = self._core
+        with reading_states(self._student_encoder, self._own_states) as reader:
+            if isinstance(core, MultiTaskModel):
+                outputs = model(**features, tasks=list(labels), output_hidden_states=reader.wants_hidden or None)
+            else:
+                wants = reader.wants_hidden or bool(self._own_states)
+                outputs = model(**features, output_hidden_states=wants, return_dict=True)
+            own = reader.read(outputs, positions_of(features)) if self._own_states else {}
+        tasks = {name: self._answered[name] for name in labels}
+        cached = bool(self._signals)
+        guide = self._signals if cached else self.panel.signals(features, tasks, self._their_states)
+        share = scheduled(self.label_weight, self._progress)
         losses = {}
-        for name, target in labels.items():
-            task = self.tasks[name]
-            logits = own_rows(outputs[f"logits_{name}"], rows.get(name))
-            items = divisor(counts[name].to(target.device))
-            loss = self.label_weight * task.loss_sum(logits, target) / items
-            if "logits" in self.criteria:
-                order = self._label_order[name]
-                wanted = own_rows(guide[name], rows.get(name))
-                wanted = wanted if order is None else wanted[..., order]
-                # Class weights are for labels: every item counts the same beside the teacher.
-                each = divisor(counts.get(name + ONLY_COUNTED, counts[name]).to(target.device))
-                loss = loss + (1 - self.label_weight) * self._divergence(task, logits, wanted, target) / each
-            losses[name] = loss
-        if not hidden:
-            return outputs, losses, {}
-        count = counts.get(HIDDEN, _positions(features).sum())
-        error = self._hidden_error(model, outputs.hidden_states, guide[HIDDEN], _positions(features))
-        term = (1 - self.label_weight) * self.hidden_weight * error / divisor(count.to(error.device))
-        return outputs, losses, {HIDDEN: term}
+        for name, task in tasks.items():
+            logits = own_rows(outputs[f"logits_{name}"], rows.get(name)) if self._stock is None else outputs.logits
+            wanted = guide[logits_name(name)]
+            wanted = wanted if cached else own_rows(wanted, rows.get(name))
+            losses[name] = self._task_loss(task, logits, wanted, labels[name], self._asked(name, batch), counts, share)
+        terms = {
+            item.kind: (1 - share)
+            * item.weight_at(self._progress)
+            * self._state_error(item, pairs, own, guide, batch, counts)
+            for item, pairs in self._pairs
+        }
+        return outputs, losses, terms
 
-    def _ask_teacher(self, features: Mapping[str, Tensor], names: list[str], hidden: bool) -> dict[str, Any]:
-        if isinstance(self.teacher, MultiTaskModel):
-            answer = self.teacher(**features, tasks=names, output_hidden_states=hidden or None)
-            return {**{name: answer[f"logits_{name}"] for name in names}, HIDDEN: answer.hidden_states}
-        answer = self.teacher(**features, output_hidden_states=hidden or None)
-        return {names[0]: answer.logits, HIDDEN: answer.get("hidden_states")}
+    def _whole_batch(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], rows: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The batch as the collator made it, for what counts in it."""
+        batch = dict(features)
+        batch |= {self._label_key(name): target for name, target in labels.items()}
+        batch |= {f"rows_{name}": places for name, places in rows.items()}
+        batch |= {f"{SIGNALS}{name}": values for name, values in self._signals.items()}
+        if self._uncounted is not None:
+            batch[UNCOUNTED] = self._uncounted
+        return batch
 
-    def _divergence(self, task: Task, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        match task.problem:
-            case "regression":
-                labelled = ~target.isnan()
-                return squared_error_sum(student[labelled], teacher[labelled])
-            case "multi_label_classification":
-                labelled = target[:, 0] != UNLABELLED
-                return binary_divergence_sum(student[labelled], teacher[labelled], self.temperature)
-            case "single_label_classification" | "token_classification":
-                mask = (target != UNLABELLED).flatten()
-                width = student.shape[-1]
-                return soft_cross_entropy_sum(
-                    student.reshape(-1, width), teacher.reshape(-1, width), mask, self.temperature
-                )
-
-    def _hidden_error(
-        self, model: nn.Module, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor
+    def _task_loss(
+        self,
+        task: Task,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        counts: ItemCounts,
+        share: float,
     ) -> Tensor:
-        """Mean over matched layers of the relative error, summed over positions. The first state is the embedding."""
-        projections = getattr(self.accelerator.unwrap_model(model), "projections", None)
+        """The loss of one task in this batch, as a share of the window's mean."""
+        loss = share * task.loss_sum(student, target) / divisor(counts[task.name].to(target.device))
+        # Class weights are for labels: every item counts the same beside the teacher.
+        each = divisor(counts.get(task.name + ONLY_COUNTED, mask.sum().float()).to(target.device))
+        for item in self.answer_criteria:
+            error = item.divergence_sum(task.problem, student[mask], teacher[mask], target[mask])
+            loss = loss + (1 - share) * item.weight_at(self._progress) * error / each
+        return loss
+
+    def _state_error(
+        self,
+        criterion: StateCriterion,
+        pairs: list[tuple[str, str]],
+        own: Mapping[str, Tensor],
+        guide: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        counts: ItemCounts,
+    ) -> Tensor:
+        """Mean over the compared states of their distance, as a share of the window's mean."""
+        projections = getattr(self._core, "projections", {})
+        mask = self._state_mask(criterion, pairs[0][1], batch)
+        count = divisor(counts.get(criterion.kind, mask.sum().float()).to(mask.device))
         total = torch.zeros((), device=mask.device)
-        for index, layer in enumerate(self._layers):
-            own = student[index + 1] if projections is None else projections[index](student[index + 1])
-            counted = mask if mask.dim() == 2 else mask[:, None].expand(own.shape[:2])
-            error = hidden_error_sum(own, teacher[layer + 1], counted.bool())
+        for mine, theirs in pairs:
+            student, teacher = own[mine], guide[theirs]
+            name = self._projection_name(criterion, mine)
+            if name in projections:
+                student = projections[name](student)
+            counted = mask
+            if student.dim() == 3 and mask.dim() == 1 and not criterion.per_row:
+                if student.shape[1] != teacher.shape[1]:
+                    raise TaskError(
+                        f"criterion '{criterion.kind}': expected as many patches in student and teacher, found "
+                        f"{student.shape[1]} and {teacher.shape[1]}; use feature_map or embedding"
+                    )
+                counted = mask[:, None].expand(student.shape[:2])
+            error = criterion.distance_sum(student, torch.nan_to_num(teacher.float()), counted)
             # Images have no mask: a row counts once, whatever its number of patches.
-            total = total + (error if mask.dim() == 2 else error / own.shape[1])
-        return total / len(self._layers)
+            per_patch = student.dim() == 3 and mask.dim() == 1 and not criterion.per_row
+            total = total + (error / student.shape[1] if per_patch else error)
+        return total / len(pairs) / count
 
 
-def layer_map_or_explain(student: int, teacher: int) -> list[int]:
-    """`layer_map`, with an error that speaks of student and teacher.
+class DistillationTrainer(DistillationMixin, MultiTaskTrainer):
+    """Trains a student on labels and on what its teachers say; a stock student with one head trains too.
+
+    The loss of a task is `label_weight` * label loss + (1 - `label_weight`) * what the answer criteria say; state
+    criteria are added once, with the same second factor. Teachers run in evaluation mode without gradients and are
+    never part of the optimizer, of a checkpoint or of a saved folder.
+
+    Args:
+        teacher: one model, or a list of models (or of pairs of model and weight) whose answers are averaged, or models
+            by task name. Each is a `MultiTaskModel` with the student's tasks, a stock model of one task's kind, or
+            an ONNX folder opened by `open_runtime`. Labels may be in any order; they are matched by name.
+        teachers: the same, for those who have several.
+        teacher_processing_class: the teacher's own tokenizer or image processor, where it is not the student's: each
+            then reads the rows for itself, and tokens are matched by their first character. Likewise a list or a dict.
+        criteria: names (`logits`, `hidden`, `relations`, `embedding`, `feature_map`) or objects from
+            `hf_mtcompress.losses.criteria`; default: `args.criteria`.
+        temperature: of `logits` where it is given by name.
+        label_weight: share of the label loss, in [0, 1]; a pair goes linearly from the first to the last step, as in
+            the teacher annealing of Clark et al. 2019, "BAM!".
+        teacher_cache: folder for what teachers say of the training rows; asked once, whatever the epochs. Default:
+            `args.teacher_cache`, else teachers run beside the student.
+        probe_rows: labelled rows a source on which a teacher must agree with the labels better than a guess; 0 trusts
+            it. Default: `args.probe_rows`.
+        **kwargs: for `MultiTaskTrainer`.
 
     Raises:
-        TaskError: the student is deeper than the teacher.
+        TaskError: student and teacher do not fit: tasks, labels, vocabulary, depth; or a teacher that knows nothing.
+
+    References:
+        Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Clark et al. 2019, "BAM! Born-Again
+        Multi-Task Networks for Natural Language Understanding"; those of the criteria.
     """
-    try:
-        return layer_map(student, teacher)
-    except ValueError as error:
-        raise TaskError(
-            f"a student of {student} layers cannot follow a teacher of {teacher}: {error}; "
-            "choose a shallower student or leave out the criterion 'hidden'"
-        ) from error
 
 
-def _positions(batch: Mapping[str, Any]) -> Tensor:
-    """(batch, tokens) attention mask of texts, or (batch,) ones of images."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"]
-    if "input_ids" in batch:
-        return torch.ones_like(batch["input_ids"])
-    return torch.ones(len(batch["pixel_values"]), device=batch["pixel_values"].device)
+class _WithSignals(TorchDataset[dict[str, Any]]):
+    """Rows of a stock student with what its teacher said of them."""
+
+    def __init__(self, rows: Dataset, signals: CachedSignals) -> None:
+        self._rows = rows
+        self._table = signals
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        found = self._table.rows(indices)
+        return [
+            {**self._rows[index], **{f"{SIGNALS}{name}": values[place] for name, values in found.items()}}
+            for place, index in enumerate(indices)
+        ]
 
 
-def _encoder_config(model: PreTrainedModel) -> Any:
-    return model.encoder.config if isinstance(model, MultiTaskModel) else model.base_model.config
+class _SignalCollator:
+    """Any collator, with signals stacked beside what it makes."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        plain = [{key: value for key, value in row.items() if not key.startswith(SIGNALS)} for row in rows]
+        batch = dict(self._collator(plain))
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else None
+        return {**batch, **stack_signals(rows, length)}
 
 
-def _label_order(task: Task, teacher: PreTrainedModel) -> list[int] | None:
-    """Columns of the teacher's logits in the student's label order; None for a regression."""
-    if isinstance(teacher, MultiTaskModel):
-        if task.name not in teacher.tasks:
+def _models_and_processors(given: Teachers, processing_class: Any) -> tuple[list[Any], list[Any]]:
+    """The models in order, each with its own processor or None."""
+    if isinstance(given, Mapping):
+        named = processing_class if isinstance(processing_class, Mapping) else dict.fromkeys(given, processing_class)
+        return list(given.values()), [named.get(name) for name in given]
+    members = list(given) if isinstance(given, Sequence) else [given]
+    models = [item[0] if isinstance(item, tuple) else item for item in members]
+    if isinstance(processing_class, Sequence):
+        if len(processing_class) != len(models):
             raise TaskError(
-                f"expected a teacher with the task '{task.name}', found {list(teacher.tasks)}; "
-                "give the task the same name in both, or leave it out"
+                f"expected one teacher_processing_class for each of {len(models)} teachers, found "
+                f"{len(processing_class)}; say None for those with the student's tokenizer"
             )
-        names: Any = teacher.tasks[task.name].labels
-        outputs = teacher.tasks[task.name].num_outputs
-    else:
-        names = [label for _, label in sorted((teacher.config.id2label or {}).items())]
-        outputs = teacher.config.num_labels
-    if task.problem == "regression":
-        if outputs != 1:
-            raise TaskError(f"task '{task.name}': expected a teacher with one output for a regression, found {outputs}")
-        return None
-    try:
-        order = match_labels(task.labels or (), names or ())
-    except ValueError as error:
-        raise TaskError(f"task '{task.name}': {error}") from error
-    return None if order == list(range(len(order))) else order
+        return models, list(processing_class)
+    return models, [processing_class] * len(models)
 
 
-def _check_vocabulary(student: MultiTaskModel, teacher: PreTrainedModel) -> None:
-    own = student.encoder.config.to_dict().get("vocab_size")
-    other = _encoder_config(teacher).to_dict().get("vocab_size")
-    if own != other:
+def _criteria(given: Sequence[Criterion | str], temperature: float) -> list[Criterion]:
+    found = []
+    for item in given:
+        if isinstance(item, Criterion):
+            found.append(item)
+        else:
+            options = {"temperature": temperature} if item.strip() == "logits" else {}
+            found.append(criterion_of(item.strip(), **options))
+    names = [item.kind for item in found]
+    if not names or len(set(names)) < len(names):
+        raise TaskError(f"expected different criteria, at least one, found {names or 'none'}")
+    return found
+
+
+def _check_weights(label_weight: Weight, temperature: float) -> None:
+    shares = label_weight if isinstance(label_weight, tuple) else (label_weight,)
+    if not all(0 <= share <= 1 for share in shares) or temperature <= 0:
         raise TaskError(
-            f"expected teacher and student with one tokenizer, found vocabularies of {other} and {own} tokens; "
-            "take a student from the teacher's layers or a checkpoint of the same family"
-        )
-    if not isinstance(teacher, MultiTaskModel) and len(student.tasks) != 1:
-        raise TaskError(
-            f"expected a multi-task teacher for the tasks {list(student.tasks)}, found a {type(teacher).__name__}"
+            f"expected label_weight in [0, 1] and a temperature above 0, found {label_weight} and {temperature}"
         )

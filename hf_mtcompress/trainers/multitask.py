@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from hf_mtcompress.data.collator import MultiTaskCollator
-from hf_mtcompress.data.mixing import REACTIVE, MixedDataset, MixingSampler
+from hf_mtcompress.data.mixing import REACTIVE, SIGNALS, UNCOUNTED, MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import (
     EncodedGroup,
     EncodedStream,
@@ -47,7 +47,8 @@ STATE_FILE = "multi_task_state.json"
 ONLY_COUNTED = " items"
 """End of the name of a count that no loss belongs to."""
 
-_LABELS = ("labels_", "rows_")
+_NO_INPUTS = ("labels_", "rows_", SIGNALS, UNCOUNTED)
+"""How keys of a batch begin that the model does not take."""
 
 
 class MultiTaskTrainer(Trainer):
@@ -97,6 +98,9 @@ class MultiTaskTrainer(Trainer):
         self.train_groups: list[EncodedGroup] = []
         self.train_streams: list[EncodedStream] = []
         self.eval_groups: list[EncodedGroup] = []
+        self.train_rows: dict[str, Any] = {}
+        """By task: rows as they were given."""
+        self.eval_rows: dict[str, Any] = {}
         self._window: dict[str, Tensor] = {}
         """By task: this process's share of the mean loss in the present accumulation window."""
         self._present: list[str] = []
@@ -123,6 +127,7 @@ class MultiTaskTrainer(Trainer):
             else:
                 self.train_groups = self._encode(model.tasks, rows, "train")
             self.eval_groups = self._encode(model.tasks, eval_dataset, "validation")
+            self.train_rows, self.eval_rows = rows, self._by_task(model.tasks, eval_dataset, "validation")
             self.task_metrics = _by_task(model.tasks, compute_metrics)
             compute_metrics = None
             if train_dataset is not None:
@@ -403,7 +408,7 @@ class MultiTaskTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         present = {name: task for name, task in self.tasks.items() if task.label_name in inputs}
         labels = {name: inputs[task.label_name] for name, task in present.items()}
-        features = {key: value for key, value in inputs.items() if not key.startswith(_LABELS)}
+        features = {key: value for key, value in inputs.items() if not key.startswith(_NO_INPUTS)}
         counts: ItemCounts = num_items_in_batch or {
             name: task.item_count(labels[name]) for name, task in present.items()
         }
@@ -515,7 +520,7 @@ class MultiTaskTrainer(Trainer):
             rows = generator.choice(len(group.dataset), min(self.args.train_batch_size, len(group.dataset)), False)
             batch = self.data_collator(MixedDataset([group.dataset]).__getitems__([(0, int(row)) for row in rows]))
             inputs = self._prepare_inputs(batch)
-            features = {key: value for key, value in inputs.items() if not key.startswith(_LABELS)}
+            features = {key: value for key, value in inputs.items() if not key.startswith(_NO_INPUTS)}
             with self.compute_loss_context_manager():
                 outputs = core(**features, tasks=list(group.tasks))
             if not outputs.last_hidden_state.requires_grad:
@@ -649,7 +654,7 @@ class MultiTaskTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = {name: inputs[task.label_name] for name, task in self.tasks.items() if task.label_name in inputs}
-        features = {key: value for key, value in inputs.items() if not key.startswith(_LABELS)}
+        features = {key: value for key, value in inputs.items() if not key.startswith(_NO_INPUTS)}
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**features, tasks=list(labels) or None)
         logits = {

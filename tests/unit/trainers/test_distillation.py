@@ -46,7 +46,7 @@ def build(student: MultiTaskModel, teacher: Any, folder: Path, **settings: Any) 
         ),
         train_dataset={"mood": texts, "strength": texts, "tags": tokens},
         processing_class=tiny_tokenizer(),
-        **settings,
+        **{"probe_rows": 0, **settings},
     )
 
 

@@ -1,0 +1,225 @@
+"""What a teacher said of rows, computed once and kept on disk as Arrow files.
+
+FOLDER/DIGEST/
+  shard-00003.arrow   the signals of some rows, whole or not there; written by whichever process took it
+  shard-00003.lock    held by the process that works on it
+  cache.json          when all are there: names, widths, rows, bytes, seconds
+
+A signal is what a teacher says of one row: an array (width,), or (positions, width). Files are memory-mapped, so that a
+cache may be larger than memory, and processes (or machines that share the folder) divide the shards among themselves. A
+digest stands for everything the content depends on: another teacher, other rows or criteria get another folder.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from tqdm.auto import tqdm
+
+from hf_mtcompress.artifacts import share_work, write_text
+from hf_mtcompress.errors import ArtifactError, DataError
+
+Signals = dict[str, list[np.ndarray]]
+"""By name of the signal: one array a row."""
+Precision = Literal["float16", "float32"]
+SHARD_ROWS = 512
+"""Rows that are computed, and written, together."""
+_SUMMARY = "cache.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a finished cache holds.
+
+    Attributes:
+        widths: by name of the signal.
+        positions: names of the signals with a vector for each position of the input.
+        rows: how many.
+        bytes: of all files.
+        seconds: that the teacher needed, over all processes.
+        precision: of the numbers.
+    """
+
+    widths: dict[str, int]
+    positions: tuple[str, ...]
+    rows: int
+    bytes: int
+    seconds: float
+    precision: Precision
+
+
+class CachedSignals:
+    """The signals of a data set's rows, read from disk when asked for."""
+
+    def __init__(self, table: Dataset, summary: CacheSummary, computed: bool) -> None:
+        self.summary = summary
+        self.computed = computed
+        """Whether this call had to ask the teacher."""
+        self._table = table.with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def rows(self, indices: Sequence[int]) -> Signals:
+        """Arrays of some rows, in that order, in the precision of the cache."""
+        found = self._table[list(indices)]
+        return {
+            name: [
+                np.asarray(values).reshape(-1, width) if name in self.summary.positions else np.asarray(values)
+                for values in found[name]
+            ]
+            for name, width in self.summary.widths.items()
+        }
+
+
+def digest_of(parts: Mapping[str, Any]) -> str:
+    """Digest of plain values, for the name of a cache."""
+    text = json.dumps({"format": _FORMAT, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def input_digest(dataset: Dataset, columns: Sequence[str]) -> str:
+    """Digest of the content of some columns, whatever the files they came from.
+
+    Raises:
+        DataError: a row is not the same when it is read again, as after a random augmentation.
+    """
+    first = [_bytes_of(dataset[0][column]) for column in columns]
+    if first != [_bytes_of(dataset[0][column]) for column in columns]:
+        raise DataError(
+            "expected rows that are the same whenever they are read, found some that change (a random augmentation?); "
+            "what a teacher said of them cannot be kept: leave the cache out, or augment the rows once, with a seed, "
+            "and save them"
+        )
+    digest = hashlib.sha256(f"{len(dataset)} {list(columns)}".encode())
+    for batch in dataset.iter(256):
+        for column in columns:
+            for value in batch[column]:  # type: ignore[index]  # a batch is a dict of columns
+                digest.update(_bytes_of(value))
+    return digest.hexdigest()
+
+
+def _bytes_of(value: Any) -> bytes:
+    array = np.asarray(value)
+    return array.tobytes() if array.dtype != object else repr(value).encode()
+
+
+def cached_signals(
+    folder: Path,
+    digest: str,
+    rows: int,
+    compute: Callable[[Sequence[int]], Signals],
+    *,
+    precision: Precision = "float16",
+    shard: tuple[int, int] | None = None,
+    description: str = "Asking the teacher",
+) -> CachedSignals:
+    """Signals of all rows of a data set, from disk where they are there.
+
+    Args:
+        folder: of all caches; made when it is not there.
+        digest: of everything that the signals depend on.
+        rows: how many there are.
+        compute: asks the teacher about some rows.
+        precision: of the numbers on disk.
+        shard: (number, of): compute only this part of what is missing, counted from 0, for machines that do not share
+            a folder; their files are put together afterwards. Default: all, shared with other processes at work.
+        description: of the progress bar.
+
+    Raises:
+        ArtifactError: the folder cannot be written, or parts are missing after `shard`.
+    """
+    place = folder / digest
+    summary = _read_summary(place)
+    count = math.ceil(rows / SHARD_ROWS)
+    files = [place / f"shard-{number:05d}.arrow" for number in range(count)]
+    computed = summary is None
+    if summary is None:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"expected a folder that can be written for what the teacher says, found that {folder} cannot "
+                f"({error.strerror}); choose another teacher_cache"
+            ) from error
+        numbers = [number for number in range(count) if shard is None or number % shard[1] == shard[0]]
+        with tqdm(total=len(numbers), desc=description, unit="shard") as bar:
+
+            def work(number: int) -> None:
+                if not files[number].exists():
+                    chosen = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, rows))
+                    _write_shard(files[number], chosen, compute, precision)
+                bar.update()
+
+            share_work(work, numbers, [place / f"shard-{number:05d}.lock" for number in numbers])
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise ArtifactError(
+                f"expected all {count} parts of what the teacher says, found {count - len(missing)} after computing "
+                f"part {shard}; compute the others, then put all files into {place}"
+            )
+        summary = _finish(place, files, precision)
+    table = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    return CachedSignals(table, summary, computed)
+
+
+def _write_shard(file: Path, rows: Sequence[int], compute: Callable[[Sequence[int]], Signals], precision: str) -> None:
+    begin = time.monotonic()
+    signals = compute(rows)
+    features = Features({name: List(Value(precision)) for name in signals})
+    shapes = {
+        name: {"width": int(arrays[0].shape[-1]), "positions": arrays[0].ndim == 2} for name, arrays in signals.items()
+    }
+    columns = {name: [array.astype(precision).reshape(-1) for array in arrays] for name, arrays in signals.items()}
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        _write_arrow(Dataset.from_dict(columns, features=features), part)
+        facts = {"shapes": shapes, "seconds": time.monotonic() - begin}
+        write_text(file.with_suffix(".json"), json.dumps(facts))
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"expected room for what the teacher says in {file.parent}, found that it cannot be written "
+            f"({error.strerror}); free some space or choose another teacher_cache"
+        ) from error
+
+
+def _write_arrow(dataset: Dataset, file: Path) -> None:
+    import pyarrow as pa
+
+    table = dataset.data.table
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _finish(place: Path, files: Sequence[Path], precision: Precision) -> CacheSummary:
+    facts = [json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) for file in files]
+    shapes = facts[0]["shapes"]
+    summary = CacheSummary(
+        widths={name: shape["width"] for name, shape in shapes.items()},
+        positions=tuple(name for name, shape in shapes.items() if shape["positions"]),
+        rows=sum(len(Dataset.from_file(str(file))) for file in files),
+        bytes=sum(file.stat().st_size for file in files),
+        seconds=math.fsum(fact["seconds"] for fact in facts),
+        precision=precision,
+    )
+    write_text(place / _SUMMARY, json.dumps(asdict(summary), indent=2))
+    return summary
+
+
+def _read_summary(place: Path) -> CacheSummary | None:
+    try:
+        values = json.loads((place / _SUMMARY).read_text(encoding="utf-8"))
+        return CacheSummary(**{**values, "positions": tuple(values["positions"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
