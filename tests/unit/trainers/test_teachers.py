@@ -1,0 +1,291 @@
+"""Teachers of every kind: cached, several, with a tokenizer of their own, stock and ONNX; on tiny real models."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
+
+from hf_mtcompress import (
+    DistillationMixin,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    MultiTaskModel,
+    SequenceClassification,
+    student_of,
+)
+from hf_mtcompress.data import teacher_cache
+from hf_mtcompress.data.mixing import SIGNALS, MixedDataset
+from hf_mtcompress.errors import DataError, TaskError
+from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.inference.runtimes import open_runtime
+from hf_mtcompress.losses.criteria import (
+    EmbeddingCriterion,
+    HiddenCriterion,
+    LogitsCriterion,
+    RelationsCriterion,
+)
+from tests.tiny import FEELING_LABELS, tiny_config, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from tests.unit.trainers.test_distillation import build, losses, teacher_model
+from tests.unit.trainers.test_multitask import gradients
+
+EVERY = [
+    LogitsCriterion(),
+    HiddenCriterion(),
+    RelationsCriterion(relation_heads=4),
+    EmbeddingCriterion(),
+]
+
+
+def windows(trainer: DistillationTrainer) -> list[list[dict[str, Any]]]:
+    """One window for each source of rows, with the rows of the trainer's own data set."""
+    dataset = trainer.train_dataset
+    assert isinstance(dataset, MixedDataset)
+    return [
+        [trainer.data_collator(dataset.__getitems__([(source, row) for row in range(5)]))]
+        for source in range(len(dataset.sources))
+    ]
+
+
+def first_gradients(trainer: DistillationTrainer) -> list[torch.Tensor]:
+    trainer.create_optimizer_and_scheduler(10)
+    return list(gradients(trainer, windows(trainer)))
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        LogitsCriterion("standardized"),
+        LogitsCriterion("decoupled"),
+        LogitsCriterion("correlation"),
+        HiddenCriterion("cosine"),
+        RelationsCriterion(relation_heads=4),
+        EmbeddingCriterion(),
+        EmbeddingCriterion("relational"),
+    ],
+    ids=lambda item: "-".join(str(value) for value in (item.kind, *vars(item).values()) if isinstance(value, str)),
+)
+def test_a_copy_of_the_teacher_is_at_zero_and_another_is_not(criterion: Any, tmp_path: Path) -> None:
+    teacher = teacher_model()
+    settings = {"label_weight": 0.0, "criteria": [criterion]}
+    assert max(losses(build(copy.deepcopy(teacher), teacher, tmp_path, **settings)).values()) < 1e-6
+    assert max(losses(build(student_of(teacher, 1), teacher, tmp_path, **settings)).values()) > 1e-4
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+def test_cached_answers_train_as_live_ones_do(precision: str, tolerance: float, tmp_path: Path) -> None:
+    """A row whose answers are another row's would train, and badly."""
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+    live = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, criteria=EVERY))
+    trainer = build(
+        copy.deepcopy(student), teacher, tmp_path, criteria=EVERY, teacher_cache=tmp_path / "cache", precision=precision
+    )
+    cached = first_gradients(trainer)
+    assert {summary.precision for summary in trainer.caches} == {precision}
+    for one, other in zip(live, cached, strict=True):
+        assert one.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=tolerance)
+
+
+def test_a_cache_is_filled_once_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 3)
+    teacher = teacher_model()
+    cache = tmp_path / "cache"
+    build(student_of(teacher, 2), teacher, tmp_path, teacher_cache=cache)
+    shards = sorted(cache.glob("*/shard-*.arrow"))
+    assert len(shards) == 3 + 2  # 8 texts, 6 lists of words
+    stamps = {file: file.stat().st_mtime_ns for file in shards}
+    again = build(student_of(teacher, 2), teacher, tmp_path, teacher_cache=cache)
+    again.train()
+    assert {file: file.stat().st_mtime_ns for file in cache.glob("*/shard-*.arrow")} == stamps
+    # One file is lost, and the summary that speaks of it: only that part is asked again.
+    for summary in cache.glob("*/cache.json"):
+        summary.unlink()
+    shards[1].unlink()
+    build(student_of(teacher, 2), teacher, tmp_path, teacher_cache=cache)
+    changed = {file for file in cache.glob("*/shard-*.arrow") if file.stat().st_mtime_ns != stamps[file]}
+    assert changed == {shards[1]}
+
+
+@pytest.mark.parametrize("change", ["teacher", "rows", "criteria", "labels"])
+def test_another_teacher_or_other_rows_get_another_cache(change: str, tmp_path: Path) -> None:
+    teacher = teacher_model()
+    cache = tmp_path / "cache"
+    build(student_of(teacher, 2), teacher, tmp_path, teacher_cache=cache)
+    before = {path.name for path in cache.iterdir()}
+    settings: dict[str, Any] = {}
+    match change:
+        case "teacher":
+            with torch.no_grad():
+                teacher.heads["task_mood"].classifier.bias.add_(1)
+        case "rows":
+            settings["train_dataset"] = {"mood": tiny_text_rows(8, seed=3)}
+        case "criteria":
+            settings["criteria"] = ["logits"]
+        case "labels":
+            teacher.tasks["mood"].labels = ("good", "bad", "plain")
+    student = teacher_model(num_hidden_layers=2)
+    build(student, teacher, tmp_path, teacher_cache=cache, **settings)
+    assert {path.name for path in cache.iterdir()} > before
+
+
+def test_rows_that_change_when_they_are_read_cannot_be_cached(tmp_path: Path) -> None:
+    rows = tiny_text_rows(8)
+    encoded = rows.map(lambda row: dict(tiny_tokenizer()(row["text"])), remove_columns=["text", "pair", "topics"])
+    generator = np.random.default_rng(0)
+
+    def drop_a_token(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        ids = [[int(token) for token in row] for row in batch["input_ids"]]
+        for row in ids:
+            row[1] = int(generator.integers(5, 100))
+        return {**batch, "input_ids": ids}
+
+    teacher = teacher_model()
+    data = encoded.rename_column("label", "labels_mood").with_transform(drop_a_token)
+    with pytest.raises(DataError, match="random augmentation"):
+        build(student_of(teacher, 2), teacher, tmp_path, train_dataset={"mood": data}, teacher_cache=tmp_path / "c")
+
+
+def test_several_teachers_are_averaged(tmp_path: Path) -> None:
+    """One teacher twice is that teacher; the mean of two is between them."""
+    one, other = teacher_model(), teacher_model()
+    with torch.no_grad():
+        other.heads["task_strength"].classifier.bias.add_(2.0)
+    student = student_of(one, 2)
+    settings = {"label_weight": 0.0, "criteria": ["logits"]}
+    alone = losses(build(copy.deepcopy(student), one, tmp_path, **settings))
+    twice = losses(build(copy.deepcopy(student), [one, copy.deepcopy(one)], tmp_path, **settings))
+    assert twice == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    trainer = build(copy.deepcopy(student), [(one, 3.0), (other, 1.0)], tmp_path, **settings)
+    features = {key: value for key, value in windows(trainer)[0][0].items() if key in ("input_ids", "attention_mask")}
+    tasks = {"strength": student.tasks["strength"]}
+    found = trainer.panel.signals(features, tasks, ())["logits_strength"]
+    torch.testing.assert_close(found, one(**features).logits_strength + 0.5)
+
+
+def test_one_teacher_for_each_task(tmp_path: Path) -> None:
+    mood, rest = teacher_model(), teacher_model()
+    with torch.no_grad():
+        mood.heads["task_mood"].classifier.bias[0] += 3.0
+    student = student_of(rest, 2)
+    settings = {"label_weight": 0.0, "criteria": ["logits"]}
+    single = losses(build(copy.deepcopy(student), rest, tmp_path, **settings))
+    found = losses(build(copy.deepcopy(student), {"mood": mood, "strength": rest, "tags": rest}, tmp_path, **settings))
+    assert found["mood"] > single["mood"] + 0.01
+    assert {name: found[name] for name in ("strength", "tags")} == {name: single[name] for name in ("strength", "tags")}
+    with pytest.raises(TaskError, match=r"found none for \['strength', 'tags'\]"):
+        build(copy.deepcopy(student), {"mood": mood}, tmp_path)
+
+
+def stock_teacher(family: str = "bert", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    model = MultiTaskModel.from_encoder(
+        tiny_encoder(family, seed=seed, **overrides), [SequenceClassification("mood", labels=FEELING_LABELS)]
+    )
+    return model.to_stock("mood")
+
+
+def stock_rows(n: int = 12, seed: int = 0) -> Dataset:
+    rows = tiny_text_rows(n, seed=seed)
+    encoded = rows.map(lambda row: dict(tiny_tokenizer()(row["text"])), remove_columns=["text", "pair", "topics"])
+    return encoded.map(lambda row: {"label": FEELING_LABELS.index(row["label"])}).remove_columns(["intensity", "same"])
+
+
+def stock_arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    plain = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+    return TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=4, save_strategy="no", **{**plain, **settings}
+    )
+
+
+def stock_trainer(student: PreTrainedModel, teacher: Any, folder: Path, **settings: Any) -> DistillationTrainer:
+    arguments = settings.pop("args", None) or stock_arguments(folder)
+    return DistillationTrainer(
+        model=student,
+        args=arguments,
+        teacher=teacher,
+        train_dataset=stock_rows(),
+        eval_dataset=stock_rows(8, seed=1),
+        processing_class=tiny_tokenizer(),
+        **{"probe_rows": 0, **settings},
+    )
+
+
+def weights_after(trainer: Trainer) -> torch.Tensor:
+    trainer.train()
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_a_stock_student_drops_in(tmp_path: Path) -> None:
+    """A script with `Trainer`, a stock model and plain `TrainingArguments` gets a teacher by two words."""
+    teacher = stock_teacher(seed=1)
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = stock_trainer(stock_teacher(), teacher, tmp_path / "out", criteria=EVERY)
+    keys = set(trainer.model.state_dict())
+    trainer.train()
+    assert set(trainer.model.state_dict()) == keys
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert {"eval_loss", "eval_runtime"} <= trainer.evaluate().keys()
+    trainer.save_model()
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+def test_labels_alone_train_a_stock_student_as_trainer_does(tmp_path: Path) -> None:
+    teacher = stock_teacher(seed=1)
+    plain = Trainer(
+        model=stock_teacher(), args=stock_arguments(tmp_path), train_dataset=stock_rows(), processing_class=tiny_tokenizer()
+    )
+    ours = stock_trainer(stock_teacher(), teacher, tmp_path, label_weight=1.0, criteria=["logits"])
+    torch.testing.assert_close(weights_after(ours), weights_after(plain), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_accumulation_changes_nothing_for_a_stock_student(cached: bool, tmp_path: Path) -> None:
+    """transformers counts labels only, so criteria would be scaled by the number of pieces."""
+    teacher = stock_teacher(seed=1)
+
+    def trained(rows: int, pieces: int) -> torch.Tensor:
+        args = DistillationTrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=pieces,
+            teacher_cache=str(tmp_path / "cache") if cached else None,
+            cache_precision="float32",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        return weights_after(stock_trainer(stock_teacher(), teacher, tmp_path, args=args, criteria=["logits", "hidden"]))
+
+    torch.testing.assert_close(trained(6, 1), trained(2, 3), rtol=0, atol=3e-5)
+
+
+def test_a_subclass_of_trainer_gets_teachers_by_the_mixin(tmp_path: Path) -> None:
+    class MyTrainer(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.own_optimizer = True
+            return super().create_optimizer(model) if model is not None else super().create_optimizer()
+
+    class Mine(DistillationMixin, MyTrainer):
+        pass
+
+    trainer = Mine(
+        model=stock_teacher(),
+        args=stock_arguments(tmp_path),
+        teacher=stock_teacher(seed=1),
+        criteria=["logits"],
+        probe_rows=0,
+        train_dataset=stock_rows(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.own_optimizer
+    assert not isinstance(trainer, DistillationTrainer)
