@@ -114,7 +114,7 @@ def test_recording_changes_nothing_and_leaves_nothing(family: str) -> None:
 def test_gradient_checkpointing_changes_no_gradient(family: str, inside: bool) -> None:
     """The backward pass runs layers again: whether still recorded or not, the gradient is the same."""
 
-    def gradients(encoder: PreTrainedModel) -> list[Tensor]:
+    def gradients(encoder: PreTrainedModel) -> Tensor:
         wanted = [tensor + 1.0 for tensor in recorded(tiny_encoder(family, seed=1), family)]
         encoder.train()
 
@@ -135,15 +135,14 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, inside: bool) -
                     record.take()
         if not inside:
             step()
-        parameters = find_anatomy(encoder).stack.parameters()
-        return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+        found = [parameter.grad for parameter in find_anatomy(encoder).stack.parameters()]
+        return torch.cat([slope.flatten() for slope in found if slope is not None])
 
     plain, checkpointed = tiny_encoder(family), tiny_encoder(family)
     checkpointed.activation_checkpointing_enable()
     one, other = gradients(plain), gradients(checkpointed)
-    assert len(one) == len(other) > 10
-    for first, second in zip(one, other, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * max(1.0, float(first.abs().max())))
+    # Some gradients are 0 but for rounding (those of key biases), which the largest one tells.
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
 
 
 def test_the_student_learns_from_relations_alone() -> None:
