@@ -52,13 +52,14 @@ class RelationRecord:
         """The relations of the last forward pass, which the record then forgets.
 
         Raises:
-            TrainingError: the encoder has not run since the last `take`; or it ran under a gradient checkpointing that
-                cuts what is recorded off from the student's gradient.
+            TrainingError: the encoder has not run to its end since the last `take`; or it ran under a gradient
+                checkpointing that cuts what is recorded off from the student's gradient.
             UnsupportedEncoderError: the attention did not call three projections of (batch, tokens, width).
         """
         answers, lost = list(self._answers.values()), self._gradient_lost
         self._answers.clear()
-        if not answers:
+        # A pass that failed half-way has not finished.
+        if not answers or self._running:
             raise TrainingError(
                 f"expected a forward pass of the encoder while '{self._name}' is recorded, found none; run the encoder "
                 "itself, not a copy of it (DataParallel), inside of `record_relations` before taking the relations"
@@ -114,14 +115,13 @@ def record_relations(encoder: PreTrainedModel, layer: int) -> Iterator[RelationR
     hooks = [
         encoder.register_forward_pre_hook(_Hook(encoder, lambda *_: record.start())),
         *(module.register_forward_hook(_Hook(module, record.add)) for module in attention.projections.values()),
-        encoder.register_forward_hook(_Hook(encoder, lambda *_: record.finish()), always_call=True),
+        encoder.register_forward_hook(_Hook(encoder, lambda *_: record.finish())),
     ]
     try:
         yield record
     finally:
         for hook in hooks:
             hook.remove()
-        record.finish()
 
 
 def relation_width(encoder: PreTrainedModel, layer: int) -> int:

@@ -13,7 +13,7 @@ from hf_mtcompress import MultiTaskModel, SequenceClassification
 from hf_mtcompress.errors import TrainingError, UnsupportedEncoderError
 from hf_mtcompress.losses.distillation import relation_divergence_sum, relation_heads
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
-from hf_mtcompress.model.relations import Relations, record_relations, relation_width
+from hf_mtcompress.model.relations import RelationRecord, Relations, record_relations, relation_width
 from hf_mtcompress.model.surgery import cut
 from tests import laws
 from tests.tiny import FAMILIES, HEADS, HIDDEN, IMAGE_FAMILIES, tiny_config, tiny_encoder, tiny_inputs
@@ -114,7 +114,7 @@ def test_recording_changes_nothing_and_leaves_nothing(family: str) -> None:
 def test_gradient_checkpointing_changes_no_gradient(family: str, inside: bool) -> None:
     """The backward pass runs layers again: whether still recorded or not, the gradient is the same."""
 
-    def gradients(encoder: PreTrainedModel) -> list[Tensor]:
+    def gradients(encoder: PreTrainedModel) -> Tensor:
         wanted = [tensor + 1.0 for tensor in recorded(tiny_encoder(family, seed=1), family)]
         encoder.train()
 
@@ -135,15 +135,14 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, inside: bool) -
                     record.take()
         if not inside:
             step()
-        parameters = find_anatomy(encoder).stack.parameters()
-        return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+        found = [parameter.grad for parameter in find_anatomy(encoder).stack.parameters()]
+        return torch.cat([slope.flatten() for slope in found if slope is not None])
 
     plain, checkpointed = tiny_encoder(family), tiny_encoder(family)
     checkpointed.activation_checkpointing_enable()
     one, other = gradients(plain), gradients(checkpointed)
-    assert len(one) == len(other) > 10
-    for first, second in zip(one, other, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * max(1.0, float(first.abs().max())))
+    # Some gradients are 0 but for rounding (those of key biases), which the largest one tells.
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
 
 
 def test_the_student_learns_from_relations_alone() -> None:
@@ -218,16 +217,31 @@ def test_two_models_and_two_layers_at_once() -> None:
             assert torch.equal(one, two)
 
 
-def test_hooks_go_when_the_forward_pass_fails() -> None:
+def test_a_forward_pass_that_fails_leaves_neither_hooks_nor_relations() -> None:
+    """A caught failure (memory, most of all) must not leave the relations of half a pass."""
     encoder = tiny_encoder("bert")
-    with pytest.raises(IndexError), record_relations(encoder, 1):
-        encoder(input_ids=torch.full((1, 4), 10**6))
-    assert hook_count(encoder) == 0
+    fails = True
+
+    def fail(*_: object) -> None:
+        if fails:
+            raise RuntimeError("out of memory")
+
+    find_anatomy(encoder).layers[2].module.register_forward_hook(fail)
+    hooks = hook_count(encoder)
     with record_relations(encoder, 1) as record, torch.no_grad():
-        with pytest.raises(IndexError):
-            encoder(input_ids=torch.full((1, 4), 10**6))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            encoder(**tiny_inputs("bert"))
+        with pytest.raises(TrainingError, match="found none"):
+            record.take()
+        fails = False
+        encoder(**tiny_inputs("bert", batch=2))
+    assert record.take().key.shape == (2, 9, HIDDEN)
+    fails = True
+    with pytest.raises(RuntimeError, match="out of memory"), record_relations(encoder, 1) as record:
         encoder(**tiny_inputs("bert"))
-    assert record.take().key.shape == (3, 9, HIDDEN)
+    assert hook_count(encoder) == hooks
+    with pytest.raises(TrainingError, match="found none"):
+        record.take()
 
 
 def test_a_copy_neither_writes_into_the_record_nor_keeps_it() -> None:
@@ -321,3 +335,17 @@ def test_reentrant_checkpointing_is_refused() -> None:
         encoder.eval()
         encoder(**tiny_inputs("bert"))
         assert record.take().query.requires_grad
+
+
+@pytest.mark.parametrize("answers", [[torch.ones(12, 4)] * 3, [torch.ones(2, 6, 4)] * 2])
+def test_projections_of_another_kind_are_refused(answers: list[Tensor]) -> None:
+    """Kernels that take the padding out give (tokens of all rows, width)."""
+    record = RelationRecord("layer.0.attention", fused=False)
+    record.start()
+    for answer in answers:
+        record.add(nn.Identity(), answer)
+    record.finish()
+    with pytest.raises(
+        UnsupportedEncoderError, match=r"expected 'layer\.0\.attention' to project to query, key and val"
+    ):
+        record.take()
