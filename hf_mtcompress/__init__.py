@@ -11,6 +11,7 @@ from hf_mtcompress.errors import MTCompressError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.pipeline import MultiTaskPipeline, register_pipeline
 from hf_mtcompress.inference.predictor import Predictor, load_predictor
+from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Fusion, WeightedSum
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -27,13 +28,15 @@ from hf_mtcompress.tasks import (
     register_task,
 )
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
-from hf_mtcompress.trainers.distillation import DistillationTrainer
+from hf_mtcompress.trainers.distillation import DistillationMixin, DistillationTrainer
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
 from hf_mtcompress.workflow import run as run_recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Criterion",
+    "DistillationMixin",
     "DistillationTrainer",
     "DistillationTrainingArguments",
     "Fusion",
@@ -51,6 +54,7 @@ __all__ = [
     "Task",
     "TokenClassification",
     "WeightedSum",
+    "criterion_of",
     "export_onnx",
     "load_predictor",
     "load_recipe",

@@ -19,6 +19,8 @@ from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import gradients
 
+ARGUMENTS = ("cache_precision", "batches", "gradient_accumulation_steps")
+
 
 def teacher_model(family: str = "bert", **overrides: Any) -> MultiTaskModel:
     tasks = [
@@ -43,10 +45,14 @@ def build(student: MultiTaskModel, teacher: Any, folder: Path, **settings: Any) 
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
+            **{name: settings.pop(name) for name in ARGUMENTS if name in settings},
         ),
-        train_dataset={"mood": texts, "strength": texts, "tags": tokens},
-        processing_class=tiny_tokenizer(),
-        **{"probe_rows": 0, **settings},
+        **{
+            "train_dataset": {"mood": texts, "strength": texts, "tags": tokens},
+            "processing_class": tiny_tokenizer(),
+            "probe_rows": 0,  # the teachers here are random
+            **settings,
+        },
     )
 
 

@@ -1,7 +1,6 @@
 """Teachers of every kind: cached, several, with a tokenizer of their own, stock and ONNX; on tiny real models."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_mtcompress import (
     DistillationMixin,
@@ -20,7 +19,7 @@ from hf_mtcompress import (
     student_of,
 )
 from hf_mtcompress.data import teacher_cache
-from hf_mtcompress.data.mixing import SIGNALS, MixedDataset
+from hf_mtcompress.data.mixing import MixedDataset
 from hf_mtcompress.errors import DataError, TaskError
 from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.inference.runtimes import open_runtime
@@ -30,7 +29,8 @@ from hf_mtcompress.losses.criteria import (
     LogitsCriterion,
     RelationsCriterion,
 )
-from tests.tiny import FEELING_LABELS, tiny_config, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from hf_mtcompress.trainers.probing import agreement
+from tests.tiny import FEELING_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from tests.unit.trainers.test_distillation import build, losses, teacher_model
 from tests.unit.trainers.test_multitask import gradients
 
@@ -84,7 +84,12 @@ def test_cached_answers_train_as_live_ones_do(precision: str, tolerance: float, 
     student = student_of(teacher, 2)
     live = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, criteria=EVERY))
     trainer = build(
-        copy.deepcopy(student), teacher, tmp_path, criteria=EVERY, teacher_cache=tmp_path / "cache", precision=precision
+        copy.deepcopy(student),
+        teacher,
+        tmp_path,
+        criteria=EVERY,
+        teacher_cache=tmp_path / "cache",
+        cache_precision=precision,
     )
     cached = first_gradients(trainer)
     assert {summary.precision for summary in trainer.caches} == {precision}
@@ -154,7 +159,8 @@ def test_rows_that_change_when_they_are_read_cannot_be_cached(tmp_path: Path) ->
 
 def test_several_teachers_are_averaged(tmp_path: Path) -> None:
     """One teacher twice is that teacher; the mean of two is between them."""
-    one, other = teacher_model(), teacher_model()
+    one = teacher_model()
+    other = copy.deepcopy(one)
     with torch.no_grad():
         other.heads["task_strength"].classifier.bias.add_(2.0)
     student = student_of(one, 2)
@@ -170,7 +176,8 @@ def test_several_teachers_are_averaged(tmp_path: Path) -> None:
 
 
 def test_one_teacher_for_each_task(tmp_path: Path) -> None:
-    mood, rest = teacher_model(), teacher_model()
+    rest = teacher_model()
+    mood = copy.deepcopy(rest)
     with torch.no_grad():
         mood.heads["task_mood"].classifier.bias[0] += 3.0
     student = student_of(rest, 2)
@@ -184,6 +191,7 @@ def test_one_teacher_for_each_task(tmp_path: Path) -> None:
 
 
 def stock_teacher(family: str = "bert", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)  # of the head
     model = MultiTaskModel.from_encoder(
         tiny_encoder(family, seed=seed, **overrides), [SequenceClassification("mood", labels=FEELING_LABELS)]
     )
@@ -238,7 +246,10 @@ def test_a_stock_student_drops_in(tmp_path: Path) -> None:
 def test_labels_alone_train_a_stock_student_as_trainer_does(tmp_path: Path) -> None:
     teacher = stock_teacher(seed=1)
     plain = Trainer(
-        model=stock_teacher(), args=stock_arguments(tmp_path), train_dataset=stock_rows(), processing_class=tiny_tokenizer()
+        model=stock_teacher(),
+        args=stock_arguments(tmp_path),
+        train_dataset=stock_rows(),
+        processing_class=tiny_tokenizer(),
     )
     ours = stock_trainer(stock_teacher(), teacher, tmp_path, label_weight=1.0, criteria=["logits"])
     torch.testing.assert_close(weights_after(ours), weights_after(plain), rtol=0, atol=2e-7)
@@ -263,7 +274,9 @@ def test_accumulation_changes_nothing_for_a_stock_student(cached: bool, tmp_path
             dataloader_pin_memory=False,
             disable_tqdm=True,
         )
-        return weights_after(stock_trainer(stock_teacher(), teacher, tmp_path, args=args, criteria=["logits", "hidden"]))
+        return weights_after(
+            stock_trainer(stock_teacher(), teacher, tmp_path, args=args, criteria=["logits", "hidden"])
+        )
 
     torch.testing.assert_close(trained(6, 1), trained(2, 3), rtol=0, atol=3e-5)
 
@@ -289,3 +302,180 @@ def test_a_subclass_of_trainer_gets_teachers_by_the_mixin(tmp_path: Path) -> Non
     trainer.train()
     assert trainer.own_optimizer
     assert not isinstance(trainer, DistillationTrainer)
+
+
+# ---- a tokenizer of its own ----
+
+
+def other_tokenizer() -> BertTokenizer:
+    """The same pieces under other ids."""
+    pieces = [piece for piece, _ in sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])]
+    return BertTokenizer(
+        vocab={piece: index for index, piece in enumerate([*pieces[:5], *reversed(pieces[5:])])}, model_max_length=64
+    )
+
+
+def with_other_ids(teacher: MultiTaskModel) -> MultiTaskModel:
+    """The same teacher for those ids."""
+    copied = copy.deepcopy(teacher)
+    words = copied.encoder.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        words[5:] = words[5:].flip(0)
+    return copied
+
+
+@pytest.mark.parametrize("criteria", [["logits"], ["logits", "hidden", "relations", "embedding"]])
+def test_the_same_teacher_with_other_ids_teaches_the_same(criteria: list[str], tmp_path: Path) -> None:
+    """Fed with the student's ids it would answer to other texts, and train."""
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+    plain = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, criteria=criteria))
+    trainer = build(
+        copy.deepcopy(student),
+        with_other_ids(teacher),
+        tmp_path,
+        criteria=criteria,
+        teacher_processing_class=other_tokenizer(),
+        cache_precision="float32",
+    )
+    assert trainer.caches, "asked once, before training"
+    if criteria != ["logits"]:
+        # The last special token begins nowhere: its states are not compared.
+        assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in first_gradients(trainer))
+        return
+    for one, other in zip(plain, first_gradients(trainer), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_words_in_other_pieces_are_matched_by_their_first_character(tmp_path: Path) -> None:
+    """A teacher that reads letter by letter answers at the first letter of each word."""
+    letters = sorted({letter for piece in tiny_tokenizer().get_vocab() for letter in piece if letter.isalpha()})
+    pieces = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    spelling = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, model_max_length=64)
+    teacher = teacher_model(vocab_size=len(pieces))
+    teacher.config.preprocessing["main"]["max_length"] = 64
+    trainer = build(teacher_model(), teacher, tmp_path, criteria=["logits"], teacher_processing_class=spelling)
+    rows = tiny_token_rows(6)
+    table = trainer.train_dataset.signals[1]
+    encoded = trainer.train_groups[1].dataset
+    for index in range(6):
+        found = table.rows([index])["logits_tags"][0]
+        labelled = np.asarray(encoded[index]["labels_tags"]) != -100
+        assert np.isfinite(found[labelled]).all()
+        ids = spelling(rows[index]["tokens"], is_split_into_words=True, return_tensors="pt")
+        words = ids.word_ids()
+        places = [words.index(word) for word in range(len(rows[index]["tokens"]))]
+        with torch.no_grad():
+            expected = teacher(**dict(ids.items()), tasks=["tags"]).logits_tags[0][places]
+        np.testing.assert_allclose(found[labelled], expected.numpy(), atol=2e-3)
+
+
+def test_a_teacher_with_its_own_tokenizer_needs_the_texts(tmp_path: Path) -> None:
+    encoded = tiny_text_rows(8).map(lambda row: dict(tiny_tokenizer()(row["text"])))
+    data = encoded.rename_column("label", "kept").map(lambda row: {"labels_mood": 0}).remove_columns(["text", "kept"])
+    teacher = teacher_model()
+    with pytest.raises(DataError, match="expected the texts of the rows"):
+        build(
+            student_of(teacher, 2),
+            with_other_ids(teacher),
+            tmp_path,
+            train_dataset={"mood": data},
+            teacher_processing_class=other_tokenizer(),
+        )
+
+
+def test_an_onnx_graph_teaches_its_answers(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    export_onnx(teacher, tiny_tokenizer(), tmp_path / "graph")
+    graph = open_runtime(tmp_path / "graph", threads=1)
+    student = student_of(teacher, 2)
+    settings: dict[str, Any] = {"criteria": ["logits"], "label_weight": 0.0}
+    plain = losses(build(copy.deepcopy(student), teacher, tmp_path, **settings))
+    found = losses(build(copy.deepcopy(student), graph, tmp_path, **settings))
+    assert found == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    with pytest.raises(TaskError, match="an ONNX graph, which shows answers only"):
+        build(copy.deepcopy(student), graph, tmp_path, criteria=["logits", "hidden"])
+
+
+# ---- a look at the teacher before ----
+
+
+def test_a_teacher_that_knows_nothing_is_refused(tmp_path: Path) -> None:
+    rows = {"mood": tiny_text_rows(64)}
+    teacher = teacher_model()
+    with torch.no_grad():
+        teacher.heads["task_mood"].classifier.bias[0] = 100.0
+    with pytest.raises(TaskError, match=r"task 'mood': expected a teacher that knows it.*answers 'bad' to everything"):
+        build(student_of(teacher, 2), teacher, tmp_path, train_dataset=rows, probe_rows=64)
+
+
+def test_labels_in_another_order_are_named_as_the_cause() -> None:
+    task = SequenceClassification("mood", labels=FEELING_LABELS)
+    truth = [index % 3 for index in range(30)]
+    right = [np.eye(3)[label] for label in truth]
+    assert agreement(task, right, truth).value == pytest.approx(1.0)
+    turned = [np.eye(3)[(label + 1) % 3] for label in truth]
+    found = agreement(task, turned, truth)
+    assert found.near_chance
+    assert "another order: it says 'plain' for 'bad', 'good' for 'plain', 'bad' for 'good'" in found.cause
+    same = agreement(task, [np.eye(3)[0]] * 30, truth)
+    assert same.near_chance
+    assert "answers 'bad' to everything" in same.cause
+
+
+def test_numbers_with_the_opposite_sign_are_named_as_the_cause() -> None:
+    task = SequenceClassification("strength", problem_type="regression")
+    truth = [float(value) for value in range(20)]
+    found = agreement(task, [np.asarray([-value]) for value in truth], [*truth])
+    assert (found.near_chance, found.cause) == (True, "its numbers have the opposite sign")
+    assert not agreement(task, [np.asarray([value * 2 + 1]) for value in truth], truth).near_chance
+
+
+def test_few_labels_say_nothing() -> None:
+    task = SequenceClassification("mood", labels=FEELING_LABELS)
+    assert not agreement(task, [np.eye(3)[0]] * 9, [0, 1, 2] * 3).near_chance
+
+
+# ---- rows without labels ----
+
+
+def test_the_teacher_labels_rows_that_have_none(tmp_path: Path) -> None:
+    """Half of the rows lose their label: beside the teacher they count as before."""
+    rows = tiny_text_rows(8)
+    blank = rows.map(lambda row, index: {"label": row["label"] if index % 2 else None}, with_indices=True)
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+    settings: dict[str, Any] = {"criteria": ["logits"], "label_weight": 0.0}
+    whole = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, train_dataset={"mood": rows}, **settings))
+    half = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, train_dataset={"mood": blank}, **settings))
+    assert whole[0].abs().max() > 1e-4
+    torch.testing.assert_close(half[0], whole[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_weight_can_go_from_the_teacher_to_the_labels(tmp_path: Path) -> None:
+    """Teacher annealing: at the first step the teacher alone, at the last the labels alone."""
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+    settings: dict[str, Any] = {"criteria": ["logits"], "train_dataset": {"mood": tiny_text_rows(8)}}
+
+    def gradient(weight: Any, step: int) -> torch.Tensor:
+        trainer = build(copy.deepcopy(student), teacher, tmp_path, label_weight=weight, **settings)
+        trainer.state.max_steps, trainer.state.global_step = 11, step
+        return first_gradients(trainer)[0]
+
+    torch.testing.assert_close(gradient((0.0, 1.0), 0), gradient(0.0, 0))
+    torch.testing.assert_close(gradient((0.0, 1.0), 10), gradient(1.0, 0))
+    torch.testing.assert_close(gradient((0.0, 1.0), 5), gradient(0.5, 0))
+
+
+def test_filler_rows_of_several_processes_count_nowhere(tmp_path: Path) -> None:
+    """A process that is out of rows runs one without labels; the teacher must not label it."""
+    teacher = teacher_model()
+    trainer = build(student_of(teacher, 2), teacher, tmp_path, criteria=["logits", "hidden"])
+    rows = [(0, row) for row in range(4)]
+    dataset, collate = trainer.train_dataset, trainer.data_collator
+    alone = [collate(dataset.__getitems__(rows))]
+    filled = [collate(dataset.__getitems__([*rows, (0, -1 - 5)]))]
+    trainer.create_optimizer_and_scheduler(10)
+    one, other = gradients(trainer, [alone, filled])
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
