@@ -1,14 +1,24 @@
 """What a recipe would do, told before it is done: rows, batches, steps, expected parameters and sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from hf_mtcompress.config import DistillStep, ExportStep, FinetuneStep, PruneStep, QuantizeStep, Recipe, StepConfig
+from hf_mtcompress.config import (
+    DistillStep,
+    ExportStep,
+    FinetuneStep,
+    PretrainStep,
+    PruneStep,
+    QuantizeStep,
+    Recipe,
+    StepConfig,
+    teachers_of,
+)
 from hf_mtcompress.data.preprocessing import group_tasks
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import RecipeError
@@ -40,7 +50,7 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     steps = []
     for step, source in zip(recipe.steps, step_sources, strict=True):
         start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
-        shape = start.after(step)
+        shape = start.after(step, recipe.encoder.path)
         shapes[step.name] = shape
         steps.append(
             {
@@ -78,21 +88,25 @@ class _Shape:
         share = layers / self.layers
         return _Shape(layers, self.attention * share, self.feed_forward * share, self.embedding, self.rest)
 
-    def after(self, step: StepConfig) -> "_Shape":
+    def narrower(self, heads: float, feed_forward: float) -> "_Shape":
+        """Without a fraction of the heads and of the feed-forward neurons."""
+        kept = self.attention * (1 - heads), self.feed_forward * (1 - feed_forward)
+        return _Shape(self.layers, *kept, self.embedding, self.rest)
+
+    def after(self, step: StepConfig, path: str) -> "_Shape":
+        """What a step makes of it; `path` is the recipe's encoder."""
         match step:
-            case DistillStep(student=student) if student is not None and student.layers is not None:
-                return self.with_layers(student.layers if isinstance(student.layers, int) else len(student.layers))
-            case DistillStep(student=student) if student is not None and student.path is not None:
-                return _encoder_shape(student.path)
+            case DistillStep(student=student) | PretrainStep(student=student) if student is not None:
+                if student.path is not None:
+                    return _encoder_shape(student.path)
+                if student.config is not None:
+                    return _encoder_shape(path, student.config)
+                layers = student.layers or ()
+                kept = self.with_layers(layers if isinstance(layers, int) else len(layers))
+                return kept.narrower(student.heads, student.feed_forward)
             case PruneStep():
                 less = self.with_layers(self.layers - step.layers) if step.layers else self
-                return _Shape(
-                    less.layers,
-                    less.attention * (1 - step.heads),
-                    less.feed_forward * (1 - step.feed_forward),
-                    less.embedding,
-                    less.rest,
-                )
+                return less.narrower(step.heads, step.feed_forward)
             case _:
                 return self
 
@@ -107,9 +121,9 @@ class _Shape:
                 return self.parameters * 4 / 1e6
 
 
-def _encoder_shape(path: str) -> _Shape:
+def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None) -> _Shape:
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **(changes or {}))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
@@ -132,15 +146,15 @@ def _encoder_shape(path: str) -> _Shape:
 
 
 def _teacher_or(source: str | None, step: StepConfig) -> str | None:
-    if isinstance(step, DistillStep) and step.student is not None and step.student.layers is not None:
-        return step.teacher
+    if isinstance(step, DistillStep | PretrainStep) and step.student is not None and step.student.layers is not None:
+        return next(iter(teachers_of(step)))
     return source
 
 
 def _training_size(step: StepConfig, recipe: Recipe, rows: int) -> dict[str, Any]:
     """Optimizer steps of the training in a step; None where it has none."""
     training = step.recover if isinstance(step, PruneStep) else step
-    if not isinstance(training, FinetuneStep | DistillStep):
+    if not isinstance(training, FinetuneStep | PretrainStep | DistillStep):
         return {"formats": list(step.formats)} if isinstance(step, ExportStep) else {}
     merged = merged_training(training, recipe.training)
     batch = (merged.batch_size or 8) * (merged.gradient_accumulation_steps or 1)

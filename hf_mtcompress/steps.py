@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -31,39 +31,52 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_mtcompress.artifacts import ONNX, VANILLA, whole_folder
+from hf_mtcompress.artifacts import ONNX, ONNX_SETTINGS, VANILLA, WORK, whole_folder
+from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.config import (
     DistillStep,
     ExportStep,
     FinetuneStep,
+    PretrainStep,
     PruneStep,
     QuantizeStep,
     Recipe,
     StepConfig,
+    StudentConfig,
     TrainingConfig,
+    WeightSchedule,
+    teachers_of,
 )
 from hf_mtcompress.data.collator import MultiTaskCollator
+from hf_mtcompress.data.load import load_unlabelled
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, max_length_of
-from hf_mtcompress.data.sources import Sources
-from hf_mtcompress.errors import RecipeError, TrainingError
+from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
+from hf_mtcompress.errors import ArtifactError, DataError, RecipeError, TrainingError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
+from hf_mtcompress.inference.runtimes import Runtime, open_runtime
+from hf_mtcompress.inference.runtimes import load_processor as read_processor
+from hf_mtcompress.losses.criteria import Criterion, criterion_of
+from hf_mtcompress.losses.fusion import Weight
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
-from hf_mtcompress.model.student import student_of
+from hf_mtcompress.model.student import fresh_student_of, student_of
 from hf_mtcompress.model.surgery import describe_structure
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
+from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
 
 logger = logging.getLogger(__name__)
 
 Arguments = TypeVar("Arguments", bound=MultiTaskTrainingArguments)
 _COMPLETE = "complete"
 _PROBE_ROWS = 4
+_INFLUENCE_ROWS = 256
+"""Rows on which the change that each layer makes is measured."""
 
 
 @dataclass
@@ -136,6 +149,8 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
     match step:
         case FinetuneStep():
             return _finetune(step, source, bench, folder, work)
+        case PretrainStep():
+            return _pretrain(step, source, bench, folder, work)
         case DistillStep():
             return _distill(step, source, bench, folder, work)
         case PruneStep():
@@ -155,9 +170,17 @@ def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path
 
 
 def _distill(step: DistillStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    teacher = load_teacher(step.teacher, bench)
-    model = _student(step, source, teacher, bench)
-    return _save_trained(model, bench, folder, _train_distill(step, model, teacher, bench, work))
+    faculty = _load_faculty(step, bench)
+    model = _start_model(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
+    return _save_trained(model, bench, folder, _train_distill(step, model, faculty, bench, work))
+
+
+def _pretrain(step: PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    own = any(other.name == step.teacher for other in bench.recipe.steps)
+    teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
+    faculty = _Faculty(teacher, {id(teacher): None if own else _own_processor(step.teacher, bench)})
+    model = _start_model(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
+    return _save_trained(model, bench, folder, _train_pretrain(step, model, faculty, bench, work))
 
 
 def _start_model(source: str | None, bench: Bench) -> MultiTaskModel:
@@ -187,28 +210,121 @@ def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:
     )
 
 
-def _student(step: DistillStep, source: str | None, teacher: PreTrainedModel, bench: Bench) -> MultiTaskModel:
-    if step.student is None:
-        return _start_model(source, bench)
-    if step.student.path is not None:
-        return new_model(step.student.path, bench)
+@dataclass(frozen=True)
+class _Faculty:
+    """Who teaches in a step.
+
+    Attributes:
+        teachers: one model, one for each task, or pairs of model and weight.
+        processors: by identity of a model: its own tokenizer or image processor; None where it reads the student's.
+        trusted: whether all of them were scored in this run, so that nobody has to look at what they know.
+    """
+
+    teachers: Teachers
+    processors: dict[int, Any]
+    trusted: bool = True
+
+    @property
+    def first(self) -> TeacherModel:
+        """The one whose layers a student is made of."""
+        match self.teachers:
+            case Mapping():
+                return next(iter(self.teachers.values()))
+            case PreTrainedModel() | Runtime():
+                return self.teachers
+            case _:
+                first = self.teachers[0]
+                return first[0] if isinstance(first, tuple) else first
+
+    @property
+    def processing_classes(self) -> Any:
+        """As `DistillationTrainer` takes them."""
+        match self.teachers:
+            case Mapping():
+                return {name: self.processors[id(model)] for name, model in self.teachers.items()}
+            case PreTrainedModel() | Runtime():
+                return self.processors[id(self.teachers)]
+            case _:
+                return [self.processors[id(item[0] if isinstance(item, tuple) else item)] for item in self.teachers]
+
+
+def _load_faculty(step: DistillStep, bench: Bench) -> _Faculty:
+    """Load every teacher of a step once."""
+    steps = [other.name for other in bench.recipe.steps]
+    models = {place: load_teacher(place, bench) for place in teachers_of(step)}
+    processors = {
+        id(model): None if place in steps else _own_processor(place, bench) for place, model in models.items()
+    }
+    trusted = all(place in steps for place in models)
+    match step.teachers:
+        case dict() as by_task:
+            return _Faculty({task: models[place] for task, place in by_task.items()}, processors, trusted)
+        case tuple() as averaged:
+            return _Faculty([(models[item.path], item.weight) for item in averaged], processors, trusted)
+        case _:
+            return _Faculty(models[str(step.teacher)], processors, trusted)
+
+
+def _own_processor(place: str, bench: Bench) -> Any:
+    """The tokenizer or image processor that a saved teacher reads with; the run's own where it has none."""
+    folder = Path(place)
+    try:
+        if folder.is_dir():
+            return read_processor(folder)
+        return (AutoImageProcessor if bench.max_length is None else AutoTokenizer).from_pretrained(place)
+    except (ArtifactError, OSError, ValueError):
+        logger.warning("teacher '%s' has no tokenizer or image processor of its own: it reads the run's", place)
+        return bench.processor
+
+
+def _as_encoder(path: str, bench: Bench) -> MultiTaskModel:
+    """A saved multi-task model, or a pretrained encoder with heads that nobody asks."""
+    if Path(path).is_dir() and AutoConfig.from_pretrained(path).model_type == "mtcompress":
+        return MultiTaskModel.from_pretrained(path)
+    return new_model(path, bench)
+
+
+def _student(
+    wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: _Faculty, bench: Bench
+) -> MultiTaskModel:
+    """Make the student that a step asks for."""
+    if wanted.path is not None:
+        return new_model(wanted.path, bench)
+    teacher = faculty.first
     if not isinstance(teacher, MultiTaskModel):
         raise RecipeError(
-            f"steps.{step.name}.student.layers: expected a multi-task teacher to take layers from, found a "
+            f"steps.{step.name}.student: expected a multi-task teacher to make a student of, found a "
             f"{type(teacher).__name__}; give student.path instead"
         )
-    assert step.student.layers is not None
-    return student_of(teacher, step.student.layers)
+    if wanted.config is not None:
+        return fresh_student_of(teacher, wanted.config)
+    assert wanted.layers is not None
+    if wanted.choose == "redundancy" and isinstance(wanted.layers, int):
+        rows = [_inputs(batch) for batch in calibration_batches(teacher, bench, _INFLUENCE_ROWS)]
+        influence = block_influence(teacher.encoder, rows)
+        student = student_of(teacher, influence.argsort(descending=True)[: wanted.layers].tolist())
+    else:
+        choose = "spaced" if wanted.choose == "redundancy" else wanted.choose
+        student = student_of(teacher, wanted.layers, choose=choose)
+    if wanted.heads or wanted.feed_forward:
+        prune(student, [], heads=wanted.heads, feed_forward=wanted.feed_forward, importance="magnitude")
+    return student
 
 
-def load_teacher(name: str, bench: Bench) -> PreTrainedModel:
-    """The teacher: a step of this run, or a saved multi-task or stock model.
+def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in batch.items() if not key.startswith(("labels_", "rows_"))}
+
+
+def load_teacher(name: str, bench: Bench) -> TeacherModel:
+    """The teacher: a step of this run, or a saved multi-task, stock or ONNX model.
 
     Raises:
         RecipeError: it cannot be loaded.
     """
     if any(step.name == name for step in bench.recipe.steps):
         return bench.load(name)
+    if (Path(name) / ONNX_SETTINGS).is_file():
+        return open_runtime(Path(name))
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type == "mtcompress":
@@ -246,23 +362,111 @@ def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, wor
     return _fit(trainer, work)
 
 
-def _train_distill(step: DistillStep, model: MultiTaskModel, teacher: PreTrainedModel, bench: Bench, work: Path) -> Fit:
+def _train_distill(step: DistillStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
     config = merged_training(step, bench.recipe.training)
     arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
+    arguments.cache_precision = step.cache_precision
+    rows = bench.sources.role("train")
+    if step.unlabelled:
+        rows = _with_unlabelled(rows, bench.sources)
     trainer = DistillationTrainer(
         model=model,
-        teacher=teacher,
+        teacher=faculty.teachers,
+        teacher_processing_class=faculty.processing_classes,
         args=arguments,
-        criteria=tuple(step.criteria),
-        temperature=step.temperature,
-        label_weight=step.label_weight,
-        hidden_weight=step.hidden_weight,
-        train_dataset=bench.sources.role("train"),
+        criteria=_criteria(step),
+        label_weight=_weight(step.label_weight),
+        teacher_cache=_cache_folder(step, bench),
+        probe_rows=0 if faculty.trusted else None,
+        train_dataset=rows,
         eval_dataset=bench.sources.role("validation"),
         processing_class=bench.processor,
         callbacks=[MarkComplete()],
     )
     return _fit(trainer, work)
+
+
+def _train_pretrain(step: PretrainStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+    # Without labels there is no score to keep the best weights by.
+    config = dataclasses.replace(merged_training(step, bench.recipe.training), keep="last")
+    arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
+    arguments.cache_precision = step.cache_precision
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=faculty.teachers,
+        teacher_processing_class=faculty.processing_classes,
+        args=arguments,
+        criteria=_criteria(step),
+        label_weight=0.0,
+        teacher_cache=_cache_folder(step, bench),
+        probe_rows=0,
+        train_dataset=_rows_to_pretrain_on(step, bench),
+        processing_class=bench.processor,
+        callbacks=[MarkComplete()],
+    )
+    return _fit(trainer, work)
+
+
+def _criteria(step: DistillStep | PretrainStep) -> list[Criterion]:
+    """The criteria of a step as objects; a section's fields are the arguments of its criterion."""
+    found = []
+    for section in step.criteria:
+        options = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
+        options["weight"] = _weight(options["weight"])
+        found.append(criterion_of(options.pop("kind"), **options))
+    return found
+
+
+def _weight(value: float | WeightSchedule) -> Weight:
+    return (value.source, value.to) if isinstance(value, WeightSchedule) else value
+
+
+def _cache_folder(step: DistillStep | PretrainStep, bench: Bench) -> Path | None:
+    match step.teacher_cache:
+        case bool():
+            return bench.output / WORK / "teacher_cache" if step.teacher_cache else None
+        case str():
+            return Path(step.teacher_cache)
+
+
+def _with_unlabelled(rows: Mapping[str, Dataset], sources: Sources) -> dict[str, Dataset]:
+    """Training rows, with those without labels after them; tasks that share rows still share them."""
+    made: dict[int, Dataset] = {}
+    for name in rows:
+        more = sources.unlabelled.get(name)
+        if more is not None and id(more) not in made:
+            sharing = [task for other, task in sources.tasks.items() if sources.unlabelled.get(other) is more]
+            made[id(more)] = with_unlabelled(rows[name], more, sharing)
+    return {
+        name: made[id(sources.unlabelled[name])] if name in sources.unlabelled else own for name, own in rows.items()
+    }
+
+
+def _rows_to_pretrain_on(step: PretrainStep, bench: Bench) -> dict[str, Dataset]:
+    """Inputs by task, labels left open: rows of the step's own, else those of all tasks."""
+    tasks = bench.sources.tasks
+    if step.data is not None:
+        task = next((task for task in tasks.values() if len(task.input_columns) == 1), None)
+        if task is None:
+            raise RecipeError(
+                f"steps.{step.name}.data: expected a task with one input column to read it like, found "
+                f"{ {name: task.input_columns for name, task in tasks.items()} }; leave data out to train on their rows"
+            )
+        what = f"steps.{step.name}.data"
+        try:
+            rows = load_unlabelled(step.data, [step.column], Path.cwd(), bench.recipe.seed, what)
+        except DataError as error:
+            raise RecipeError(str(error)) from error
+        return {task.name: without_labels(rows.rename_column(step.column, task.input_columns[0]), [task])}
+    rows = bench.sources.role("train")
+    made: dict[int, Dataset] = {}
+    for name, own in rows.items():
+        if id(own) not in made:
+            sharing = [tasks[other] for other in rows if rows[other] is own]
+            plain = without_labels(own, sharing)
+            more = bench.sources.unlabelled.get(name)
+            made[id(own)] = plain if more is None else concatenate_datasets([plain, without_labels(more, sharing)])
+    return {name: made[id(own)] for name, own in rows.items()}
 
 
 def _fit(trainer: MultiTaskTrainer, work: Path) -> Fit:
@@ -279,6 +483,13 @@ def _fit(trainer: MultiTaskTrainer, work: Path) -> Fit:
         "mixing": dict(zip([group.name for group in trainer.train_groups], trainer.mixing_sampler.shares, strict=True)),
         "log": history,
     }
+    if isinstance(trainer, DistillationTrainer) and trainer.caches:
+        training["teacher_cache"] = {
+            "rows": sum(cache.rows for cache in trainer.caches),
+            "megabytes": sum(cache.bytes for cache in trainer.caches) / 1e6,
+            "seconds": sum(cache.seconds for cache in trainer.caches),
+            "precision": trainer.caches[0].precision,
+        }
     return Fit(training, trainer.interference())
 
 
@@ -426,7 +637,7 @@ def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work
     if isinstance(step.recover, FinetuneStep):
         fit = _train_finetune(step.recover, model, bench, work)
     elif isinstance(step.recover, DistillStep):
-        fit = _train_distill(step.recover, model, load_teacher(step.recover.teacher, bench), bench, work)
+        fit = _train_distill(step.recover, model, _load_faculty(step.recover, bench), bench, work)
     return _save_trained(model, bench, folder, fit)
 
 

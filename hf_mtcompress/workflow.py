@@ -25,11 +25,13 @@ from hf_mtcompress.config import (
     DistillStep,
     ExportStep,
     FinetuneStep,
+    PretrainStep,
     PruneStep,
     QuantizeStep,
     Recipe,
     Role,
     StepConfig,
+    teachers_of,
 )
 from hf_mtcompress.config.load import dump_recipe
 from hf_mtcompress.data.sources import load_sources
@@ -110,10 +112,10 @@ def step_sources(recipe: Recipe) -> list[str | None]:
     sources: list[str | None] = []
     latest: str | None = None
     for step in recipe.steps:
-        fresh = isinstance(step, DistillStep) and step.student is not None
+        fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
         sources.append(None if fresh else step.source or latest)
         match step:
-            case FinetuneStep() | DistillStep() | PruneStep():
+            case FinetuneStep() | PretrainStep() | DistillStep() | PruneStep():
                 latest = step.name
             case QuantizeStep() | ExportStep():
                 if latest is None and step.source is None:
@@ -170,12 +172,11 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
 def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> str:
     """Digest of everything a step's result depends on: its settings, its inputs, the data and the encoder."""
     recipe = bench.recipe
-    teachers = [getattr(step, "teacher", None), getattr(getattr(step, "recover", None), "teacher", None)]
     parts = {
         "format": records.FORMAT_VERSION,
         "step": {"kind": step.kind, **_chosen(step)},
         "source": done[source].fingerprint if source is not None else None,
-        "teachers": [done[name].fingerprint if name in done else name for name in teachers if name],
+        "teachers": [done[name].fingerprint if name in done else name for name in teachers_of(step)],
         "seed": recipe.seed,
         "encoder": _chosen(recipe.encoder),
         "encoder_files": _folder_digest(Path(recipe.encoder.path)),

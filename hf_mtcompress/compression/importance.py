@@ -15,13 +15,15 @@ between layers, as in Kwon et al., so that a layer that matters less loses more.
 gives the derivative of each row's loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_mtcompress.errors import TrainingError
 from hf_mtcompress.model.anatomy import Anatomy
@@ -112,6 +114,34 @@ def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: T
     ]
     count = len(anatomy.layers)
     return Scores(squares[:count], squares[count : 2 * count], torch.cat(squares[2 * count :]))
+
+
+def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """How much each layer changes its input: one minus the cosine between the hidden state before and after it.
+
+    Args:
+        model: an encoder, or a model that returns hidden states.
+        batches: model inputs.
+
+    Returns:
+        (layers,) float64, the mean over positions that count; a layer near 0 can be left out cheaply.
+
+    References:
+        Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect" (eq. 1).
+    """
+    total, count = torch.zeros(0, dtype=torch.float64), 0.0
+    with torch.no_grad():
+        for batch in batches:
+            states = model(**batch, output_hidden_states=True).hidden_states
+            mask = batch.get("attention_mask", torch.ones(states[0].shape[:2], device=states[0].device)).double()
+            changes = [
+                ((1 - nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)) * mask).sum()
+                for before, after in pairwise(states)
+            ]
+            found = torch.stack(changes).cpu()
+            total = found if count == 0 else total + found
+            count += float(mask.sum())
+    return total / max(count, 1.0)
 
 
 def magnitude(anatomy: Anatomy) -> Scores:

@@ -1,5 +1,6 @@
 """What is wanted: one frozen dataclass for each section of a recipe."""
 
+from hf_mtcompress.config.criteria import CriterionConfig
 from hf_mtcompress.config.data import DataConfig, Role
 from hf_mtcompress.config.recipe import (
     FORMAT_VERSION,
@@ -12,10 +13,13 @@ from hf_mtcompress.config.steps import (
     DistillStep,
     ExportStep,
     FinetuneStep,
+    PretrainStep,
     PruneStep,
     QuantizeStep,
     StepConfig,
     StudentConfig,
+    TeacherConfig,
+    teachers_of,
 )
 from hf_mtcompress.config.tasks import (
     ImageClassificationConfig,
@@ -32,6 +36,7 @@ __all__ = [
     "FORMAT_VERSION",
     "BenchmarkConfig",
     "BudgetConfig",
+    "CriterionConfig",
     "DataConfig",
     "DistillStep",
     "EncoderConfig",
@@ -40,6 +45,7 @@ __all__ = [
     "FusionConfig",
     "ImageClassificationConfig",
     "MixingConfig",
+    "PretrainStep",
     "ProblemType",
     "PruneStep",
     "PublishConfig",
@@ -51,7 +57,9 @@ __all__ = [
     "StudentConfig",
     "TaskConfig",
     "TaskRole",
+    "TeacherConfig",
     "TokenClassificationConfig",
     "TrainingConfig",
     "WeightSchedule",
+    "teachers_of",
 ]

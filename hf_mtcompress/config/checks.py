@@ -13,10 +13,12 @@ from hf_mtcompress.config.steps import (
     DistillStep,
     ExportStep,
     FinetuneStep,
+    PretrainStep,
     PruneStep,
     QuantizeStep,
     StepConfig,
     StudentConfig,
+    teachers_of,
 )
 from hf_mtcompress.config.tasks import (
     PRIMARY_METRICS,
@@ -25,6 +27,7 @@ from hf_mtcompress.config.tasks import (
     SequenceClassificationConfig,
     TaskConfig,
     TokenClassificationConfig,
+    WeightSchedule,
 )
 from hf_mtcompress.config.training import FusionConfig, MixingConfig
 
@@ -63,6 +66,10 @@ def check_task(name: str, task: TaskConfig, names: Sequence[str], problems: Prob
         found = "itself" if task.data == name else f"'{task.data}', which is none"
         hint = near(task.data, others) if others else "give it data of its own"
         problems.add(join(path, "data"), f"expected a section or the name of another task, found {found}; {hint}")
+    if task.unlabelled is not None and isinstance(task.data, str):
+        problems.add(
+            join(path, "unlabelled"), f"expected it beside the rows it belongs to; say it in tasks.{task.data}"
+        )
     problem = problem_of(task)
     labels = task.labels
     if labels is not None:
@@ -140,16 +147,16 @@ def check_steps(
         if step is None:
             continue
         earlier = dict(zip(names[:index], kinds[:index], strict=True))
-        made = isinstance(step, DistillStep) and step.student is not None
+        made = isinstance(step, DistillStep | PretrainStep) and step.student is not None
         source = step.source or next((name for name in reversed(earlier) if earlier[name] in FLOAT_STEPS), None)
         if step.source is not None:
             _check_earlier(step.source, join(path, "from"), earlier, names, problems)
         match step:
             case FinetuneStep():
                 pass
-            case DistillStep():
+            case DistillStep() | PretrainStep():
                 _check_distill(step, path, earlier, names, problems)
-                if not made and step.source is None and step.teacher == source:
+                if not made and step.source is None and step.teacher is not None and step.teacher == source:
                     problems.add(
                         join(path, "student"),
                         f"expected a student, since '{source}' would be both teacher and student; "
@@ -186,31 +193,49 @@ def _check_earlier(name: str, path: str, earlier: Mapping[str, Any], names: Sequ
 
 
 def _check_distill(
-    step: DistillStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
+    step: DistillStep | PretrainStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
 ) -> None:
-    if step.teacher in names:
-        _check_earlier(step.teacher, join(path, "teacher"), earlier, names, problems)
-    elif not os.path.isabs(step.teacher) and "/" not in step.teacher:
-        usable = [name for name, kind in earlier.items() if kind in FLOAT_STEPS]
-        hint = f"{near(step.teacher, usable)} " if usable else ""
-        problems.add(
-            join(path, "teacher"),
-            f"no step makes '{step.teacher}', {hint}(a saved model is named by its folder or its Hub id, org/name)",
-        )
+    several = isinstance(step, DistillStep) and step.teachers is not None
+    if several == (step.teacher is not None):
+        found = "both" if several else "neither"
+        problems.add(join(path, "teacher"), f"expected 'teacher' or 'teachers', found {found}; keep one")
+    for teacher in teachers_of(step):
+        key = join(path, "teachers" if several else "teacher")
+        if teacher in names:
+            _check_earlier(teacher, key, earlier, names, problems)
+        elif not os.path.isabs(teacher) and "/" not in teacher:
+            usable = [name for name, kind in earlier.items() if kind in FLOAT_STEPS]
+            hint = f"{near(teacher, usable)} " if usable else ""
+            problems.add(
+                key, f"no step makes '{teacher}', {hint}(a saved model is named by its folder or its Hub id, org/name)"
+            )
     if step.student is not None:
         if step.source is not None:
             problems.add(path, "expected 'from' or 'student', found both: 'from' is trained on, 'student' is made anew")
         _check_student(step.student, join(path, "student"), problems)
-    _check_words(step.criteria, join(path, "criteria"), problems)
+    _check_words([item.kind for item in step.criteria], join(path, "criteria"), problems)
+    if isinstance(step, DistillStep) and isinstance(step.label_weight, WeightSchedule):
+        for key, share in (("from", step.label_weight.source), ("to", step.label_weight.to)):
+            if not 0 <= share <= 1:
+                problems.add(join(join(path, "label_weight"), key), f"expected a share between 0 and 1, found {share}")
 
 
 def _check_student(student: StudentConfig, path: str, problems: Problems) -> None:
+    ways = {"layers": student.layers, "path": student.path, "config": student.config}
+    given = [key for key, value in ways.items() if value is not None]
+    if len(given) != 1:
+        problems.add(
+            path,
+            "expected layers (of the teacher), path (of another checkpoint) or config (of fresh weights), found "
+            f"{' and '.join(given) or 'none of them'}",
+        )
+    if "layers" not in given and (student.heads or student.feed_forward or student.choose != "spaced"):
+        problems.add(path, "expected choose, heads and feed_forward with layers: they say what of the teacher is taken")
     match student.layers:
         case None:
-            if student.path is None:
-                problems.add(path, "expected layers (of the teacher) or path (of another checkpoint), found neither")
-        case _ if student.path is not None:
-            problems.add(path, "expected layers (of the teacher) or path (of another checkpoint), found both")
+            pass
+        case tuple() if student.choose != "spaced":
+            problems.add(join(path, "choose"), "expected a number of layers to choose, found which ones; keep one")
         case int() if student.layers < 1:
             problems.add(join(path, "layers"), f"expected at least 1 layer, found {student.layers}")
         case tuple() if not student.layers or len(set(student.layers)) < len(student.layers):
@@ -294,7 +319,8 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
         return
     found = f"branches {', '.join(recipe.branches)}" if recipe.branches else f"tasks with a layer: {', '.join(deep)}"
     for step in recipe.steps:
-        layers = isinstance(step, DistillStep) and step.student is not None and step.student.layers is not None
+        student = step.student if isinstance(step, DistillStep | PretrainStep) else None
+        layers = student is not None and student.layers is not None
         bitsandbytes = isinstance(step, QuantizeStep) and step.backend == "bitsandbytes"
         if isinstance(step, PruneStep) or layers or bitsandbytes:
             problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")

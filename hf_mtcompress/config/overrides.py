@@ -118,8 +118,13 @@ def resolve_paths(raw: dict[str, Any], base_dir: Path) -> dict[str, Any]:
     tasks = raw.get("tasks")
     if isinstance(tasks, dict):
         raw["tasks"] = {
-            name: {**task, "data": _data(task["data"], base_dir)}
-            if isinstance(task, dict) and isinstance(task.get("data"), dict)
+            name: {
+                **task,
+                **{
+                    key: _data(task[key], base_dir) for key in ("data", "unlabelled") if isinstance(task.get(key), dict)
+                },
+            }
+            if isinstance(task, dict)
             else task
             for name, task in tasks.items()
         }
@@ -136,6 +141,25 @@ def _step(step: dict[str, Any], names: set[str], base_dir: Path) -> dict[str, An
         step["student"] = _with_place(step["student"], "path", base_dir)
     if step.get("teacher") not in names:
         step = _with_place(step, "teacher", base_dir)
+    match step.get("teachers"):
+        case dict() as teachers:
+            step["teachers"] = {
+                task: place if place in names else _with_place({"": place}, "", base_dir)[""]
+                for task, place in teachers.items()
+            }
+        case list() as teachers:
+            step["teachers"] = [
+                _with_place(item, "path", base_dir)
+                if isinstance(item, dict) and item.get("path") not in names
+                else item
+                for item in teachers
+            ]
+        case _:
+            pass
+    if isinstance(step.get("teacher_cache"), str):
+        step["teacher_cache"] = _absolute(step["teacher_cache"], base_dir)
+    if isinstance(step.get("data"), dict):
+        step["data"] = _data(step["data"], base_dir)
     if isinstance(step.get("recover"), dict):
         step["recover"] = _step(step["recover"], names, base_dir)
     return step

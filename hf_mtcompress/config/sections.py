@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -196,6 +196,9 @@ def _collect_builder_arguments(
 
 
 def _build_value(annotation: Any, name: str, value: Any, path: str, problems: Problems) -> Any:
+    elements = _elements(annotation)
+    if isinstance(value, list | tuple) and elements is not None:
+        return _build_list(elements, value, path, problems)
     sections = _sections(annotation)
     if isinstance(value, Mapping) and sections:
         # A section that is alone in its union need not name its kind.
@@ -206,6 +209,34 @@ def _build_value(annotation: Any, name: str, value: Any, path: str, problems: Pr
     if converted is not None:
         _check_limits(name, converted, path, problems)
     return converted
+
+
+def _elements(annotation: Any) -> Any:
+    """What a list of sections holds; None where the annotation has no such list."""
+    for member in _members(annotation):
+        if get_origin(member) is tuple and _sections(get_args(member)[0]):
+            return get_args(member)[0]
+    return None
+
+
+def _build_list(elements: Any, values: Sequence[Any], path: str, problems: Problems) -> tuple[Any, ...] | None:
+    """Build the sections of a list; a word stands for the section of that kind with its defaults."""
+    sections = _sections(elements)
+    by_kind = all(any(field.name == "kind" for field in dataclasses.fields(section)) for section in sections)
+    before = len(problems.lines)
+    built = []
+    for index, value in enumerate(values):
+        place = join(path, index)
+        if by_kind:
+            word = {"kind": value} if isinstance(value, str) else value
+            # A word that is no kind is a mistake in the word itself, not in a key that was not written.
+            if isinstance(value, str) and value not in kinds(elements):
+                problems.add(place, f"unknown kind '{value}', {near(value, list(kinds(elements)))}")
+                continue
+            built.append(build_by_kind(kinds(elements), word, place, problems))
+        else:
+            built.append(build_section(sections[0], value, place, problems))
+    return None if len(problems.lines) > before else tuple(built)
 
 
 def _convert(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
@@ -283,7 +314,6 @@ LIMITS: dict[str, _Limit] = {
     "format_version": _AT_LEAST_1,
     "gradient_accumulation_steps": _AT_LEAST_1,
     "heads": _FRACTION,
-    "hidden_weight": _AT_LEAST_0,
     "image_size": _AT_LEAST_1,
     "label_smoothing": _FRACTION,
     "label_weight": _SHARE,
@@ -298,6 +328,7 @@ LIMITS: dict[str, _Limit] = {
     "measure_every": _AT_LEAST_1,
     "multiple_of": _AT_LEAST_1,
     "rate": _POSITIVE,
+    "relation_heads": _AT_LEAST_1,
     "repetitions": _AT_LEAST_1,
     "retention": _POSITIVE,
     "rows": _AT_LEAST_1,
@@ -308,6 +339,7 @@ LIMITS: dict[str, _Limit] = {
     "source": _AT_LEAST_0,
     "targets": _POSITIVE,
     "task_patience": _AT_LEAST_1,
+    "teacher_layer": _AT_LEAST_0,
     "temperature": _POSITIVE,
     "threads": _AT_LEAST_1,
     "to": _AT_LEAST_0,

@@ -1,19 +1,49 @@
 """The steps of a recipe, one frozen class each, joined in the union `StepConfig`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from hf_mtcompress.config.criteria import (
+    CriterionConfig,
+    EmbeddingCriterion,
+    FeatureMapCriterion,
+    HiddenCriterion,
+    LogitsCriterion,
+    RelationsCriterion,
+)
+from hf_mtcompress.config.data import DataConfig
+from hf_mtcompress.config.tasks import WeightSchedule
 from hf_mtcompress.config.training import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
-    """Where a student comes from: layers of the teacher, or another checkpoint."""
+    """Where a student comes from: layers of the teacher, another checkpoint, or nothing but a shape."""
 
     layers: int | tuple[int, ...] | None = None
-    """How many layers (evenly spaced, the last one kept), or which ones, counted from 0."""
+    """How many layers of the teacher, or which ones, counted from 0."""
+    choose: Literal["spaced", "first", "last", "redundancy"] = "spaced"
+    """Which layers, where `layers` is a number: evenly spaced with the last one kept; the first or last ones; those
+    that change their input most, measured on training rows."""
+    heads: float = 0.0
+    """Fraction of the attention heads of those layers to leave out, the smallest first."""
+    feed_forward: float = 0.0
+    """Fraction of the feed-forward neurons of those layers to leave out, the smallest first."""
     path: str | None = None
     """Another pretrained encoder, instead of layers of the teacher."""
+    config: dict[str, Any] | None = None
+    """Fields of the teacher's config to change, such as `{hidden_size: 192}`, for a student with fresh weights; the
+    teacher's embeddings are carried over where they fit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """One of several teachers whose answers are averaged."""
+
+    path: str
+    """A step of this recipe, or the folder or Hub id of a saved model."""
+    weight: float = 1.0
+    """Beside the weights of the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,18 +78,58 @@ class DistillStep(TrainingConfig):
     """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
     """The finetune, distill or prune step that is trained on; default: the latest. Not together with `student`."""
-    teacher: str
-    """A step of this recipe, or the path of a saved multi-task or stock model."""
+    teacher: str | None = None
+    """A step of this recipe, or the folder or Hub id of a saved model: multi-task, stock (of one task) or ONNX. Where
+    its tokenizer is another, each reads the texts for itself."""
+    teachers: dict[str, str] | tuple[TeacherConfig, ...] | None = None
+    """Several, instead of `teacher`: one for each task by its name, or a list whose answers are averaged."""
     student: StudentConfig | None = None
     """The model to make and train, instead of going on from a step."""
-    criteria: tuple[Literal["logits", "hidden"], ...] = ("logits", "hidden")
-    """What the student imitates: the teacher's answers, its hidden states."""
-    temperature: float = 2.0
-    """Softens the answers that are imitated; 1 leaves them as they are."""
-    label_weight: float = 0.5
-    """Share of the loss on the true labels; the rest is the criteria's."""
-    hidden_weight: float = 1.0
-    """Weight of `hidden` beside `logits`."""
+    criteria: tuple[CriterionConfig, ...] = (LogitsCriterion(), HiddenCriterion())
+    """What the student imitates: words (logits, hidden, relations, embedding, feature_map), or sections with more."""
+    label_weight: float | WeightSchedule = 0.5
+    """Share of the loss on the true labels; the rest is the criteria's. `{from: 0, to: 1}` goes from the teacher to the
+    labels."""
+    teacher_cache: bool | str = False
+    """Ask the teacher once about all rows and keep its answers: true in the folder of the run, or a folder that several
+    runs share. Images must not be augmented at random."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the numbers in the cache."""
+    unlabelled: bool = True
+    """Whether rows of a task's `unlabelled` source are trained on too; the teacher labels them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainStep(TrainingConfig):
+    """Train a student to encode like its teacher, on texts or images without labels; a distill step comes after it.
+
+    ```yaml
+    - {kind: pretrain, name: general, teacher: teacher, student: {layers: 3}, criteria: [relations], epochs: 2}
+    ```
+    """
+
+    kind: Literal["pretrain"] = "pretrain"
+    """Always `pretrain`."""
+    name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
+    source: str | None = None
+    """The step that is trained on; default: the latest. Not together with `student`."""
+    teacher: str
+    """A step of this recipe, or the folder or Hub id of a saved multi-task model or of a pretrained encoder."""
+    student: StudentConfig | None = None
+    """The model to make and train, instead of going on from a step."""
+    criteria: tuple[HiddenCriterion | RelationsCriterion | EmbeddingCriterion | FeatureMapCriterion, ...] = (
+        RelationsCriterion(),
+    )
+    """What the student imitates: words (relations, hidden, embedding, feature_map), or sections with more."""
+    data: DataConfig | None = None
+    """Rows to train on, their train split; default: the training rows and `unlabelled` rows of all tasks."""
+    column: str = "text"
+    """Column of `data` with the texts or images."""
+    teacher_cache: bool | str = False
+    """As in a distill step."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the numbers in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +203,24 @@ class ExportStep:
     """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads."""
 
 
-StepConfig = FinetuneStep | DistillStep | PruneStep | QuantizeStep | ExportStep
+StepConfig = FinetuneStep | PretrainStep | DistillStep | PruneStep | QuantizeStep | ExportStep
 """Every step of a recipe, told apart by `kind`."""
 
-FLOAT_STEPS = ("finetune", "distill", "prune")
+
+def teachers_of(step: StepConfig) -> tuple[str, ...]:
+    """Steps and saved models that teach in a step, in its recovery if it prunes."""
+    match step:
+        case DistillStep(teachers=dict() as teachers):
+            return tuple(dict.fromkeys(teachers.values()))
+        case DistillStep(teachers=tuple() as teachers):
+            return tuple(item.path for item in teachers)
+        case DistillStep() | PretrainStep():
+            return () if step.teacher is None else (step.teacher,)
+        case PruneStep(recover=DistillStep() as recover):
+            return teachers_of(recover)
+        case _:
+            return ()
+
+
+FLOAT_STEPS = ("finetune", "pretrain", "distill", "prune")
 """Kinds of steps that leave a model in float, from which others may start; quantized and exported ones are leaves."""

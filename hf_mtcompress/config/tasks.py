@@ -42,6 +42,9 @@ class TaskSettings:
 
     data: DataConfig | str
     """A source of rows, or the name of another task whose rows are shared."""
+    unlabelled: DataConfig | None = None
+    """A further source with the same input columns and no labels, its train split: for distill and pretrain steps. It
+    belongs to the rows, so tasks that share them share it; say it where `data` is a section."""
     label: str
     """Column with the label; rows without one are not counted."""
     labels: tuple[str, ...] | None = None

@@ -80,6 +80,37 @@ def load_splits(config: DataConfig, base_dir: Path | None, seed: int, what: str)
     return {role: _capped(splits[role], config, role, seed, what) for role in ROLES if role in splits}
 
 
+def load_unlabelled(config: DataConfig, columns: Sequence[str], base_dir: Path | None, seed: int, what: str) -> Dataset:
+    """Read the train split of a source whose labels, if any, do not count.
+
+    Args:
+        config: what to read.
+        columns: with the inputs; others are left out.
+        base_dir: folder that relative local paths start from; default: the current one.
+        seed: of `max_rows`.
+        what: the source in words, for messages.
+
+    Raises:
+        DataError: the source cannot be read, or lacks a column or its train split.
+    """
+    builder = _prepared_builder(config, base_dir or Path(), what)
+    spec = config.splits.get("train", next(iter(_split_rows(builder))) if len(_split_rows(builder)) == 1 else "train")
+    try:
+        rows = builder.as_dataset(split=spec)
+    except (ValueError, AssertionError, DatasetsError) as error:
+        raise DataError(
+            f"{what}: expected a split such as train, found '{spec}' ({_first_line(error)}); correct it under splits"
+        ) from error
+    assert isinstance(rows, Dataset)
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing or rows.num_rows == 0:
+        raise DataError(
+            f"{what}: expected rows with the columns {list(columns)}, found {rows.num_rows} rows with "
+            f"{rows.column_names}; name the columns as those of the labelled rows"
+        )
+    return _capped(rows.select_columns(list(columns)), config, "train", seed, what)
+
+
 def dataset_revision(splits: Mapping[Role, Dataset]) -> str | None:
     """Commit of the Hub dataset that the rows came from; None for local files."""
     for rows in splits.values():

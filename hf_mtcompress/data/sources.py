@@ -1,11 +1,12 @@
 """From the `tasks` section of a recipe to tasks with labels and rows."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from pyarrow import ArrowInvalid, ArrowNotImplementedError
 
 from hf_mtcompress.config import (
     DataConfig,
@@ -23,6 +24,7 @@ from hf_mtcompress.data.load import (
     dataset_revision,
     infer_labels,
     load_splits,
+    load_unlabelled,
 )
 from hf_mtcompress.data.preprocessing import require_column
 from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
@@ -38,12 +40,14 @@ class Sources:
         splits: rows by task name and role; tasks that share rows hold the same objects.
         fingerprints: digest of the rows by task name.
         configs: the data source of each task, followed through shared names.
+        unlabelled: rows without labels by task name, of tasks that have some; those that share rows share the object.
     """
 
     tasks: dict[str, Task]
     splits: dict[str, dict[Role, Dataset]]
     fingerprints: dict[str, str]
     configs: dict[str, DataConfig]
+    unlabelled: dict[str, Dataset] = field(default_factory=dict)
 
     def role(self, role: Role) -> dict[str, Dataset]:
         """The rows that play a role, by task; tasks without such a split are left out."""
@@ -82,14 +86,38 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
             tasks[name] = _build_task(name, config, loaded[origins[name]])
         except MTCompressError as error:
             problems.append(str(error))
+    unlabelled: dict[str, Dataset] = {}
+    for origin in (origin for origin in loaded if configs[origin].unlabelled is not None):
+        columns = [
+            column
+            for name in origins
+            if origins[name] == origin
+            for column in task_of(name, configs[name]).input_columns
+        ]
+        try:
+            found = load_unlabelled(
+                _unlabelled_config(configs[origin]),
+                list(dict.fromkeys(columns)),
+                Path.cwd(),
+                seed,
+                f"task '{origin}', unlabelled",
+            )
+            unlabelled |= {name: found for name in origins if origins[name] == origin}
+        except DataError as error:
+            problems.append(str(error))
     if problems:
         raise RecipeError(problems, "the data")
-    digests = {origin: content_fingerprint(splits) for origin, splits in loaded.items()}
+    digests = {
+        origin: content_fingerprint(splits)
+        + (content_fingerprint({"train": unlabelled[origin]}) if origin in unlabelled else "")
+        for origin, splits in loaded.items()
+    }
     return Sources(
         tasks=tasks,
         splits={name: loaded[origin] for name, origin in origins.items()},
         fingerprints={name: digests[origin] for name, origin in origins.items()},
         configs={name: _data_config(configs[origin]) for name, origin in origins.items()},
+        unlabelled=unlabelled,
     )
 
 
@@ -101,6 +129,37 @@ def _origin(name: str, configs: Mapping[str, TaskConfig]) -> str:
             raise RecipeError([f"tasks.{name}.data: expected rows in the end, found a circle {' -> '.join(seen)}"])
         seen.append(data)
     return seen[-1]
+
+
+def _unlabelled_config(config: TaskConfig) -> DataConfig:
+    assert config.unlabelled is not None
+    return config.unlabelled
+
+
+def without_labels(rows: Dataset, tasks: Sequence[Task]) -> Dataset:
+    """The same inputs with the label of every task left open."""
+    columns = list(dict.fromkeys(column for task in tasks for column in task.input_columns))
+    rows = rows.select_columns(columns)
+    for label in dict.fromkeys(str(task.label) for task in tasks):
+        rows = rows.add_column(label, [None] * len(rows))  # type: ignore[call-arg]  # the stub wants a fingerprint
+    return rows
+
+
+def with_unlabelled(rows: Dataset, more: Dataset, tasks: Sequence[Task]) -> Dataset:
+    """Labelled rows, and after them those without labels.
+
+    Raises:
+        DataError: the inputs are of different types.
+    """
+    kept = list(dict.fromkeys(column for task in tasks for column in (*task.input_columns, str(task.label))))
+    rows = rows.select_columns(kept)
+    try:
+        return concatenate_datasets([rows, without_labels(more, tasks).select_columns(kept).cast(rows.features)])
+    except (TypeError, ValueError, ArrowInvalid, ArrowNotImplementedError) as error:
+        raise DataError(
+            f"task '{tasks[0].name}': expected unlabelled rows of the same types as the labelled ones "
+            f"({rows.features}), found {more.features}; convert the columns"
+        ) from error
 
 
 def _data_config(config: TaskConfig) -> DataConfig:

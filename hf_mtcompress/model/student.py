@@ -1,28 +1,42 @@
-"""A student made of some of its teacher's layers."""
+"""A student made of some of its teacher's layers, or of its teacher's shape."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import keep_layers
 
+Choose = Literal["spaced", "first", "last"]
 
-def student_of(teacher: MultiTaskModel, layers: int | Sequence[int]) -> MultiTaskModel:
+
+def student_of(teacher: MultiTaskModel, layers: int | Sequence[int], *, choose: Choose = "spaced") -> MultiTaskModel:
     """A copy of a teacher that keeps some layers; embeddings and heads are carried over.
 
     Args:
         teacher: left as it is.
-        layers: how many (evenly spaced, the last one kept, as Sanh et al. 2019 initialise DistilBERT), or which ones,
-            counted from 0.
+        layers: how many, or which ones, counted from 0.
+        choose: which, where `layers` is a number: evenly spaced with the last one kept, as Sanh et al. 2019 initialise
+            DistilBERT, or the first or the last ones.
 
     Raises:
         UnsupportedEncoderError: the teacher has no such layers.
     """
     refuse_sub_models(teacher, "taking layers")
     depth = teacher.encoder.config.num_hidden_layers
-    kept = [(index + 1) * depth // layers - 1 for index in range(layers)] if isinstance(layers, int) else sorted(layers)
+    if isinstance(layers, int):
+        kept = {
+            "spaced": [(index + 1) * depth // layers - 1 for index in range(layers)],
+            "first": list(range(layers)),
+            "last": list(range(depth - layers, depth)),
+        }[choose]
+    else:
+        kept = sorted(layers)
     if not kept or len(set(kept)) != len(kept) or kept[0] < 0 or kept[-1] >= depth:
         raise UnsupportedEncoderError(
             f"expected layers of a teacher that has {depth} (counted from 0), found {layers}; choose 1 to {depth}"
@@ -32,3 +46,30 @@ def student_of(teacher: MultiTaskModel, layers: int | Sequence[int]) -> MultiTas
     keep_layers(student.encoder, kept)
     student.refresh_config()
     return student
+
+
+def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> MultiTaskModel:
+    """A student of the teacher's family with another shape and fresh weights; embeddings that fit are carried over.
+
+    Args:
+        teacher: left as it is.
+        changes: fields of its encoder's config, such as `hidden_size`, `num_hidden_layers`, `intermediate_size`.
+
+    Raises:
+        UnsupportedEncoderError: the config has no such field.
+    """
+    refuse_sub_models(teacher, "making a student of its shape")
+    config = copy.deepcopy(teacher.encoder.config)
+    unknown = [key for key in changes if not hasattr(config, key)]
+    if unknown:
+        raise UnsupportedEncoderError(
+            f"expected fields of {type(config).__name__}, found {unknown}; see the config.json of the teacher"
+        )
+    config = type(config).from_dict({**config.to_dict(), **changes})
+    encoder = AutoModel.from_config(config)
+    own, theirs = encoder.get_input_embeddings(), teacher.encoder.get_input_embeddings()
+    if own is not None and theirs is not None and own.weight.shape == theirs.weight.shape:  # type: ignore[union-attr]
+        with torch.no_grad():
+            own.weight.copy_(theirs.weight)  # type: ignore[arg-type]  # a tensor
+    preprocessing = (teacher.config.preprocessing or {}).get("main", {})
+    return MultiTaskModel.from_encoder(encoder, list(teacher.tasks.values()), **preprocessing)

@@ -838,6 +838,10 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple) and all(isinstance(item, Mapping) and "kind" in item for item in value):
+            for item in value:
+                options = {name: option for name, option in item.items() if name != "kind"}
+                flat |= _flatten({item["kind"]: options}, f"{prefix}{key}.")
         elif not (isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)):
             # Lists of rows, such as the log history, are left to the record.
             flat[f"{prefix}{key}"] = value

@@ -139,7 +139,9 @@ class Classification(Task):
             case "multi_label_classification":
                 return math.log(2)
             case "regression":
-                variance = float(np.nanvar(np.asarray(labels, dtype=np.float64)))
+                numbers = np.asarray(labels, dtype=np.float64)
+                numbers = numbers[~np.isnan(numbers)]
+                variance = float(numbers.var()) if len(numbers) else 0.0
                 return variance if variance > 0 else 1.0
 
     def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

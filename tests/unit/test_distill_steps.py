@@ -1,0 +1,170 @@
+"""Distill and pretrain steps of a recipe, with teachers, students and rows of every kind; tiny, in seconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_mtcompress.cli import main
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.steps import Bench, load_processor
+from hf_mtcompress.workflow import do_step, prepare_output, step_sources
+from tests.tiny import tiny_text_rows
+from tests.tiny_recipe import write_tiny_recipe
+
+TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 2}
+SHORT = {"max_steps": 3}
+
+
+def run_steps(folder: Path, steps: list[dict[str, Any]], *overrides: str) -> tuple[Path, dict[str, Any]]:
+    """Do the steps of a tiny recipe, without measuring; its folder and their records."""
+    path = folder / "recipe.yaml"
+    recipe = load_recipe(path if path.exists() else write_tiny_recipe(folder, steps=steps, reference=None), overrides)
+    output = folder / "run"
+    bench = Bench(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    prepare_output(output)
+    done: dict[str, Any] = {}
+    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
+        done[str(step.name)] = do_step(step, source, done, bench)
+    return output, done
+
+
+def test_pretraining_then_distilling_with_a_cache(tmp_path: Path) -> None:
+    """The mission's two phases: the encoder first, without labels, then the tasks."""
+    steps = [
+        TEACHER,
+        {
+            "kind": "pretrain",
+            "name": "general",
+            "teacher": "teacher",
+            "student": {"layers": 2},
+            "criteria": [{"kind": "relations", "relation_heads": 4}, "embedding"],
+            "teacher_cache": True,
+            "arguments": {"logging_steps": 1},
+            **SHORT,
+        },
+        {
+            "kind": "distill",
+            "name": "student",
+            "from": "general",
+            "teacher": "teacher",
+            "criteria": [
+                "logits",
+                {"kind": "hidden", "measure": "cosine", "layers": [0, 2], "weight": {"from": 1, "to": 0}},
+            ],
+            "label_weight": {"from": 0.0, "to": 1.0},
+            "teacher_cache": True,
+            **SHORT,
+        },
+    ]
+    output, done = run_steps(tmp_path, steps)
+    for name in ("general", "student"):
+        assert done[name].training["teacher_cache"]["rows"] == 48
+        assert done[name].training["steps"] == 3
+    assert {"loss_relations", "loss_embedding"} <= done["general"].training["log"][-1].keys()
+    assert MultiTaskModel.from_pretrained(output / "student").encoder.config.num_hidden_layers == 2
+    # A second run finds everything done; a changed criterion is another step.
+    again = run_steps(tmp_path, steps)[1]
+    assert {name: step.fingerprint for name, step in again.items()} == {
+        name: step.fingerprint for name, step in done.items()
+    }
+    changed = run_steps(tmp_path, steps, "steps.student.criteria=[logits]")[1]
+    assert changed["student"].fingerprint != done["student"].fingerprint
+    assert changed["general"].fingerprint == done["general"].fingerprint
+
+
+def test_one_teacher_for_each_task_and_several_for_all(tmp_path: Path) -> None:
+    steps = [
+        TEACHER,
+        {**TEACHER, "name": "other", "from": "teacher", "max_steps": 2},
+        {
+            "kind": "distill",
+            "name": "born-again",
+            "teachers": {"mood": "teacher", "strength": "other"},
+            "student": {"layers": 2},
+            "criteria": ["logits"],
+            **SHORT,
+        },
+        {
+            "kind": "distill",
+            "name": "averaged",
+            "teachers": [{"path": "teacher", "weight": 2}, {"path": "other"}],
+            "student": {"layers": 1, "choose": "redundancy", "heads": 0.5, "feed_forward": 0.5},
+            "criteria": ["logits"],
+            **SHORT,
+        },
+        {
+            "kind": "distill",
+            "name": "fresh",
+            "teacher": "teacher",
+            "student": {"config": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}},
+            **SHORT,
+        },
+    ]
+    output, done = run_steps(tmp_path, steps)
+    assert done["born-again"].fingerprint != done["averaged"].fingerprint
+    averaged = MultiTaskModel.from_pretrained(output / "averaged").encoder
+    assert averaged.config.num_hidden_layers == 1
+    fresh = MultiTaskModel.from_pretrained(output / "fresh").encoder
+    assert (fresh.config.hidden_size, fresh.config.num_hidden_layers) == (32, 2)
+
+
+def test_a_stock_teacher_with_its_own_tokenizer_and_rows_without_labels(tmp_path: Path) -> None:
+    """The teacher of another family reads the texts for itself, and labels the rows that have no label."""
+    path = write_tiny_recipe(tmp_path, steps=[TEACHER], reference=None)
+    recipe = yaml.safe_load(path.read_text())
+    more = tiny_text_rows(16, seed=9).select_columns(["text"])
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    recipe["tasks"]["mood"]["unlabelled"] = {"path": "json", "data_files": "more.jsonl"}
+    recipe["steps"] = [
+        TEACHER,
+        {"kind": "export", "name": "plain", "formats": ["vanilla", "onnx"]},
+        {
+            "kind": "distill",
+            "name": "student",
+            "teachers": {
+                "mood": str(tmp_path / "run" / "plain" / "vanilla" / "mood"),
+                "strength": str(tmp_path / "run" / "plain" / "onnx"),
+            },
+            "student": {"path": str(tmp_path / "encoder")},
+            "criteria": ["logits"],
+            "teacher_cache": str(tmp_path / "cache"),
+            "arguments": {"probe_rows": 0},  # nobody learns much in so few steps
+            **SHORT,
+        },
+    ]
+    path.write_text(yaml.safe_dump(recipe))
+    _, done = run_steps(tmp_path, recipe["steps"])
+    assert done["student"].training["teacher_cache"]["rows"] == 48 + 16
+    assert len(list((tmp_path / "cache").glob("*/cache.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"criteria": ["logit"]}, "unknown kind 'logit', did you mean 'logits'"),
+        ({"criteria": ["logits", "logits"]}, "none twice"),
+        ({"criteria": [{"kind": "hidden", "measur": "mse"}]}, "did you mean 'measure'"),
+        ({"criteria": [{"kind": "logits", "temperature": 0}]}, "expected a number above 0, found 0"),
+        ({"teachers": {"mood": "teacher"}}, "expected 'teacher' or 'teachers', found both"),
+        ({"teacher": None}, "expected 'teacher' or 'teachers', found neither"),
+        ({"teacher": "techer"}, "no step makes 'techer', did you mean 'teacher'"),
+        ({"student": {"layers": 2, "path": "encoder"}}, "found layers and path"),
+        ({"student": {"path": "encoder", "heads": 0.5}}, "they say what of the teacher is taken"),
+        ({"student": {"layers": [0, 2], "choose": "first"}}, "expected a number of layers to choose"),
+        ({"label_weight": {"from": 0, "to": 2}}, "expected a share between 0 and 1, found 2"),
+        ({"hidden_weight": 1.0}, "hidden_weight"),
+        ({"kind": "pretrain", "criteria": ["logits"]}, "unknown kind 'logits'"),
+    ],
+)
+def test_mistakes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], step: dict[str, Any], message: str
+) -> None:
+    whole = {"kind": "distill", "name": "student", "teacher": "teacher", "student": {"layers": 2}, **step}
+    path = write_tiny_recipe(tmp_path, steps=[TEACHER, whole], reference=None)
+    assert main(["validate", str(path)]) == 2
+    assert message in capsys.readouterr().err
