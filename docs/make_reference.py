@@ -32,8 +32,15 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "fusion": (config.FusionConfig, None),
     "training": (config.TrainingConfig, None),
     "finetune": (config.FinetuneStep, config.TrainingConfig),
+    "pretrain": (config.PretrainStep, config.TrainingConfig),
     "distill": (config.DistillStep, config.TrainingConfig),
     "student": (config.StudentConfig, None),
+    "teachers": (config.TeacherConfig, None),
+    "logits": (config.LogitsCriterionConfig, None),
+    "hidden": (config.HiddenCriterionConfig, None),
+    "relations": (config.RelationsCriterionConfig, None),
+    "embedding": (config.EmbeddingCriterionConfig, None),
+    "feature_map": (config.FeatureMapCriterionConfig, None),
     "prune": (config.PruneStep, None),
     "quantize": (config.QuantizeStep, None),
     "export": (config.ExportStep, None),
@@ -93,7 +100,7 @@ def _default(field: dataclasses.Field[Any], hints: dict[str, Any]) -> str:
         case bool():
             return f"`{str(value).lower()}`"
         case tuple():
-            return f"`[{', '.join(map(str, value))}]`"
+            return f"`[{', '.join(getattr(item, 'kind', str(item)) for item in value)}]`"
         case int() | float() | str():
             return f"`{value}`"
         case _:

@@ -1,6 +1,13 @@
 """What is wanted: one frozen dataclass for each section of a recipe."""
 
-from hf_mtcompress.config.criteria import CriterionConfig
+from hf_mtcompress.config.criteria import (
+    CriterionConfig,
+    EmbeddingCriterionConfig,
+    FeatureMapCriterionConfig,
+    HiddenCriterionConfig,
+    LogitsCriterionConfig,
+    RelationsCriterionConfig,
+)
 from hf_mtcompress.config.data import DataConfig, Role
 from hf_mtcompress.config.recipe import (
     FORMAT_VERSION,
@@ -39,11 +46,15 @@ __all__ = [
     "CriterionConfig",
     "DataConfig",
     "DistillStep",
+    "EmbeddingCriterionConfig",
     "EncoderConfig",
     "ExportStep",
+    "FeatureMapCriterionConfig",
     "FinetuneStep",
     "FusionConfig",
+    "HiddenCriterionConfig",
     "ImageClassificationConfig",
+    "LogitsCriterionConfig",
     "MixingConfig",
     "PretrainStep",
     "ProblemType",
@@ -51,6 +62,7 @@ __all__ = [
     "PublishConfig",
     "QuantizeStep",
     "Recipe",
+    "RelationsCriterionConfig",
     "Role",
     "SequenceClassificationConfig",
     "StepConfig",

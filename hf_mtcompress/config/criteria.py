@@ -7,7 +7,7 @@ from hf_mtcompress.config.tasks import WeightSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogitsCriterion:
+class LogitsCriterionConfig:
     """The teacher's answers to each task.
 
     ```yaml
@@ -27,7 +27,7 @@ class LogitsCriterion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HiddenCriterion:
+class HiddenCriterionConfig:
     """The teacher's hidden states after each layer; a projection is learned where widths differ.
 
     ```yaml
@@ -46,7 +46,7 @@ class HiddenCriterion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RelationsCriterion:
+class RelationsCriterionConfig:
     """How positions attend to each other: relations of queries, keys and values in one layer (MiniLMv2).
 
     Widths and numbers of heads may differ, and the student may be pruned.
@@ -67,7 +67,7 @@ class RelationsCriterion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddingCriterion:
+class EmbeddingCriterionConfig:
     """The mean of the last hidden states: the embedding of the whole input.
 
     ```yaml
@@ -84,7 +84,7 @@ class EmbeddingCriterion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureMapCriterion:
+class FeatureMapCriterionConfig:
     """Where a vision encoder looks: squared activations by patch (attention transfer).
 
     ```yaml
@@ -100,5 +100,11 @@ class FeatureMapCriterion:
     """Factor of this criterion."""
 
 
-CriterionConfig = LogitsCriterion | HiddenCriterion | RelationsCriterion | EmbeddingCriterion | FeatureMapCriterion
+CriterionConfig = (
+    LogitsCriterionConfig
+    | HiddenCriterionConfig
+    | RelationsCriterionConfig
+    | EmbeddingCriterionConfig
+    | FeatureMapCriterionConfig
+)
 """Every criterion, told apart by `kind`; a word alone stands for the criterion of that kind with its defaults."""

@@ -231,7 +231,7 @@ def _build_list(elements: Any, values: Sequence[Any], path: str, problems: Probl
             word = {"kind": value} if isinstance(value, str) else value
             # A word that is no kind is a mistake in the word itself, not in a key that was not written.
             if isinstance(value, str) and value not in kinds(elements):
-                problems.add(place, f"unknown kind '{value}', {near(value, list(kinds(elements)))}")
+                problems.add(place, f"unknown word '{value}', {near(value, list(kinds(elements)))}")
                 continue
             built.append(build_by_kind(kinds(elements), word, place, problems))
         else:

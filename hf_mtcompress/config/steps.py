@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from hf_mtcompress.config.criteria import (
     CriterionConfig,
-    EmbeddingCriterion,
-    FeatureMapCriterion,
-    HiddenCriterion,
-    LogitsCriterion,
-    RelationsCriterion,
+    EmbeddingCriterionConfig,
+    FeatureMapCriterionConfig,
+    HiddenCriterionConfig,
+    LogitsCriterionConfig,
+    RelationsCriterionConfig,
 )
 from hf_mtcompress.config.data import DataConfig
 from hf_mtcompress.config.tasks import WeightSchedule
@@ -85,7 +85,7 @@ class DistillStep(TrainingConfig):
     """Several, instead of `teacher`: one for each task by its name, or a list whose answers are averaged."""
     student: StudentConfig | None = None
     """The model to make and train, instead of going on from a step."""
-    criteria: tuple[CriterionConfig, ...] = (LogitsCriterion(), HiddenCriterion())
+    criteria: tuple[CriterionConfig, ...] = (LogitsCriterionConfig(), HiddenCriterionConfig())
     """What the student imitates: words (logits, hidden, relations, embedding, feature_map), or sections with more."""
     label_weight: float | WeightSchedule = 0.5
     """Share of the loss on the true labels; the rest is the criteria's. `{from: 0, to: 1}` goes from the teacher to the
@@ -118,9 +118,9 @@ class PretrainStep(TrainingConfig):
     """A step of this recipe, or the folder or Hub id of a saved multi-task model or of a pretrained encoder."""
     student: StudentConfig | None = None
     """The model to make and train, instead of going on from a step."""
-    criteria: tuple[HiddenCriterion | RelationsCriterion | EmbeddingCriterion | FeatureMapCriterion, ...] = (
-        RelationsCriterion(),
-    )
+    criteria: tuple[
+        HiddenCriterionConfig | RelationsCriterionConfig | EmbeddingCriterionConfig | FeatureMapCriterionConfig, ...
+    ] = (RelationsCriterionConfig(),)
     """What the student imitates: words (relations, hidden, embedding, feature_map), or sections with more."""
     data: DataConfig | None = None
     """Rows to train on, their train split; default: the training rows and `unlabelled` rows of all tasks."""

@@ -277,6 +277,7 @@ class MultiTaskTrainer(Trainer):
 
     def start_training(self) -> None:
         """Set up what lives while training runs."""
+        self._centre_regressions()
         method = getattr(self.args, "gradient_combination", None)
         if self.surgery is not None:
             self.surgery.close()
@@ -285,6 +286,27 @@ class MultiTaskTrainer(Trainer):
             core: Any = self.accelerator.unwrap_model(self.model)
             scope: Any = getattr(self.args, "surgery_scope", "features")
             self.surgery = GradientSurgery(core, method, scope, self._over_ranks, self.args.world_size)
+
+    @torch.no_grad()
+    def _centre_regressions(self) -> None:
+        """Let the untrained head of a regression begin at the mean of its labels.
+
+        A bias moves by about the learning rate a step, so a mean far from 0 would be learned by the shared encoder
+        instead, with large gradients that push the other tasks aside.
+        """
+        core: Any = self.accelerator.unwrap_model(self.model)
+        for group in self.train_sources:
+            for name in (name for name in group.tasks if self.tasks[name].problem == "regression"):
+                layers = [
+                    part for part in core.heads[self.tasks[name].head_name].modules() if isinstance(part, nn.Linear)
+                ]
+                bias = layers[-1].bias if layers else None
+                # The bias of a head that was trained is never exactly 0.
+                if bias is None or bias.shape != (1,) or bool(bias.any()) or not bias.requires_grad:
+                    continue
+                labels = np.asarray(encoded_labels(group.dataset, self.tasks[name]), dtype=np.float64)
+                if np.isfinite(labels).any():
+                    bias.fill_(float(np.nanmean(labels)))
 
     def end_training(self) -> None:
         """Take it away again."""

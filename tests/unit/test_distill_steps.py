@@ -146,7 +146,7 @@ def test_a_stock_teacher_with_its_own_tokenizer_and_rows_without_labels(tmp_path
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"criteria": ["logit"]}, "unknown kind 'logit', did you mean 'logits'"),
+        ({"criteria": ["logit"]}, "unknown word 'logit', did you mean 'logits'"),
         ({"criteria": ["logits", "logits"]}, "none twice"),
         ({"criteria": [{"kind": "hidden", "measur": "mse"}]}, "did you mean 'measure'"),
         ({"criteria": [{"kind": "logits", "temperature": 0}]}, "expected a number above 0, found 0"),
@@ -158,7 +158,7 @@ def test_a_stock_teacher_with_its_own_tokenizer_and_rows_without_labels(tmp_path
         ({"student": {"layers": [0, 2], "choose": "first"}}, "expected a number of layers to choose"),
         ({"label_weight": {"from": 0, "to": 2}}, "expected a share between 0 and 1, found 2"),
         ({"hidden_weight": 1.0}, "hidden_weight"),
-        ({"kind": "pretrain", "criteria": ["logits"]}, "unknown kind 'logits'"),
+        ({"kind": "pretrain", "criteria": ["logits"]}, "unknown word 'logits'"),
     ],
 )
 def test_mistakes_are_named(
