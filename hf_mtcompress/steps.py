@@ -54,7 +54,8 @@ from hf_mtcompress.data.load import load_unlabelled
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, max_length_of
 from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
-from hf_mtcompress.errors import ArtifactError, DataError, RecipeError, TrainingError
+from hf_mtcompress.environment import require_extra
+from hf_mtcompress.errors import ArtifactError, DataError, MissingExtraError, RecipeError, TrainingError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.inference.runtimes import Runtime, open_runtime
@@ -758,13 +759,33 @@ def probe(model: MultiTaskModel, bench: Bench) -> dict[str, np.ndarray]:
     return {name: outputs[f"logits_{name}"].float().numpy() for name in model.tasks}
 
 
+def _extras_of(recipe: Recipe) -> list[str]:
+    """The extras that a recipe needs."""
+    needed = ["surgery"] if recipe.fusion.combination not in (None, "mean") else []
+    for step in recipe.steps:
+        match step:
+            case QuantizeStep():
+                needed.append("onnx" if step.backend == "onnxruntime" else "bitsandbytes")
+            case ExportStep() if "onnx" in step.formats:
+                needed.append("onnx")
+            case _:
+                pass
+    return list(dict.fromkeys(needed))
+
+
 def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
-    """Look for what would stop a run late: exports that a head cannot take.
+    """Look for what would stop a run late: exports that a head cannot take, packages that are not there.
 
     Raises:
         RecipeError: one line for each.
     """
-    problems = [
+    problems = []
+    for extra in _extras_of(recipe):
+        try:
+            require_extra(extra)
+        except MissingExtraError as error:
+            problems.append(str(error))
+    problems += [
         f"steps.{step.name}: a plain transformers folder needs a stock head, but task '{name}' has head '{task.head}'"
         for step in recipe.steps
         if isinstance(step, ExportStep) and "vanilla" in step.formats

@@ -60,10 +60,8 @@ class CacheSummary:
 class CachedSignals:
     """The signals of a data set's rows, read from disk when asked for."""
 
-    def __init__(self, table: Dataset, summary: CacheSummary, computed: bool) -> None:
+    def __init__(self, table: Dataset, summary: CacheSummary) -> None:
         self.summary = summary
-        self.computed = computed
-        """Whether this call had to ask the teacher."""
         self._table = table.with_format("numpy")
 
     def __len__(self) -> int:
@@ -113,17 +111,17 @@ def _bytes_of(value: Any) -> bytes:
     return array.tobytes() if array.dtype != object else repr(value).encode()
 
 
-def cached_signals(
+def fill_cache(
     folder: Path,
     digest: str,
     rows: int,
     compute: Callable[[Sequence[int]], Signals],
     *,
     precision: Precision = "float16",
-    shard: tuple[int, int] | None = None,
+    part: tuple[int, int] = (0, 1),
     description: str = "Asking the teacher",
-) -> CachedSignals:
-    """Signals of all rows of a data set, from disk where they are there.
+) -> tuple[int, int]:
+    """Ask the teacher about what is missing; processes that do so at the same time share the work.
 
     Args:
         folder: of all caches; made when it is not there.
@@ -131,19 +129,20 @@ def cached_signals(
         rows: how many there are.
         compute: asks the teacher about some rows.
         precision: of the numbers on disk.
-        shard: (number, of): compute only this part of what is missing, counted from 0, for machines that do not share
-            a folder; their files are put together afterwards. Default: all, shared with other processes at work.
+        part: (number, of): only this part of the shards, counted from 0, for machines that do not share a folder; their
+            files are put into one folder afterwards.
         description: of the progress bar.
 
+    Returns:
+        How many shards are there, and how many there must be.
+
     Raises:
-        ArtifactError: the folder cannot be written, or parts are missing after `shard`.
+        ArtifactError: the folder cannot be written.
     """
     place = folder / digest
-    summary = _read_summary(place)
-    count = math.ceil(rows / SHARD_ROWS)
-    files = [place / f"shard-{number:05d}.arrow" for number in range(count)]
-    computed = summary is None
-    if summary is None:
+    files = _shards(place, rows)
+    numbers = [number for number in range(part[0], len(files), part[1]) if not files[number].exists()]
+    if numbers:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -151,7 +150,6 @@ def cached_signals(
                 f"expected a folder that can be written for what the teacher says, found that {folder} cannot "
                 f"({error.strerror}); choose another teacher_cache"
             ) from error
-        numbers = [number for number in range(count) if shard is None or number % shard[1] == shard[0]]
         with tqdm(total=len(numbers), desc=description, unit="shard") as bar:
 
             def work(number: int) -> None:
@@ -160,16 +158,30 @@ def cached_signals(
                     _write_shard(files[number], chosen, compute, precision)
                 bar.update()
 
-            share_work(work, numbers, [place / f"shard-{number:05d}.lock" for number in numbers])
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ArtifactError(
-                f"expected all {count} parts of what the teacher says, found {count - len(missing)} after computing "
-                f"part {shard}; compute the others, then put all files into {place}"
-            )
-        summary = _finish(place, files, precision)
-    table = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
-    return CachedSignals(table, summary, computed)
+            share_work(work, numbers, [files[number].with_suffix(".lock") for number in numbers])
+    return sum(file.exists() for file in files), len(files)
+
+
+def open_cache(folder: Path, digest: str, rows: int, precision: Precision = "float16") -> CachedSignals:
+    """What `fill_cache` wrote.
+
+    Raises:
+        ArtifactError: some of it is missing.
+    """
+    place = folder / digest
+    files = _shards(place, rows)
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ArtifactError(
+            f"expected {len(files)} files of what the teacher says in {place}, found none of {missing[:4]}; ask for "
+            "the other parts, and put all files there"
+        )
+    summary = _read_summary(place) or _summarize(place, files, precision)
+    return CachedSignals(concatenate_datasets([Dataset.from_file(str(file)) for file in files]), summary)
+
+
+def _shards(place: Path, rows: int) -> list[Path]:
+    return [place / f"shard-{number:05d}.arrow" for number in range(math.ceil(rows / SHARD_ROWS))]
 
 
 def _write_shard(file: Path, rows: Sequence[int], compute: Callable[[Sequence[int]], Signals], precision: str) -> None:
@@ -202,7 +214,7 @@ def _write_arrow(dataset: Dataset, file: Path) -> None:
         writer.write_table(table)
 
 
-def _finish(place: Path, files: Sequence[Path], precision: Precision) -> CacheSummary:
+def _summarize(place: Path, files: Sequence[Path], precision: Precision) -> CacheSummary:
     facts = [json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) for file in files]
     shapes = facts[0]["shapes"]
     summary = CacheSummary(

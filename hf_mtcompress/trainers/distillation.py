@@ -23,9 +23,10 @@ from hf_mtcompress.data.teacher_cache import (
     CacheSummary,
     Precision,
     Signals,
-    cached_signals,
     digest_of,
+    fill_cache,
     input_digest,
+    open_cache,
 )
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.inference.runtimes import Runtime
@@ -124,7 +125,7 @@ class DistillationMixin:
         self.caches: list[CacheSummary] = []
         """Of what teachers said of the training rows, one for each source of rows; empty without a cache."""
         if folder is not None and self.train_dataset is not None:
-            self._fill_caches(Path(folder))
+            self._use_cache(Path(folder))
 
     # ---- who teaches what ----
 
@@ -216,6 +217,7 @@ class DistillationMixin:
             **{("theirs", name): state_width(first, name) for name in self._their_states},
         }
 
+    _digests: list[str] | None = None
     _own_states: Sequence[str] = ()
     _their_states: Sequence[str] = ()
     _widths: Mapping[tuple[str, str], int] = {}
@@ -278,53 +280,47 @@ class DistillationMixin:
         if problems:
             raise TaskError("\n".join([*problems, "give another teacher, or probe_rows=0 to train with this one"]))
 
-    def _fill_caches(self, folder: Path) -> None:
-        if getattr(self, "train_streams", None):
-            raise DataError(
-                "expected rows with a length for a teacher's cache, found streams; load them without streaming"
-            )
-        precision: Any = getattr(self.args, "cache_precision", "float16")
-        if precision not in get_args(Precision):
-            raise TaskError(f"expected cache_precision among {get_args(Precision)}, found '{precision}'")
-        tables: list[CachedSignals] = []
-        digests = [teacher.digest() for teacher in self.panel.teachers]
-        for group, raw in self._groups("train"):
-            dataset = group.dataset
-            columns = [name for name in ("input_ids", "token_type_ids", "pixel_values") if name in dataset[0]]
-            asked = {
-                name: [(self.panel.teachers.index(teacher), weight) for teacher, weight in self.panel.by_task[name]]
-                for name in group.tasks
-            }
-            parts = {
-                "teachers": digests,
-                "asked": asked,
-                "labels": {name: self._answered[name].labels for name in group.tasks},
-                "orders": [teacher.orders for teacher in self.panel.teachers],
-                "states": list(self._their_states),
-                "rows": input_digest(dataset, columns),
-                "precision": precision,
-            }
+    def ask_teachers(self, folder: Path, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+        """Ask about all training rows, or a part of them, and keep the answers in a folder.
 
-            def compute(indices: Sequence[int], group: EncodedGroup = group, raw: Any = raw) -> Signals:
-                return self._ask_about(group, raw, indices, self._their_states)
+        Args:
+            folder: of caches; what is there already is not asked again.
+            part: (number, of): see `hf_mtcompress.data.teacher_cache.fill_cache`.
 
-            tables.append(
-                cached_signals(
-                    folder,
-                    digest_of(parts),
-                    len(dataset),
-                    compute,
-                    precision=precision,
-                    description=f"Asking the teacher about {group.name}",
-                )
+        Returns:
+            Files that are there, and files that there must be.
+
+        Raises:
+            DataError: rows are streams, or change when they are read.
+            ArtifactError: the folder cannot be written.
+        """
+        counts = [
+            fill_cache(
+                folder,
+                digest,
+                len(group.dataset),
+                lambda indices, group=group, raw=raw: self._ask_about(group, raw, indices, self._their_states),
+                precision=self._cache_precision,
+                part=part,
+                description=f"Asking the teacher about {group.name}",
             )
+            for digest, group, raw in self._cached_groups()
+        ]
+        return sum(there for there, _ in counts), sum(wanted for _, wanted in counts)
+
+    def _use_cache(self, folder: Path) -> None:
+        """Let batches bring along what the teachers said of their rows, asking where nobody did."""
+        self.ask_teachers(folder)
+        tables = [
+            open_cache(folder, digest, len(group.dataset), self._cache_precision)
+            for digest, group, _ in self._cached_groups()
+        ]
         self.caches = [table.summary for table in tables]
-        asked_now = sum(table.computed for table in tables)
         logger.warning(
-            "teacher's answers to %d rows: %.1f MB on disk, %s",
+            "teachers' answers to %d rows take %.1f MB on disk and took %.0f s to ask for",
             sum(summary.rows for summary in self.caches),
             sum(summary.bytes for summary in self.caches) / 1e6,
-            f"asked for {sum(item.seconds for item in self.caches):.0f} s" if asked_now else "all there already",
+            sum(summary.seconds for summary in self.caches),
         )
         if self._stock is not None:
             self.train_dataset = _WithSignals(self.train_dataset, tables[0])
@@ -332,6 +328,39 @@ class DistillationMixin:
         else:
             assert isinstance(self.train_dataset, MixedDataset)
             self.train_dataset.signals = tables
+
+    @property
+    def _cache_precision(self) -> Precision:
+        precision: Any = getattr(self.args, "cache_precision", "float16")
+        if precision not in get_args(Precision):
+            raise TaskError(f"expected cache_precision among {get_args(Precision)}, found '{precision}'")
+        return precision
+
+    def _cached_groups(self) -> list[tuple[str, EncodedGroup, Any]]:
+        """Sources of training rows, each with the digest of all that a teacher's answers to them depend on."""
+        if getattr(self, "train_streams", None):
+            raise DataError(
+                "expected rows with a length for a teacher's cache, found streams; load them without streaming"
+            )
+        if self._digests is None:
+            self._digests = [teacher.digest() for teacher in self.panel.teachers]
+        found = []
+        for group, raw in self._groups("train"):
+            columns = [name for name in ("input_ids", "token_type_ids", "pixel_values") if name in group.dataset[0]]
+            parts = {
+                "teachers": self._digests,
+                "orders": [teacher.orders for teacher in self.panel.teachers],
+                "asked": {
+                    name: [(self.panel.teachers.index(teacher), weight) for teacher, weight in self.panel.by_task[name]]
+                    for name in group.tasks
+                },
+                "labels": {name: self._answered[name].labels for name in group.tasks},
+                "states": list(self._their_states),
+                "rows": input_digest(group.dataset, columns),
+                "precision": self._cache_precision,
+            }
+            found.append((digest_of(parts), group, raw))
+        return found
 
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; cached answers come along with the rows."""

@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it answers mistakes."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -147,3 +148,16 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert "model.safetensors" in listed
     assert "nothing was sent to someone/tiny" in listed
     assert "probes" not in listed
+
+
+def test_a_missing_extra_is_said_before_anything_is_trained(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run of hours ends at its last step."""
+    found = importlib.util.find_spec
+    hidden = ("torchjd", "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else found(name, *rest))
+    change(recipe, steps=[*FIRST_STEP, {"kind": "quantize", "backend": "bitsandbytes", "bits": 8}])
+    message = refused(capsys, "validate", str(recipe), "fusion.combination=upgrad", "mixing.batches=mixed")
+    assert 'pip install "hf_mtcompress[surgery]"' in message
+    assert 'pip install "hf_mtcompress[bitsandbytes]"' in message

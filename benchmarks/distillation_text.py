@@ -1,0 +1,219 @@
+"""What a small student keeps of its teacher on eleven text tasks, by what it imitates; same steps for every arm.
+
+Command: python benchmarks/distillation_text.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--size small] [--seeds 3]
+
+For each seed a teacher (the encoder fine-tuned on all tasks), then for each arm a student of `--layers` of its layers:
+
+  plain        labels alone
+  logits       labels and the teacher's answers
+  hidden       and its hidden states
+  relations    and the relations of its queries, keys and values
+  two-phase    relations first, without labels, then labels and answers (a third of the steps, then two thirds)
+  born-again   labels and the answers of one teacher for each task, each trained alone
+
+Resumable: what is finished keeps its small JSON below benchmarks/results and is not repeated; several processes with
+the same command share the work. Teachers and caches of their answers lie in `--work`.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from multitask_text import FOLDERS, RECIPE
+from transformers.utils import logging as transformers_logging
+
+from hf_mtcompress.artifacts import STEP_RECORD, share_work, write_text
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.data.sources import Sources, load_sources, task_of
+from hf_mtcompress.evaluation.statistics import paired_difference
+from hf_mtcompress.records import StepRecord
+from hf_mtcompress.steps import Bench, load_processor
+from hf_mtcompress.workflow import do_step, prepare_output, score_folder, step_sources
+
+HERE = Path(__file__).parent
+EPOCHS = {"small": 6.0, "full": 3.0}
+ANSWERS: list[Any] = ["logits"]
+
+
+def steps_of(arm: str, layers: int, epochs: float, cache: Path, alone: dict[str, str]) -> list[dict[str, Any]]:
+    """The steps of an arm; the last one makes what is scored."""
+    student = {"student": {"layers": layers}}
+    common = {"teacher": "teacher", "teacher_cache": str(cache), "epochs": epochs}
+    match arm:
+        case "plain":
+            return [{"kind": "distill", "name": arm, **common, **student, "label_weight": 1.0, "criteria": ANSWERS}]
+        case "logits" | "hidden" | "relations":
+            criteria = ANSWERS if arm == "logits" else [*ANSWERS, arm]
+            return [{"kind": "distill", "name": arm, **common, **student, "criteria": criteria}]
+        case "two-phase":
+            first = {"kind": "pretrain", "name": "general", **common, **student, "epochs": epochs / 3}
+            return [first, {"kind": "distill", "name": arm, **common, "epochs": epochs * 2 / 3, "criteria": ANSWERS}]
+        case "born-again":
+            # The student starts from the layers of the teacher of all tasks, as in every arm, before it is trained.
+            first = {"kind": "pretrain", "name": "start", **common, **student, "max_steps": 1, "learning_rate": 1e-12}
+            step = {**common, "kind": "distill", "name": arm, "teachers": alone, "criteria": ANSWERS}
+            return [first, {key: value for key, value in step.items() if key != "teacher"}]
+        case _:
+            raise ValueError(arm)
+
+
+ARMS = ("plain", "logits", "hidden", "relations", "two-phase", "born-again")
+
+
+class Benchmark:
+    """One size of the suite, with its folders."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.results = HERE / "results" / f"distillation_text_{options.size}"
+        self.work = Path(options.work) / f"distillation_text_{options.size}"
+        self.epochs = options.epochs or EPOCHS[options.size]
+        data = Path(options.data)
+        self.overrides = [f"tasks.{task}.data.data_dir={data / folder}" for task, folder in FOLDERS.items()]
+        self.overrides += [f"encoder.path={options.encoder}", "training.bf16=true", *options.overrides]
+        if options.size == "full":
+            self.overrides += [f"tasks.{task}.data.max_rows=null" for task in FOLDERS]
+        base = load_recipe(RECIPE, self.overrides)
+        self.sources = load_sources(base.tasks, base.seed)
+        self.processor = load_processor(base)
+
+    def run(self) -> None:
+        """Everything that is not done yet."""
+        for seed in range(1, self.options.seeds + 1):
+            prepare_output(self.work / f"seed-{seed}")
+        teachers = [("teacher", seed) for seed in range(1, self.options.seeds + 1)]
+        arms = [(arm, seed) for _, seed in teachers for arm in self.options.arms]
+        alone = [(f"alone-{task}", seed) for _, seed in teachers for task in self.sources.tasks]
+        for jobs, work in (
+            (teachers, self.one),
+            (alone if "born-again" in self.options.arms else [], self.alone),
+            (arms, self.one),
+        ):
+            share_work(work, jobs, [self.work / f"{arm}-{seed}.lock" for arm, seed in jobs])
+
+    def alone(self, job: tuple[str, int]) -> None:
+        """Train the teacher of one task, unless the arm that needs it is done."""
+        (name, seed), folder = job, self.work / f"seed-{job[1]}"
+        task = name.removeprefix("alone-")
+        if (self.results / "born-again" / f"seed-{seed}.json").exists():
+            return
+        step = {"kind": "finetune", "name": name, "epochs": self.epochs}
+        recipe = load_recipe(RECIPE, [*self.overrides, f"steps={json.dumps([step])}"])
+        own = dataclasses.replace(recipe.tasks[task], data=self.sources.configs[task])
+        recipe = dataclasses.replace(recipe, seed=seed, tasks={task: own})
+        labels = self.sources.tasks[task].labels
+        sources = Sources(
+            tasks={task: dataclasses.replace(task_of(task, own), labels=labels)},
+            splits={task: self.sources.splits[task]},
+            fingerprints={task: self.sources.fingerprints[task]},
+            configs={task: self.sources.configs[task]},
+        )
+        do_step(recipe.steps[0], None, {}, Bench(recipe, folder, sources, self.processor))
+
+    def one(self, job: tuple[str, int]) -> None:
+        """Train and score one arm in one seed."""
+        arm, seed = job
+        target = self.results / arm / f"seed-{seed}.json"
+        folder = self.work / f"seed-{seed}"
+        if target.exists() and (arm != "teacher" or (folder / "teacher" / STEP_RECORD).exists()):
+            return
+        teacher = {"kind": "finetune", "name": "teacher", "epochs": self.epochs}
+        alone = {task: str(folder / f"alone-{task}") for task in self.sources.tasks}
+        cache = self.work / "cache"
+        steps = [] if arm == "teacher" else steps_of(arm, self.options.layers, self.epochs, cache, alone)
+        recipe = load_recipe(RECIPE, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
+        # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
+        recipe = dataclasses.replace(recipe, seed=seed)
+        bench = Bench(recipe, folder, self.sources, self.processor)
+        done: dict[str, StepRecord] = {}
+        for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
+            done[str(step.name)] = do_step(step, source, done, bench)
+        last = str(recipe.steps[-1].name)
+        scores = score_folder(bench, folder / last, "test")
+        facts = {
+            "arm": arm,
+            "seed": seed,
+            "layers": self.options.layers if arm != "teacher" else None,
+            "optimizer_steps": sum(
+                (done[str(step.name)].training or {})["steps"] for step in recipe.steps[bool(steps) :]
+            ),
+            "seconds": sum(done[str(step.name)].seconds for step in recipe.steps[bool(steps) :]),
+            "teacher_cache": [
+                (done[str(step.name)].training or {}).get("teacher_cache") for step in recipe.steps[bool(steps) :]
+            ],
+            "average": scores.average,
+            "scores": {
+                name: found.metrics[str(self.sources.tasks[name].metric)] for name, found in scores.tasks.items()
+            },
+            "rows": {name: found.rows for name, found in scores.tasks.items()},
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, json.dumps(facts, indent=2) + "\n")
+        for step in recipe.steps[bool(steps) :] if arm != "teacher" else ():
+            shutil.rmtree(folder / str(step.name))
+
+    def table(self) -> str:
+        """What every arm keeps, and its difference from `plain` over seeds."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for file in sorted(self.results.glob("*/seed-*.json")):
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            found.setdefault(facts["arm"], {})[facts["seed"]] = facts
+        lines = [
+            "| arm | seeds | average | kept | kept, worst task | against plain | seconds |",
+            "| --- |" + " ---: |" * 6,
+        ]
+        for arm, seeds in found.items():
+            shared = [seed for seed in seeds if seed in found.get("teacher", {})]
+            kept = [_retention(seeds[seed]["scores"], found["teacher"][seed]["scores"]) for seed in shared]
+            both = [seed for seed in seeds if seed in found.get("plain", {}) and arm not in ("plain", "teacher")]
+            against = "-"
+            if len(both) > 1:
+                difference = paired_difference(
+                    [seeds[seed]["average"] for seed in both], [found["plain"][seed]["average"] for seed in both]
+                )
+                low, high = difference.low or 0.0, difference.high or 0.0
+                against = f"{100 * difference.mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+            average = sum(facts["average"] for facts in seeds.values()) / len(seeds)
+            seconds = sum(facts["seconds"] for facts in seeds.values()) / len(seeds)
+            mean = sum(share for share, _ in kept) / len(kept) if kept else float("nan")
+            worst = min((share for _, share in kept), default=float("nan"))
+            lines.append(
+                f"| {arm} | {len(seeds)} | {average:.4f} | {100 * mean:.1f} % | {100 * worst:.1f} % | {against} | "
+                f"{seconds:.0f} |"
+            )
+        return "\n".join(lines)
+
+
+def _retention(student: dict[str, float], teacher: dict[str, float]) -> tuple[float, float]:
+    shares = [student[name] / teacher[name] for name in teacher]
+    return sum(shares) / len(shares), min(shares)
+
+
+def main() -> int:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--encoder", required=True, help="folder or Hub id of the pretrained encoder")
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--epochs", type=float, help="default: 6 of the small size, 3 of the full one")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")
+    parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    transformers_logging.set_verbosity_error()
+    benchmark = Benchmark(options)
+    benchmark.run()
+    print(benchmark.table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
