@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import keep_layers
@@ -18,9 +19,10 @@ def student_of(teacher: MultiTaskModel, layers: int | Sequence[int]) -> MultiTas
             counted from 0.
 
     Raises:
-        UnsupportedEncoderError: the teacher has no such layers.
+        UnsupportedEncoderError: the teacher has no such layers, or adapters.
     """
     refuse_sub_models(teacher, "taking layers")
+    refuse_adapters(teacher, "taking layers")
     depth = teacher.encoder.config.num_hidden_layers
     kept = [(index + 1) * depth // layers - 1 for index in range(layers)] if isinstance(layers, int) else sorted(layers)
     if not kept or len(set(kept)) != len(kept) or kept[0] < 0 or kept[-1] >= depth:
