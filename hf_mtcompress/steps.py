@@ -151,6 +151,8 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
 
 def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     model = _start_model(source, bench)
+    if step.adapters is not None:
+        model.add_adapters(**dataclasses.asdict(step.adapters))
     return _save_trained(model, bench, folder, _train_finetune(step, model, bench, work))
 
 

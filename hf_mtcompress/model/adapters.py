@@ -10,9 +10,10 @@ References:
     Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
     from hf_mtcompress.model.modeling import MultiTaskModel
+
+
+ADAPTERS = "adapters"
+"""Where a model holds its adapters."""
 
 
 class Adapter(nn.Module):
@@ -172,6 +177,23 @@ def merged_encoder(model: "MultiTaskModel", name: str) -> PreTrainedModel:
         for layer in _on(encoder, adapter).values():
             layer.merge()
     return encoder
+
+
+@contextlib.contextmanager
+def trains_adapters(model: Any) -> Iterator[None]:
+    """Let a Trainer that is made here know that a model has adapters, without which it refuses quantized weights.
+
+    It looks for a mark that transformers sets on models whose adapters it manages itself. The mark is taken off again,
+    since a model that carries it saves its adapters only.
+    """
+    marked = len(getattr(model, "adapters", ())) > 0 and bool(getattr(model, "is_quantized", False))
+    if marked:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if marked:
+            del model._hf_peft_config_loaded
 
 
 def refuse_adapters(model: "MultiTaskModel", what: str) -> None:

@@ -66,6 +66,12 @@ class DistillationTrainer(MultiTaskTrainer):
         unknown = [name for name in self.criteria if name not in CRITERIA]
         if unknown or not self.criteria:
             raise TaskError(f"expected criteria among {CRITERIA}, found {unknown or 'none'}")
+        adapted = [found for found in (model, teacher) if isinstance(found, MultiTaskModel) and len(found.adapters)]
+        if HIDDEN in self.criteria and adapted:
+            raise TaskError(
+                "expected criteria ('logits',) with adapters, found 'hidden' too; with an adapter every task has hidden "
+                "states of its own, so that there are none to compare for all of them"
+            )
         if not 0 <= self.label_weight <= 1 or self.temperature <= 0:
             raise TaskError(
                 f"expected label_weight in [0, 1] and a temperature above 0, found {self.label_weight} and "
