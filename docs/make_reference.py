@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "fusion": (config.FusionConfig, None),
     "training": (config.TrainingConfig, None),
     "finetune": (config.FinetuneStep, config.TrainingConfig),
+    "adapters": (config.AdapterConfig, None),
     "distill": (config.DistillStep, config.TrainingConfig),
     "student": (config.StudentConfig, None),
     "prune": (config.PruneStep, None),

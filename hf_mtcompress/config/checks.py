@@ -329,7 +329,7 @@ def check_adapters(recipe: Recipe, problems: Problems) -> None:
                 if isinstance(recover, FinetuneStep) and recover.adapters is not None:
                     problems.add(
                         join(path, "recover.adapters"),
-                        "recovery trains the pruned model itself; remove the key, and add a finetune step with adapters",
+                        "recovery trains the pruned model itself; remove the key, and add a finetune step that has it",
                     )
                 elif isinstance(recover, DistillStep):
                     place = join(path, "recover")
@@ -366,10 +366,10 @@ def _check_distilled_adapters(step: DistillStep, own: bool, teacher: bool, path:
             f"takes layers of models without adapters, found those of '{step.teacher}'; name a checkpoint in "
             "student.path, or another teacher",
         )
-    if (own or teacher) and "hidden" in step.criteria:
+    elif (own or teacher) and "hidden" in step.criteria:
         problems.add(
             join(path, "criteria"),
-            "expected [logits] with adapters, found hidden too; with an adapter every task has hidden states of its own",
+            "expected [logits] with adapters, found hidden too; every task has hidden states of its own then",
         )
 
 

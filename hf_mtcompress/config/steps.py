@@ -51,7 +51,7 @@ class FinetuneStep(TrainingConfig):
     source: str | None = None
     """The finetune, distill or prune step to start from; default: the latest of them, else the recipe's encoder."""
     adapters: AdapterConfig | None = None
-    """Freeze the encoder and give each task an adapter of its own, which is trained with its head; `{}` takes the defaults."""
+    """Freeze the encoder and give each task an adapter of its own, trained with its head; `{}` takes the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

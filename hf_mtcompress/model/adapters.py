@@ -59,8 +59,8 @@ class Adapter(nn.Module):
         roles = sorted({role for layer in self.paths for role in layer})
         if not roles:
             raise UnsupportedEncoderError(
-                f"{type(encoder).__name__}: expected linear layers of targets '{settings.targets}' to adapt, found that "
-                "pruning left none; choose other targets"
+                f"{type(encoder).__name__}: expected linear layers of targets '{settings.targets}' to adapt, found "
+                "that pruning left none; choose other targets"
             )
         # peft is shown the linear layers alone, under names of ours, and wraps each.
         self.layers = nn.ModuleList(
@@ -101,7 +101,10 @@ def build_adapters(model: "MultiTaskModel") -> nn.ModuleDict:
             f"{ {name: described[name] for name in wrong} }; update hf_mtcompress, or restore the config"
         )
     return nn.ModuleDict(
-        {model.tasks[name].head_name: _build(model, name, AdapterConfig(**values)) for name, values in described.items()}
+        {
+            model.tasks[name].head_name: _build(model, name, AdapterConfig(**values))
+            for name, values in described.items()
+        }
     )
 
 
@@ -129,8 +132,8 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
     branches = [model.tasks[name].encoder for name in tasks if model.tasks[name].encoder in model.branches]
     if deep or branches:
         raise UnsupportedEncoderError(
-            f"expected tasks that read a whole encoder for adapters, found the branches {branches} and the tasks {deep} "
-            "that read a lower layer; build the model without them, an adapter is a task's own part too"
+            f"expected tasks that read a whole encoder for adapters, found the branches {branches} and the tasks "
+            f"{deep} that read a lower layer; build the model without them, an adapter is a task's own part too"
         )
     return {name: _build(model, name, settings).train(model.training) for name in tasks}
 

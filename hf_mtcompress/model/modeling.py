@@ -308,7 +308,7 @@ class MultiTaskModel(PreTrainedModel):
         dropout: float = 0.0,
         targets: AdapterTargets = "attention",
     ) -> None:
-        """Freeze the encoder and give tasks low-rank layers of their own on it (LoRA), which are trained with the heads.
+        """Freeze the encoder and give tasks low-rank layers of their own on it (LoRA), trained with the heads.
 
         No answer changes until they are trained, and training one task changes no answer of another. A call encodes
         once for each task with an adapter that is asked, and once for all others together.

@@ -69,8 +69,8 @@ class DistillationTrainer(MultiTaskTrainer):
         adapted = [found for found in (model, teacher) if isinstance(found, MultiTaskModel) and len(found.adapters)]
         if HIDDEN in self.criteria and adapted:
             raise TaskError(
-                "expected criteria ('logits',) with adapters, found 'hidden' too; with an adapter every task has hidden "
-                "states of its own, so that there are none to compare for all of them"
+                "expected criteria ('logits',) with adapters, found 'hidden' too; with an adapter every task has "
+                "hidden states of its own, so that there are none to compare for all of them"
             )
         if not 0 <= self.label_weight <= 1 or self.temperature <= 0:
             raise TaskError(

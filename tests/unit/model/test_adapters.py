@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -154,8 +155,9 @@ def test_onnx_equals_torch(family: str, tmp_path: Path) -> None:
     found = load_predictor(tmp_path).logits({key: value.numpy() for key, value in inputs.items()})
     for name in ("mood", "strength", "third"):
         torch.testing.assert_close(torch.as_tensor(found[name]), outputs[f"logits_{name}"], rtol=1e-4, atol=1e-5)
-    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert (tmp_path / "model.onnx").stat().st_size < weights + 600_000
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    stored = sum(int(np.prod(item.dims)) for item in graph.initializer if item.data_type == onnx.TensorProto.FLOAT)
+    assert stored <= 1.05 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_encoder_runs_once_for_each_adapter_that_is_asked() -> None:
@@ -176,9 +178,10 @@ def test_hidden_states_are_those_of_one_run_or_of_none() -> None:
     """Hidden states of one task taken for those of another would be wrong without a sign of it."""
     model = differ(adapted("bert"))
     inputs = tiny_inputs("bert")
-    for _ in range(2):
-        one = model(**inputs, tasks=["mood"], output_hidden_states=True)
-        assert len(one.hidden_states) == LAYERS + 1
+    runs = [model(**inputs, tasks=["mood"], output_hidden_states=True) for _ in range(2)]
+    # Hooks that collect them, put on what runs share once for each run, would collect twice.
+    assert [len(outputs.hidden_states) for outputs in runs] == [LAYERS + 1] * 2
+    one = runs[-1]
     assert torch.equal(one.hidden_states[-1], one.last_hidden_state)
     assert not torch.allclose(one.last_hidden_state, model.encoder(**inputs).last_hidden_state, atol=1e-3)
     both = model(**inputs, output_hidden_states=True)
@@ -229,9 +232,7 @@ def test_freezing_goes_by_task_and_never_frees_the_encoder() -> None:
     assert trained
     assert all(name.startswith(("heads.task_mood.", "adapters.task_mood.")) for name in trained)
     model.freeze_encoder(frozen=False)
-    assert all(
-        parameter.requires_grad != name.startswith("encoders.") for name, parameter in model.named_parameters()
-    )
+    assert all(parameter.requires_grad != name.startswith("encoders.") for name, parameter in model.named_parameters())
 
 
 def test_names_that_peft_and_torch_keep_for_themselves() -> None:
@@ -259,7 +260,7 @@ def test_adapters_on_a_pruned_encoder(tmp_path: Path) -> None:
         stock = model.to_stock("mood").eval()(**tiny_inputs("bert")).logits
     torch.testing.assert_close(stock, wanted["mood"], rtol=0, atol=1e-5)
     empty = plain("bert")
-    cut(empty.encoder, feed_forward=dict.fromkeys(range(LAYERS), []))
+    cut(empty.encoder, feed_forward={layer: [] for layer in range(LAYERS)})
     with pytest.raises(UnsupportedEncoderError, match="pruning left none"):
         empty.add_adapters(targets="feed_forward")
 
