@@ -292,9 +292,9 @@ class MultiTaskModel(PreTrainedModel):
         unknown = [name for name in tasks or () if name not in self.tasks]
         if unknown:
             raise TaskError(f"expected tasks among {list(self.tasks)}, found {unknown}")
-        self.requires_grad_(not frozen)
-        if len(self.adapters):
-            self.encoders.requires_grad_(False)
+        for part in self.children():
+            # Quantized weights cannot be trained at all, so asking for it would fail.
+            part.requires_grad_(not frozen and not (part is self.encoders and len(self.adapters)))
         for name, task in self.tasks.items():
             for part in (self.heads[task.head_name], adapter_of(self, name)):
                 if part is not None:

@@ -285,6 +285,7 @@ def test_adapters_and_few_bits(bits: Any, order: str, tmp_path: Path) -> None:
     trained = answers(model, "bert")
     assert not torch.allclose(trained["mood"], untrained["mood"], atol=1e-3)
     assert all(torch.equal(value, packed[name]) for name, value in model.encoder.state_dict().items())
+    model.freeze_encoder(frozen=False)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     found = answers(loaded, "bert")
