@@ -157,7 +157,8 @@ def test_a_changed_step_is_done_again_and_others_are_not(finished: tuple[Path, P
         ("steps.teacher.epochs=9", False),
         ("benchmark.repetitions=3", True),
         ("fusion.scope=features", True),
-        ("steps.teacher.adapters={}", False),
+        ("steps=[{kind: finetune, name: teacher, adapters: {}}]", False),
+        ("steps=[{kind: finetune, name: teacher}]", True),
     ],
 )
 def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: str, same: bool) -> None:
