@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "training": (config.TrainingConfig, None),
     "finetune": (config.FinetuneStep, config.TrainingConfig),
     "pretrain": (config.PretrainStep, config.TrainingConfig),
+    "adapters": (config.AdapterConfig, None),
     "distill": (config.DistillStep, config.TrainingConfig),
     "student": (config.StudentConfig, None),
     "teachers": (config.TeacherConfig, None),

@@ -406,7 +406,7 @@ def _training_step(recipe: Recipe, seed: int, steps: int | None) -> FinetuneStep
         arguments.setdefault("eval_strategy", "epoch" if config.save_steps is None else "steps")
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     values |= {"keep": "last", "arguments": arguments, "max_steps": config.max_steps if steps is None else steps}
-    return FinetuneStep(name=f"seed-{seed}", **values)
+    return FinetuneStep(name=f"seed-{seed}", adapters=step.adapters, **values)
 
 
 # ---- one training ----

@@ -167,6 +167,8 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
 
 def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     model = _start_model(source, bench)
+    if step.adapters is not None:
+        model.add_adapters(**dataclasses.asdict(step.adapters))
     return _save_trained(model, bench, folder, _train_finetune(step, model, bench, work))
 
 
@@ -697,7 +699,7 @@ def _export(step: ExportStep, source: str | None, bench: Bench, folder: Path) ->
                 for name in model.tasks:
                     model.export_task(name, folder / VANILLA / name, bench.processor)
                 outcome.artefacts.append(Artefact(form="vanilla", folder=VANILLA, precision="float32"))
-                outcome.probes[VANILLA] = probe(model, bench)
+                outcome.probes[VANILLA] = {**probe(model, bench), **_probe_merged(model, bench)}
             case "onnx":
                 export_onnx(model, bench.processor, folder / ONNX)
                 outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
@@ -757,6 +759,22 @@ def probe(model: MultiTaskModel, bench: Bench) -> dict[str, np.ndarray]:
     with torch.inference_mode():
         outputs = model.eval()(**batch)
     return {name: outputs[f"logits_{name}"].float().numpy() for name in model.tasks}
+
+
+def _probe_merged(model: MultiTaskModel, bench: Bench) -> dict[str, np.ndarray]:
+    """Logits of tasks with an adapter as their plain models give them, since a sum of weights rounds otherwise."""
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench)[0].items()}
+    found = {}
+    for name in model.config.adapters or {}:
+        stock = model.to_stock(name).eval()
+        known = {key: value for key, value in batch.items() if key != "token_type_ids" or _has_token_types(stock)}
+        with torch.inference_mode():
+            found[name] = stock(**known).logits.float().numpy()
+    return found
+
+
+def _has_token_types(model: PreTrainedModel) -> bool:
+    return "type_vocab_size" in model.config.to_dict()
 
 
 def _extras_of(recipe: Recipe) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_mtcompress.compression.importance import Scores, add, combine, first_order, gated, magnitude
 from hf_mtcompress.compression.selection import check_fraction, select_heads, select_layers, select_neurons
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
+from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -80,6 +81,7 @@ def prune(
     """
     if isinstance(model, MultiTaskModel):
         refuse_sub_models(model, "pruning")
+        refuse_adapters(model, "pruning")
     start = time.monotonic()
     check_fraction("heads", heads)
     check_fraction("feed_forward", feed_forward)

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.model.adapters import ADAPTERS
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.marking import StructureConfig, read_mark
@@ -77,6 +78,9 @@ def quantize_bitsandbytes(model: PreTrainedModel, bits: Literal[8, 4]) -> PreTra
     if bits == 4:
         keep_exact(quantized)
     align_weights(quantized)
+    if isinstance(model, MultiTaskModel) and isinstance(quantized, MultiTaskModel):
+        # With the columns of their data, which the config does not hold: adapters can be trained on the copy.
+        quantized.tasks = dict(model.tasks)
     return quantized
 
 
@@ -90,9 +94,10 @@ def _skipped(model: PreTrainedModel, bits: int, *, exact: bool) -> list[str]:
     rows, columns = (1, 1) if bits == 8 else (1, 2) if exact else _BFLOAT16_BLOCK
     # With a single column, torch's product of 8-bit matrices (2.13, CPU) is wrong.
     fewest = 2
-    skipped, odd = [], []
+    # Adapters, also those that are added later, are trained: they stay float whatever their sizes.
+    skipped, odd = ([ADAPTERS] if isinstance(model, MultiTaskModel) else []), []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or name.startswith(f"{ADAPTERS}."):
             continue
         if module not in inside:
             skipped.append(name)

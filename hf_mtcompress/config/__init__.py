@@ -17,6 +17,8 @@ from hf_mtcompress.config.recipe import (
     Recipe,
 )
 from hf_mtcompress.config.steps import (
+    AdapterConfig,
+    AdapterTargets,
     DistillStep,
     ExportStep,
     FinetuneStep,
@@ -41,6 +43,8 @@ from hf_mtcompress.config.training import EncoderConfig, FusionConfig, MixingCon
 
 __all__ = [
     "FORMAT_VERSION",
+    "AdapterConfig",
+    "AdapterTargets",
     "BenchmarkConfig",
     "BudgetConfig",
     "CriterionConfig",

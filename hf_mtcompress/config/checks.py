@@ -317,13 +317,91 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
     deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
     if not recipe.branches and not deep:
         return
-    found = f"branches {', '.join(recipe.branches)}" if recipe.branches else f"tasks with a layer: {', '.join(deep)}"
+    found = _places(recipe, deep)
     for step in recipe.steps:
         student = step.student if isinstance(step, DistillStep | PretrainStep) else None
         layers = student is not None and student.layers is not None
         bitsandbytes = isinstance(step, QuantizeStep) and step.backend == "bitsandbytes"
         if isinstance(step, PruneStep) or layers or bitsandbytes:
             problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")
+
+
+def _places(recipe: Recipe, deep: Sequence[str]) -> str:
+    return f"branches {', '.join(recipe.branches)}" if recipe.branches else f"tasks with a layer: {', '.join(deep)}"
+
+
+def check_adapters(recipe: Recipe, problems: Problems) -> None:
+    """What cannot be done with adapters, or with a model that has some, is said before training."""
+    adapted: set[str | None] = set()
+    latest: str | None = None
+    for step in recipe.steps:
+        path = f"steps.{step.name}"
+        fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
+        source = None if fresh else step.source or latest
+        match step:
+            case FinetuneStep():
+                if step.adapters is not None:
+                    _check_new_adapters(recipe, source in adapted, join(path, "adapters"), problems)
+                if step.adapters is not None or source in adapted:
+                    adapted.add(step.name)
+            case DistillStep() | PretrainStep():
+                taught = any(teacher in adapted for teacher in teachers_of(step))
+                _check_distilled_adapters(step, source in adapted, taught, path, problems)
+                if source in adapted:
+                    adapted.add(step.name)
+            case PruneStep():
+                if source in adapted:
+                    problems.add(path, f"prunes models without adapters, found those of '{source}'; prune before them")
+                recover = step.recover
+                if isinstance(recover, FinetuneStep) and recover.adapters is not None:
+                    problems.add(
+                        join(path, "recover.adapters"),
+                        "recovery trains the pruned model itself; remove the key, and add a finetune step that has it",
+                    )
+                elif isinstance(recover, DistillStep):
+                    place = join(path, "recover")
+                    taught = any(teacher in adapted for teacher in teachers_of(recover))
+                    _check_distilled_adapters(recover, False, taught, place, problems)
+            case QuantizeStep() | ExportStep():
+                continue
+        latest = step.name
+
+
+def _check_new_adapters(recipe: Recipe, already: bool, path: str, problems: Problems) -> None:
+    if already:
+        problems.add(path, "the model that is trained on has adapters already; remove the key to train these on")
+    deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
+    if recipe.branches or deep:
+        problems.add(path, f"need tasks that read one whole encoder, found {_places(recipe, deep)}")
+    fusion = recipe.fusion
+    for key, used in (
+        ("combination", fusion.combination is not None),
+        ("measure_every", fusion.measure_every is not None),
+        ("kind: gradient_norm", fusion.kind == "gradient_norm"),
+    ):
+        if used:
+            problems.add(
+                path,
+                f"expected no fusion.{key} with adapters, which compares the tasks' gradients at weights that they "
+                "share; here they share none that are trained, remove one of both",
+            )
+
+
+def _check_distilled_adapters(
+    step: DistillStep | PretrainStep, own: bool, teacher: bool, path: str, problems: Problems
+) -> None:
+    states = [item.kind for item in step.criteria if item.kind != "logits"]
+    if teacher and step.student is not None and step.student.layers is not None:
+        problems.add(
+            join(path, "student.layers"),
+            f"takes layers of models without adapters, found those of '{teachers_of(step)[0]}'; name a checkpoint in "
+            "student.path, or another teacher",
+        )
+    elif (own or teacher) and states:
+        problems.add(
+            join(path, "criteria"),
+            f"expected [logits] with adapters, found {', '.join(states)} too; every task has states of its own then",
+        )
 
 
 def check_benchmark(benchmark: BenchmarkConfig, problems: Problems) -> None:

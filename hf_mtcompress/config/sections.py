@@ -303,11 +303,13 @@ _FRACTION: _Limit = ("a fraction of at least 0 and below 1", lambda value: 0 <= 
 _SHARE: _Limit = ("a share between 0 and 1", lambda value: 0 <= value <= 1)
 
 LIMITS: dict[str, _Limit] = {
+    "alpha": _POSITIVE,
     "batch_size": _AT_LEAST_1,
     "batch_sizes": _AT_LEAST_1,
     "branch_layers": _AT_LEAST_1,
     "cap": _AT_LEAST_1,
     "class_weights": _POSITIVE,
+    "dropout": _FRACTION,
     "epochs": _POSITIVE,
     "eval_batch_size": _AT_LEAST_1,
     "feed_forward": _FRACTION,
@@ -327,6 +329,7 @@ LIMITS: dict[str, _Limit] = {
     "max_steps": _AT_LEAST_1,
     "measure_every": _AT_LEAST_1,
     "multiple_of": _AT_LEAST_1,
+    "rank": _AT_LEAST_1,
     "rate": _POSITIVE,
     "relation_heads": _AT_LEAST_1,
     "repetitions": _AT_LEAST_1,

@@ -46,12 +46,31 @@ class TeacherConfig:
     """Beside the weights of the others."""
 
 
+AdapterTargets = Literal["attention", "feed_forward", "all"]
+"""Linear layers that an adapter adds to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Low-rank layers that a task adds to a frozen encoder (LoRA)."""
+
+    rank: int = 8
+    """Width between the two matrices whose product is added to a layer."""
+    alpha: float = 16.0
+    """The product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of a layer's inputs that the adapter does not see while it is trained."""
+    targets: AdapterTargets = "attention"
+    """Which layers: projections and output of the attention, inputs and output of the feed-forward part, or both."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneStep(TrainingConfig):
     """Train all tasks on their labels.
 
     ```yaml
     - {kind: finetune, name: teacher, epochs: 3, learning_rate: 5.0e-5}
+    - {kind: finetune, name: adapted, epochs: 3, learning_rate: 5.0e-4, adapters: {rank: 8}}
     ```
     """
 
@@ -61,6 +80,8 @@ class FinetuneStep(TrainingConfig):
     """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
     """The finetune, distill or prune step to start from; default: the latest of them, else the recipe's encoder."""
+    adapters: AdapterConfig | None = None
+    """Freeze the encoder and give each task an adapter of its own, trained with its head; `{}` takes the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -198,6 +199,9 @@ def _trace(model: MultiTaskModel, processor: Any) -> Any:
         with _quiet(output):
             config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
             graph = OnnxExporter().export(_LogitsOnly(model).eval(), dict(sample), config).program
+            if len(model.adapters):
+                # Every run of the encoder has transposed its weights for itself.
+                _store_once(graph)
             return _tidy(graph)
     except Exception as error:  # whatever a tracer, a lowering or an optimiser may raise
         reason = (str(error).strip() or "no message").splitlines()[0]
@@ -205,6 +209,14 @@ def _trace(model: MultiTaskModel, processor: Any) -> Any:
             f"expected an encoder that the ONNX exporter can trace, but '{model.encoder.config.model_type}' failed "
             f"with {type(error).__name__}: {reason}; use the torch folder or vanilla folders instead"
         ) from error
+
+
+def _store_once(graph: Any) -> None:
+    """Let equal weights be one weight."""
+    from onnx_ir.passes.common import DeduplicateInitializersPass
+
+    # The pass that compares hashes fails on transposed weights (onnx_ir 1.1).
+    DeduplicateInitializersPass(size_limit=sys.maxsize)(graph)
 
 
 def _tidy(graph: Any) -> Any:

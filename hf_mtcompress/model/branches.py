@@ -145,7 +145,7 @@ def _run_on(
     given.forward = lambda *args, **kwargs: hidden
     swaps = {find_anatomy(trunk).stack_name: layers, embeddings: given, **after}
     swaps |= {name: nn.Identity() for name, _ in trunk.named_children() if name in _BEFORE_LAYERS}
-    return _twin(trunk, swaps)(**inputs, return_dict=True)
+    return twin(trunk, swaps)(**inputs, return_dict=True)
 
 
 def _embeddings_name(trunk: nn.Module) -> str:
@@ -158,14 +158,16 @@ def _embeddings_name(trunk: nn.Module) -> str:
     return found[0]
 
 
-def _twin(module: nn.Module, swaps: Mapping[str, nn.Module]) -> Any:
-    """A shallow copy with some descendants replaced; everything else is the same object."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
+def twin(module: nn.Module, swaps: Mapping[str, nn.Module]) -> Any:
+    """A shallow copy with some descendants, named by their paths, replaced; everything else is the same object."""
+    found = copy.copy(module)
+    found._modules = dict(module._modules)
+    # A forward that was put on the object (to move inputs between devices) is bound to the original and its children.
+    found.__dict__.pop("forward", None)
     for name, child in module._modules.items():
         inner = {path[len(name) + 1 :]: new for path, new in swaps.items() if path.startswith(f"{name}.")}
         if name in swaps:
-            twin._modules[name] = swaps[name]
+            found._modules[name] = swaps[name]
         elif inner and child is not None:
-            twin._modules[name] = _twin(child, inner)
-    return twin
+            found._modules[name] = twin(child, inner)
+    return found

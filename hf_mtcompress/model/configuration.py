@@ -22,6 +22,7 @@ class MultiTaskConfig(PreTrainedConfig):
         tasks: task specs without columns (`Task.to_dict`), in order.
         preprocessing: by encoder name: `max_length` in tokens or `image_size` in pixels.
         branches: by branch name: {"encoder": whose lower layers it shares, "layers": how many top layers are its own}.
+        adapters: by task name: {"rank", "alpha", "dropout", "targets"} of its adapter (see `model/adapters.py`).
         structure: by encoder name: what pruning left, by layer index and role (see `model/surgery.py`); empty if whole.
     """
 
@@ -32,6 +33,7 @@ class MultiTaskConfig(PreTrainedConfig):
     tasks: list | None = None
     preprocessing: dict | None = None
     branches: dict | None = None
+    adapters: dict | None = None
     structure: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -45,6 +47,7 @@ class MultiTaskConfig(PreTrainedConfig):
         self.tasks = self.tasks or []
         self.preprocessing = self.preprocessing or {}
         self.branches = self.branches or {}
+        self.adapters = self.adapters or {}
         self.structure = self.structure or {}
 
     def encoder_config(self, name: str = "main") -> PreTrainedConfig:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from hf_mtcompress.config import AdapterConfig, AdapterTargets
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.model.adapters import adapted, adapter_of, build_adapters, describe_adapters, new_adapters
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -26,6 +28,8 @@ from hf_mtcompress.tasks.base import NAME_PATTERN, divisor
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 _FOUND_AT_LEAST = 0.95
+_Place = tuple[str, int | None, str | None]
+"""Encoder or branch, depth, and task whose adapter is used; None for the last layer, and for no adapter."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -53,6 +57,7 @@ class MultiTaskModel(PreTrainedModel):
     Attributes:
         encoders: encoders by name; a single one is `main`.
         heads: heads by `task_<name>`.
+        adapters: adapters by `task_<name>`, of the tasks that have one.
         tasks: the tasks by name.
     """
 
@@ -80,9 +85,12 @@ class MultiTaskModel(PreTrainedModel):
         )
         check_depth(self)
         self.heads = nn.ModuleDict({task.head_name: self._build_head(task) for task in self.tasks.values()})
+        self.adapters = build_adapters(self)
         self._drop_unread_parts()
         self.model_tags = ["hf_mtcompress", "multi-task"]
         self.post_init()
+        if len(self.adapters):
+            self.freeze_encoder()
 
     # ---- building ----
 
@@ -175,7 +183,11 @@ class MultiTaskModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model, bit-equal to the one that was saved; see `PreTrainedModel.from_pretrained`."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        align_weights(model)
+        if len(model.adapters):
+            # Weights from a file are trainable, whatever stood in their place.
+            model.freeze_encoder()
         return loaded
 
     def _build_encoder(self, name: str) -> PreTrainedModel:
@@ -254,22 +266,25 @@ class MultiTaskModel(PreTrainedModel):
         self.refresh_config()
 
     def remove_task(self, name: str) -> None:
-        """Take a task and its head out; the answers of the other tasks do not change.
+        """Take a task with its head and adapter out; the answers of the other tasks do not change.
 
         Raises:
             TaskError: there is no such task, or it is the only one.
         """
         if name not in self.tasks or len(self.tasks) == 1:
             raise TaskError(f"expected one of at least two tasks, found '{name}' and the tasks {list(self.tasks)}")
-        del self.heads[self.tasks.pop(name).head_name]
+        head_name = self.tasks.pop(name).head_name
+        del self.heads[head_name]
+        if head_name in self.adapters:
+            del self.adapters[head_name]
         self.refresh_config()
 
     def freeze_encoder(self, tasks: Sequence[str] | None = None, *, frozen: bool = True) -> None:
-        """Keep the encoder as it is while heads are trained.
+        """Keep the encoder as it is while heads, and adapters where there are some, are trained.
 
         Args:
-            tasks: heads that are trained; the others are kept as they are too. Default: all.
-            frozen: False trains everything again.
+            tasks: those whose heads and adapters are trained; the others are kept as they are too. Default: all.
+            frozen: False trains everything again, except for an encoder with adapters, which stays frozen.
 
         Raises:
             TaskError: there is no such task.
@@ -277,9 +292,43 @@ class MultiTaskModel(PreTrainedModel):
         unknown = [name for name in tasks or () if name not in self.tasks]
         if unknown:
             raise TaskError(f"expected tasks among {list(self.tasks)}, found {unknown}")
-        self.requires_grad_(not frozen)
+        for part in self.children():
+            # Quantized weights cannot be trained at all, so asking for it would fail.
+            part.requires_grad_(not frozen and not (part is self.encoders and len(self.adapters)))
         for name, task in self.tasks.items():
-            self.heads[task.head_name].requires_grad_(not frozen or tasks is None or name in tasks)
+            for part in (self.heads[task.head_name], adapter_of(self, name)):
+                if part is not None:
+                    part.requires_grad_(not frozen or tasks is None or name in tasks)
+
+    def add_adapters(
+        self,
+        tasks: Sequence[str] | None = None,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        targets: AdapterTargets = "attention",
+    ) -> None:
+        """Freeze the encoder and give tasks low-rank layers of their own on it (LoRA), trained with the heads.
+
+        No answer changes until they are trained, and training one task changes no answer of another. A call encodes
+        once for each task with an adapter that is asked, and once for all others together.
+
+        Args:
+            tasks: which; default: all.
+            rank: width between the two matrices whose product is added to a layer.
+            alpha: the product is multiplied by alpha / rank.
+            dropout: share of a layer's inputs that the adapter does not see in training, 0..1.
+            targets: projections and output of the `attention`, inputs and output of the `feed_forward` part, or `all`.
+
+        Raises:
+            TaskError: settings out of range, tasks that are not there, or that have an adapter already.
+            UnsupportedEncoderError: tasks read a branch or a lower layer.
+        """
+        settings = AdapterConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+        for name, adapter in new_adapters(self, list(self.tasks if tasks is None else tasks), settings).items():
+            self.adapters[self.tasks[name].head_name] = adapter
+        self.freeze_encoder()
+        self.refresh_config()
 
     # ---- running ----
 
@@ -301,7 +350,7 @@ class MultiTaskModel(PreTrainedModel):
         return_dict: bool | None = None,
         **labels: Tensor,
     ) -> ModelOutput:
-        """Encode once, answer every task.
+        """Encode once (with adapters: once for each that is asked), answer every task.
 
         Args:
             input_ids: (batch, tokens).
@@ -315,7 +364,8 @@ class MultiTaskModel(PreTrainedModel):
 
         Returns:
             A `ModelOutput` with `loss`, `logits_<task>` of shape (batch, labels) or (batch, tokens, labels),
-            `last_hidden_state` and `hidden_states`.
+            `last_hidden_state` and `hidden_states`: those of the encoder itself where a task reads it, or of the only
+            run; None where tasks with different adapters were asked, and no other.
         """
         unknown = [key for key in labels if key.removeprefix("labels_") not in self.tasks]
         if unknown:
@@ -326,7 +376,8 @@ class MultiTaskModel(PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         read = self._read(tasks, (input_ids, attention_mask, token_type_ids, pixel_values), output_hidden_states)
         logits = {name: self.answer(name, read[self._place(name)], attention_mask) for name in tasks}
-        outputs = read["main", None] if ("main", None) in read else next(iter(read.values()))
+        several = len({adapter for *_, adapter in read}) > 1
+        outputs = read.get(("main", None, None), {} if several else next(iter(read.values())))
         loss = None
         for name in tasks:
             task = self.tasks[name]
@@ -337,32 +388,38 @@ class MultiTaskModel(PreTrainedModel):
         return output_class(tuple(self.tasks))(
             loss=loss,
             **{f"logits_{name}": value for name, value in logits.items()},
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.get("last_hidden_state"),
             hidden_states=outputs.get("hidden_states") if output_hidden_states else None,
         )
 
-    def _place(self, name: str) -> tuple[str, int | None]:
-        """Encoder or branch, and depth, that a task reads."""
-        return self.tasks[name].encoder, self.tasks[name].layer
+    def _place(self, name: str) -> _Place:
+        """What a task reads."""
+        adapter = name if self.tasks[name].head_name in self.adapters else None
+        return self.tasks[name].encoder, self.tasks[name].layer, adapter
 
     def _read(self, tasks: Sequence[str], inputs: tuple[Tensor | None, ...], output_hidden_states: bool | None) -> Any:
-        """Outputs by place, for all places that these tasks read: each encoder and each branch is run once."""
-        places = list(dict.fromkeys(self._place(name) for name in tasks)) or [("main", None)]
-        found: dict[tuple[str, int | None], Any] = {}
-        for root in dict.fromkeys(self.config.root_of(name) for name, _ in places):
-            deeper = [place for place in places if self.config.root_of(place[0]) == root and place != (root, None)]
+        """Outputs by place, for all places that these tasks read: each of them is run once."""
+        places = list(dict.fromkeys(self._place(name) for name in tasks)) or [("main", None, None)]
+        found: dict[_Place, Any] = {}
+        for place in (place for place in places if place[2] is not None):
+            found[place] = self.encode(
+                *inputs, output_hidden_states=output_hidden_states, name=place[0], adapter=place[2]
+            )
+        places = [place for place in places if place[2] is None]
+        for root in dict.fromkeys(self.config.root_of(name) for name, *_ in places):
+            deeper = [place for place in places if self.config.root_of(place[0]) == root and place[:2] != (root, None)]
             wanted = bool(deeper) or output_hidden_states
-            outputs = found[root, None] = self.encode(*inputs, output_hidden_states=wanted, name=root)
+            outputs = found[root, None, None] = self.encode(*inputs, output_hidden_states=wanted, name=root)
             encoder = self.encoders[root]
             assert isinstance(encoder, PreTrainedModel)
             given = self._encoder_inputs(*inputs, name=root)
-            for name, layer in deeper:
+            for name, layer, _ in deeper:
                 if layer is not None:
-                    found[name, layer] = run_depth(encoder, layer, outputs.hidden_states, given)
+                    found[name, layer, None] = run_depth(encoder, layer, outputs.hidden_states, given)
                 else:
                     branch = self.branches[name]
                     assert isinstance(branch, Branch)
-                    found[name, layer] = run_branch(encoder, branch, outputs.hidden_states, given)
+                    found[name, layer, None] = run_branch(encoder, branch, outputs.hidden_states, given)
         return found
 
     def encode(
@@ -373,12 +430,17 @@ class MultiTaskModel(PreTrainedModel):
         pixel_values: Tensor | None,
         output_hidden_states: bool | None = None,
         name: str = "main",
+        adapter: str | None = None,
     ) -> Any:
-        """Run one encoder; its own output object."""
+        """Run one encoder, with the adapter of the task `adapter` on it where one is named; its own output object."""
         inputs = self._encoder_inputs(input_ids, attention_mask, token_type_ids, pixel_values, name)
         if output_hidden_states:
             inputs["output_hidden_states"] = True
-        return self.encoders[name](**inputs, return_dict=True)
+        encoder = self.encoders[name]
+        if adapter is not None and (own := adapter_of(self, adapter)) is not None:
+            assert isinstance(encoder, PreTrainedModel)
+            encoder = adapted(encoder, own)
+        return encoder(**inputs, return_dict=True)
 
     def _encoder_inputs(
         self,
@@ -429,6 +491,7 @@ class MultiTaskModel(PreTrainedModel):
             if isinstance(encoder, PreTrainedModel) and not is_vanilla(encoder)
         }
         self.config.tasks = [task.to_dict() for task in self.tasks.values()]
+        self.config.adapters = describe_adapters(self)
 
     def to_stock(self, name: str) -> PreTrainedModel:
         """One task as a model of the family's own AutoModelFor class, with copies of the weights.

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import keep_layers
@@ -25,9 +26,10 @@ def student_of(teacher: MultiTaskModel, layers: int | Sequence[int], *, choose: 
             DistilBERT, or the first or the last ones.
 
     Raises:
-        UnsupportedEncoderError: the teacher has no such layers.
+        UnsupportedEncoderError: the teacher has no such layers, or adapters.
     """
     refuse_sub_models(teacher, "taking layers")
+    refuse_adapters(teacher, "taking layers")
     depth = teacher.encoder.config.num_hidden_layers
     if isinstance(layers, int):
         kept = {

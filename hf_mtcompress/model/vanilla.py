@@ -9,8 +9,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.errors import TaskError
+from hf_mtcompress.model.adapters import merged_encoder
 from hf_mtcompress.model.anatomy import encoder_of
-from hf_mtcompress.model.branches import whole_encoder
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.tasks import Task
 
@@ -33,7 +33,7 @@ def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
         raise TaskError(f"expected one of the tasks {list(model.tasks)}, found '{name}'")
     task = model.tasks[name]
     head = model.heads[task.head_name]
-    encoder = whole_encoder(model, name)
+    encoder = merged_encoder(model, name)
     config = copy.deepcopy(encoder.config)
     task.configure(config)
     found = stock_class(task, config)

@@ -185,6 +185,13 @@ class DistillationMixin:
                 f"expected a teacher in torch for the criteria {[item.kind for item in self.state_criteria]}, found an "
                 "ONNX graph, which shows answers only; use criteria=['logits'], or the checkpoint the graph was made of"
             )
+        models = [self._core, *(teacher.model for teacher in showing)]
+        if any(isinstance(model, MultiTaskModel) and len(model.adapters) for model in models):
+            raise TaskError(
+                "expected criteria ['logits'] with adapters, found "
+                f"{[item.kind for item in self.state_criteria]} too; with an adapter every task has states of its own, "
+                "so that there are none to compare for all of them"
+            )
         clash = [item.kind for item in self.state_criteria if item.kind in self._answered]
         if clash:
             raise TaskError(f"expected task names other than those of criteria, found {clash}; rename the task")

@@ -31,6 +31,7 @@ from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
 from hf_mtcompress.losses.gradients import gramian
 from hf_mtcompress.losses.interference import GradientLog, interference_report
+from hf_mtcompress.model.adapters import adapter_of, trains_adapters
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import divisor
@@ -142,16 +143,17 @@ class MultiTaskTrainer(Trainer):
                 f"expected one compute_metrics function for a {type(model).__name__}, found functions by task "
                 f"{list(compute_metrics)}; build a MultiTaskModel to train several tasks"
             )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            **kwargs,
-        )
+        with trains_adapters(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                **kwargs,
+            )
         if self.multi_task:
             # Losses are divided by item counts of the whole window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
@@ -160,6 +162,7 @@ class MultiTaskTrainer(Trainer):
             self._mixed = getattr(self.args, "batches", "one_source") == "mixed"
             self._check_streams()
             self._check_surgery()
+            self._check_adapters()
             self.gradient_log = GradientLog(list(self.tasks))
             self.add_callback(_TellTrainer(self))
 
@@ -275,6 +278,30 @@ class MultiTaskTrainer(Trainer):
                 "source of rows in each; say batches='mixed', or gradient_accumulation_steps of 2 and more"
             )
 
+    def _check_adapters(self) -> None:
+        """What compares the tasks' gradients at shared weights needs such weights.
+
+        Raises:
+            TrainingError: the encoder is frozen under adapters, and such a setting is made.
+        """
+        core = self.accelerator.unwrap_model(self.model)
+        if not isinstance(core, MultiTaskModel) or not len(core.adapters):
+            return
+        found = [
+            name
+            for name, wanted in (
+                ("gradient_combination", getattr(self.args, "gradient_combination", None)),
+                ("measure_interference", getattr(self.args, "measure_interference", None)),
+                ("fusion='gradient_norm'", self.fusion.wants_gradient_norms),
+            )
+            if wanted
+        ]
+        if found:
+            raise TrainingError(
+                f"expected no settings that compare the tasks' gradients with adapters, found {', '.join(found)}; the "
+                "encoder is frozen and every task trains weights of its own: leave them out"
+            )
+
     def start_training(self) -> None:
         """Set up what lives while training runs."""
         self._centre_regressions()
@@ -315,11 +342,13 @@ class MultiTaskTrainer(Trainer):
             self.surgery = None
 
     def freeze_stopped_heads(self) -> None:
-        """No gradient, no step: neither momentum nor weight decay moves the head of a task that stopped."""
+        """No gradient, no step: neither momentum nor weight decay moves head and adapter of a task that stopped."""
         core: Any = self.accelerator.unwrap_model(self.model)
         for name in self.stopped_tasks:
-            for parameter in core.heads[self.tasks[name].head_name].parameters():
-                parameter.grad = None
+            for part in (core.heads, core.adapters):
+                if self.tasks[name].head_name in part:
+                    for parameter in part[self.tasks[name].head_name].parameters():
+                        parameter.grad = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -584,13 +613,15 @@ class MultiTaskTrainer(Trainer):
         return getattr(model, "find_unused_parameters", True)
 
     def _touch_unread_parts(self, present: Mapping[str, Task]) -> Tensor:
-        """Zero, through every parameter that this batch may not use (heads of absent tasks, poolers).
+        """Zero, through every parameter that this batch may not use (heads and adapters of absent tasks, poolers).
 
         DDP that does not look for unused parameters waits for the gradients of all of them.
         """
         core = self.accelerator.unwrap_model(self.model)
         assert isinstance(core, MultiTaskModel)
-        parts = [core.heads[task.head_name] for name, task in self.tasks.items() if name not in present]
+        absent = [name for name in self.tasks if name not in present]
+        parts: list[nn.Module | None] = [core.heads[self.tasks[name].head_name] for name in absent]
+        parts += [adapter_of(core, name) for name in absent]
         parts += [
             part for encoder in core.encoders.values() for key, part in encoder.named_children() if key == "pooler"
         ]

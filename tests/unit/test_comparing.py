@@ -232,6 +232,19 @@ def test_one_task_is_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFi
     assert "expected at least 2 tasks to compare, found 1" in refused(capsys, str(recipe))
 
 
+def test_an_arm_with_adapters_trains_them(tmp_path: Path) -> None:
+    """Of a step, training settings and adapters are taken over; without the latter the arm would be `together`."""
+    recipe = write_tiny_recipe(tmp_path, steps=FIRST_STEP, reference=None)
+    arm = ["--arm", "adapted=steps.teacher.adapters={rank: 2}"]
+    assert main(["compare-tasks", str(recipe), "--seeds", "1", "--output", str(tmp_path / "out"), *arm]) == 0
+    settings = {
+        name: json.loads((tmp_path / "out" / name / "seed-5" / "step.json").read_text())["settings"]
+        for name in ("together", "adapted")
+    }
+    assert settings["adapted"]["adapters"]["rank"] == 2
+    assert not settings["together"].get("adapters")
+
+
 @pytest.mark.parametrize("text", ["a=tasks.mood.labels=[bad, plain, good],fusion.kind=product"])
 def test_commas_inside_a_value_stay(finished: tuple[Path, Path, dict[str, Any]], text: str) -> None:
     (arm,) = load_comparison(finished[0], arms=[text]).arms

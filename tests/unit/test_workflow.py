@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hf_mtcompress.artifacts import CARD, RECORD
+from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.publishing.lint import lint_card
@@ -154,6 +157,8 @@ def test_a_changed_step_is_done_again_and_others_are_not(finished: tuple[Path, P
         ("steps.teacher.epochs=9", False),
         ("benchmark.repetitions=3", True),
         ("fusion.scope=features", True),
+        ("steps=[{kind: finetune, name: teacher, adapters: {}}]", False),
+        ("steps=[{kind: finetune, name: teacher}]", True),
     ],
 )
 def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: str, same: bool) -> None:
@@ -183,3 +188,40 @@ def test_a_branch_runs_from_recipe_to_int8(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "out" / "teacher" / "config.json").read_text())
     assert saved["branches"] == {"side": {"encoder": "main", "layers": 1}}
     assert [task["encoder"] for task in saved["tasks"]] == ["main", "side"]
+
+
+def test_adapters_run_from_recipe_to_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A frozen encoder with an adapter for each task: trained on, exported, quantized in two ways; all reload."""
+    steps = [
+        {"kind": "finetune", "name": "shared", "epochs": 1},
+        {"kind": "finetune", "name": "adapted", "epochs": 1, "adapters": {"rank": 4, "targets": "all"}},
+        {"kind": "finetune", "name": "longer", "epochs": 1},
+        {"kind": "export", "name": "plain", "formats": ["vanilla", "onnx"]},
+        {"kind": "quantize", "name": "small", "backend": "bitsandbytes", "bits": 8},
+        {"kind": "quantize", "name": "int8", "backend": "onnxruntime", "bits": 8},
+    ]
+    path = write_tiny_recipe(tmp_path, steps=steps, reference="shared")
+    assert main(["run", str(path), "--output", str(tmp_path / "out")]) == 0
+    record = load_record(tmp_path / "out")
+    artefacts = {artefact.folder: artefact for step in record.steps for artefact in step.artefacts}
+    assert len(artefacts) == 7
+    assert [name for name, artefact in artefacts.items() if not (artefact.reload or {}).get("passed")] == []
+    saved = {
+        name: json.loads((tmp_path / "out" / name / "config.json").read_text())["adapters"]
+        for name in ("shared", "adapted", "longer", "small")
+    }
+    assert saved["shared"] == {}
+    assert list(saved["adapted"]) == ["mood", "strength"]
+    assert saved["longer"] == saved["small"] == saved["adapted"]
+    encoders = [
+        {
+            key: value
+            for key, value in load_file(tmp_path / "out" / name / "model.safetensors").items()
+            if key.startswith("encoders.")
+        }
+        for name in ("shared", "adapted", "longer")
+    ]
+    for encoder in encoders[1:]:
+        assert all(torch.equal(value, encoders[0][key]) for key, value in encoder.items())
+    sizes = {name: artefact.size.weights_bytes for name, artefact in artefacts.items() if artefact.size}
+    assert sizes["int8"] < 0.6 * sizes["plain/onnx"] < 0.7 * sizes["longer"]

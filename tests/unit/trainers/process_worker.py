@@ -13,7 +13,7 @@ from hf_mtcompress import TokenClassification as Tokens
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 
 
-def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool) -> None:
+def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters: bool) -> None:
     set_seed(0)
     tasks = [
         Sequence("mood", labels=FEELING_LABELS, text="text", label="label"),
@@ -21,6 +21,8 @@ def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool) -> None:
         Tokens("tags", labels=TAG_LABELS, tokens="tokens", label="tags"),
     ]
     model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, max_length=32)
+    if adapters:
+        model.add_adapters(["mood", "tags"])
     # Neither source fills its last batch, and the rows of the last evaluation batch are fewer than the processes.
     texts, tokens = tiny_text_rows(13), tiny_token_rows(7)
     data = {"mood": texts, "strength": texts, "tags": tokens}
@@ -71,4 +73,11 @@ def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), find_unused="find" in sys.argv[3:], mixed="mixed" in sys.argv[3:])
+    modes = sys.argv[3:]
+    main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        find_unused="find" in modes,
+        mixed="mixed" in modes,
+        adapters="adapters" in modes,
+    )
