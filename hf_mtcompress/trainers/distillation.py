@@ -189,8 +189,8 @@ class DistillationMixin:
         if any(isinstance(model, MultiTaskModel) and len(model.adapters) for model in models):
             raise TaskError(
                 "expected criteria ['logits'] with adapters, found "
-                f"{[item.kind for item in self.state_criteria]} too; with an adapter every task has states of its own, "
-                "so that there are none to compare for all of them"
+                f"{', '.join(repr(item.kind) for item in self.state_criteria)} too; with an adapter every task has "
+                "states of its own, so that there are none to compare for all of them"
             )
         clash = [item.kind for item in self.state_criteria if item.kind in self._answered]
         if clash:
