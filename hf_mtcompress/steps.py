@@ -518,6 +518,7 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
         "learning_rate": config.learning_rate,
+        "head_learning_rate": config.head_learning_rate,
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.eval_batch_size or config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

@@ -315,6 +315,7 @@ LIMITS: dict[str, _Limit] = {
     "feed_forward": _FRACTION,
     "format_version": _AT_LEAST_1,
     "gradient_accumulation_steps": _AT_LEAST_1,
+    "head_learning_rate": _POSITIVE,
     "heads": _FRACTION,
     "image_size": _AT_LEAST_1,
     "label_smoothing": _FRACTION,

@@ -82,6 +82,8 @@ class TrainingConfig:
     """Optimizer steps, instead of `epochs`."""
     learning_rate: float | None = None
     """Highest learning rate."""
+    head_learning_rate: float | None = None
+    """Of the heads, which start from nothing; default: `learning_rate`."""
     batch_size: int | None = None
     """Rows per device and step."""
     eval_batch_size: int | None = None

@@ -76,6 +76,10 @@ class MultiTaskTrainingArguments(TrainingArguments):
             "of each source; `trainer.interference()` reports them."
         },
     )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of the heads, which start from nothing; default: learning_rate, which the encoder has."},
+    )
     normalize_losses: str = field(
         default="chance",
         metadata={"help": "'chance' divides each task's loss by that of an uninformed guess; 'none' leaves it."},

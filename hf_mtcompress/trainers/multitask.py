@@ -56,7 +56,7 @@ class MultiTaskTrainer(Trainer):
     """Trains a `MultiTaskModel`; any other model is left to `transformers.Trainer` unchanged.
 
     Overrides of `Trainer`: `get_train_dataloader` (mixing), `get_batch_samples` (item counts by task),
-    `training_step`, `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`,
+    `training_step`, `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`, `create_optimizer`,
     `_set_signature_columns_if_needed`, and what saves and loads the optimizer (fusion and mixing have state too).
 
     Args:
@@ -354,6 +354,23 @@ class MultiTaskTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if self.multi_task and self._signature_columns is not None:
             self._signature_columns += [name for name in self.label_names if name not in self._signature_columns]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer`; heads may have a learning rate of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = getattr(self.args, "head_learning_rate", None)
+        if not (self.multi_task and made and rate):
+            return optimizer
+        core: Any = self.accelerator.unwrap_model(self.model)
+        heads = {id(parameter) for parameter in core.heads.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in heads]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in heads]
+            if own:
+                settings = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**settings, "params": own, "lr": rate})
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of one source of rows each, mixed as `args.mixing` says."""

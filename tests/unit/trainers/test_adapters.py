@@ -150,6 +150,7 @@ def test_distillation_of_logits_works_and_of_hidden_states_is_refused(tmp_path: 
         "args": arguments(tmp_path),
         "train_dataset": data(),
         "processing_class": tiny_tokenizer(),
+        "probe_rows": 0,  # the teacher is random
     }
     with pytest.raises(TaskError, match="found 'hidden' too"):
         DistillationTrainer(adapted(), teacher=teacher, criteria=("logits", "hidden"), **settings)

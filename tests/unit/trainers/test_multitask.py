@@ -272,6 +272,42 @@ def test_weights_that_move_stand_in_the_log(tmp_path: Path) -> None:
     assert weights[-1] == 0.0
 
 
+def test_heads_may_learn_faster_than_the_encoder(tmp_path: Path) -> None:
+    trainer = build(tmp_path, head_learning_rate=0.01, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    heads = {id(parameter) for parameter in trainer.model.heads.parameters()}
+    every = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(every) == len(set(every)) == len(list(trainer.model.parameters()))
+    for group in optimizer.param_groups:
+        rates = {0.01 if id(parameter) in heads else 1e-3 for parameter in group["params"]}
+        assert rates == {group["lr"]}
+        assert {parameter.dim() > 1 and group["weight_decay"] == 0 for parameter in group["params"]} == {False}
+    trainer = build(tmp_path, head_learning_rate=0.01, max_steps=2, lr_scheduler_type="constant")
+    trainer.train()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.01, 1e-3}
+
+
+def test_a_regression_begins_at_the_mean_of_its_labels(tmp_path: Path) -> None:
+    """A mean far from 0 would be learned by the shared encoder, at the cost of the other tasks."""
+    rows = tiny_text_rows(12).map(lambda row: {"intensity": row["intensity"] + 100.0})
+
+    def bias_of(trainer: MultiTaskTrainer) -> torch.Tensor:
+        return trainer.model.heads["task_strength"].classifier.bias.detach()
+
+    trainer = build(tmp_path, learning_rate=1e-9)
+    model = trainer.model
+    data = {"mood": rows, "strength": rows}
+    args = arguments(tmp_path, learning_rate=1e-9, num_train_epochs=1)
+    MultiTaskTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer()).train()
+    mean = sum(rows["intensity"]) / len(rows)
+    assert float(bias_of(trainer)) == pytest.approx(mean, rel=1e-5)
+    assert float(model.heads["task_mood"].classifier.bias.detach().abs().max()) < 1e-6
+    # A head that was trained keeps its bias.
+    other = {name: rows.map(lambda row: {"intensity": 0.5}) for name in data}
+    MultiTaskTrainer(model=model, args=args, train_dataset=other, processing_class=tiny_tokenizer()).train()
+    assert float(bias_of(trainer)) == pytest.approx(mean, rel=1e-5)
+
+
 def test_a_fusion_object_keeps_what_it_was_given(tmp_path: Path) -> None:
     model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
     trainer = MultiTaskTrainer(
