@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mtcompress.artifacts import CARD, write_text
-from hf_mtcompress.errors import MTCompressError
+from hf_mtcompress.errors import MTCompressError, RecipeError
 
 if TYPE_CHECKING:
     from hf_mtcompress.config import Recipe
@@ -96,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--keep-models", action="store_true", help="keep the weights after scoring")
     compare.add_argument("--json", action="store_true", help="as JSON")
+
+    ask = verb("ask-teacher", "fill the cache of a step's teacher, or a part of it, before the step runs", _ask_teacher)
+    with_recipe(ask)
+    ask.add_argument("--step", required=True, help="a distill or pretrain step with teacher_cache")
+    ask.add_argument("--part", default="1/1", metavar="N/OF", help="such as 2/4, on machines without a common folder")
+    ask.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
 
     group = verb(
         "group-tasks", "say which tasks should share an encoder, from the gradients that a run measured", _group_tasks
@@ -182,6 +189,18 @@ def _compare_tasks(options: argparse.Namespace) -> str:
     output = (options.output or Path("runs") / f"{comparison.recipe.name}-compare").absolute()
     record = compare_tasks(comparison, output, keep_models=options.keep_models)
     return to_json(record) if options.json else f"{comparison_table(record)}\nRecord and picture: {output}"
+
+
+def _ask_teacher(options: argparse.Namespace) -> str:
+    recipe = _recipe(options)
+    found = re.fullmatch(r"(\d+)/(\d+)", options.part)
+    number, of = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= of:
+        raise RecipeError(f"--part: expected N/OF such as 2/4, found '{options.part}'")
+    from hf_mtcompress.workflow import ask_teacher
+
+    there, wanted = ask_teacher(recipe, _output(options, recipe), options.step, (number - 1, of))
+    return f"{there} of {wanted} files of answers are there"
 
 
 def _group_tasks(options: argparse.Namespace) -> str:

@@ -9,10 +9,11 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -179,9 +180,7 @@ def _distill(step: DistillStep, source: str | None, bench: Bench, folder: Path, 
 
 
 def _pretrain(step: PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    own = any(other.name == step.teacher for other in bench.recipe.steps)
-    teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
-    faculty = _Faculty(teacher, {id(teacher): None if own else _own_processor(step.teacher, bench)})
+    faculty = _load_encoding_teacher(step, bench)
     model = _start_model(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
     return _save_trained(model, bench, folder, _train_pretrain(step, model, faculty, bench, work))
 
@@ -266,6 +265,13 @@ def _load_faculty(step: DistillStep, bench: Bench) -> _Faculty:
             return _Faculty([(models[item.path], item.weight) for item in averaged], processors, trusted)
         case _:
             return _Faculty(models[str(step.teacher)], processors, trusted)
+
+
+def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> _Faculty:
+    """The teacher of a pretrain step, whose answers nobody asks for."""
+    own = any(other.name == step.teacher for other in bench.recipe.steps)
+    teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
+    return _Faculty(teacher, {id(teacher): None if own else _own_processor(step.teacher, bench)})
 
 
 def _own_processor(place: str, bench: Bench) -> Any:
@@ -366,48 +372,119 @@ def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, wor
 
 
 def _train_distill(step: DistillStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+    return _fit(_distiller(step, model, faculty, bench, work, _cache_folder(step, bench)), work)
+
+
+def _train_pretrain(step: PretrainStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+    return _fit(_pretrainer(step, model, faculty, bench, work, _cache_folder(step, bench)), work)
+
+
+def _distiller(
+    step: DistillStep,
+    model: MultiTaskModel,
+    faculty: _Faculty,
+    bench: Bench,
+    work: Path,
+    cache: Path | Literal[False] | None,
+) -> DistillationTrainer:
+    """The trainer of a distill step."""
     config = merged_training(step, bench.recipe.training)
     arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
     arguments.cache_precision = step.cache_precision
     rows = bench.sources.role("train")
     if step.unlabelled:
         rows = _with_unlabelled(rows, bench.sources)
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=model,
         teacher=faculty.teachers,
         teacher_processing_class=faculty.processing_classes,
         args=arguments,
         criteria=_criteria(step),
         label_weight=_weight(step.label_weight),
-        teacher_cache=_cache_folder(step, bench),
+        teacher_cache=cache,
         probe_rows=0 if faculty.trusted else None,
         train_dataset=rows,
         eval_dataset=bench.sources.role("validation"),
         processing_class=bench.processor,
         callbacks=[MarkComplete()],
     )
-    return _fit(trainer, work)
 
 
-def _train_pretrain(step: PretrainStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+def _pretrainer(
+    step: PretrainStep,
+    model: MultiTaskModel,
+    faculty: _Faculty,
+    bench: Bench,
+    work: Path,
+    cache: Path | Literal[False] | None,
+) -> DistillationTrainer:
+    """The trainer of a pretrain step."""
     # Without labels there is no score to keep the best weights by.
     config = dataclasses.replace(merged_training(step, bench.recipe.training), keep="last")
     arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
     arguments.cache_precision = step.cache_precision
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=model,
         teacher=faculty.teachers,
         teacher_processing_class=faculty.processing_classes,
         args=arguments,
         criteria=_criteria(step),
         label_weight=0.0,
-        teacher_cache=_cache_folder(step, bench),
+        teacher_cache=cache,
         probe_rows=0,
         train_dataset=_rows_to_pretrain_on(step, bench),
         processing_class=bench.processor,
         callbacks=[MarkComplete()],
     )
-    return _fit(trainer, work)
+
+
+def ask_teacher(
+    step: DistillStep | PretrainStep, source: str | None, bench: Bench, part: tuple[int, int]
+) -> tuple[int, int]:
+    """Ask the teacher of a step about its training rows, or a part of them, and keep the answers for the step.
+
+    Args:
+        step: with `teacher_cache`.
+        source: the step that it starts from, if any.
+        bench: the run, with the steps before this one done.
+        part: (number, of), counted from 0.
+
+    Returns:
+        Files of answers that are there, and files that there must be.
+
+    Raises:
+        RecipeError: the step keeps no cache.
+        ArtifactError: a step that it needs is not done.
+    """
+    folder = _cache_folder(step, bench)
+    if folder is None:
+        raise RecipeError(f"steps.{step.name}.teacher_cache: expected true or a folder to keep answers in, found false")
+    own = [other.name for other in bench.recipe.steps]
+    for needed in (*teachers_of(step), *([source] if source else [])):
+        if needed in own and not bench.step_folder(needed).is_dir():
+            raise ArtifactError(
+                f"expected the step '{needed}' to be done before its answers are asked for; run it first"
+            )
+    set_seed(bench.recipe.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        match step:
+            case DistillStep():
+                faculty = _load_faculty(step, bench)
+                model = (
+                    _start_model(source, bench)
+                    if step.student is None
+                    else _student(step.student, step, faculty, bench)
+                )
+                trainer = _distiller(step, model, faculty, bench, Path(scratch), False)
+            case PretrainStep():
+                faculty = _load_encoding_teacher(step, bench)
+                model = (
+                    _start_model(source, bench)
+                    if step.student is None
+                    else _student(step.student, step, faculty, bench)
+                )
+                trainer = _pretrainer(step, model, faculty, bench, Path(scratch), False)
+        return trainer.ask_teachers(folder, part)
 
 
 def _criteria(step: DistillStep | PretrainStep) -> list[Criterion]:

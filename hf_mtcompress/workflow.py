@@ -34,6 +34,7 @@ from hf_mtcompress.config import (
     teachers_of,
 )
 from hf_mtcompress.config.load import dump_recipe
+from hf_mtcompress.config.sections import near
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
@@ -52,6 +53,7 @@ from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
 from hf_mtcompress.steps import Bench, check_steps_fit, load_processor, probe_batch, run_step
+from hf_mtcompress.steps import ask_teacher as steps_ask_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -454,6 +456,33 @@ def group_tasks_of(folder: Path, *, encoders: int | None = None, parameters: int
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+    """Fill the cache of a step's teacher, or a part of it, before the step is run; on several machines if need be.
+
+    Args:
+        recipe: what is wanted.
+        output: folder of the run, with the steps before this one done.
+        name: of a distill or pretrain step with `teacher_cache`.
+        part: (number, of), counted from 0.
+
+    Returns:
+        Files of answers that are there, and files that there must be.
+
+    Raises:
+        RecipeError: there is no such step, or it keeps no cache.
+        ArtifactError: the folder cannot be written, or a step that is needed is not done.
+    """
+    steps = dict(zip([str(step.name) for step in recipe.steps], recipe.steps, strict=True))
+    step = steps.get(name)
+    if not isinstance(step, DistillStep | PretrainStep):
+        usable = [known for known, other in steps.items() if isinstance(other, DistillStep | PretrainStep)]
+        raise RecipeError(f"expected a distill or pretrain step, found '{name}'; {near(name, usable)}")
+    source = dict(zip(steps, step_sources(recipe), strict=True))[name]
+    bench = Bench(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    prepare_output(output)
+    return steps_ask_teacher(step, source, bench, part)
 
 
 def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:

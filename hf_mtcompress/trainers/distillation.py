@@ -7,7 +7,7 @@ gradient: a batch then brings along what was said of its rows.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
@@ -83,7 +83,7 @@ class DistillationMixin:
         criteria: Sequence[Criterion | str] | None = None,
         temperature: float | None = None,
         label_weight: Weight | None = None,
-        teacher_cache: str | Path | None = None,
+        teacher_cache: str | Path | Literal[False] | None = None,
         probe_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -111,9 +111,9 @@ class DistillationMixin:
         for member in self.panel.teachers:
             member.to(self.args.device)
         self._check_states()
-        folder = teacher_cache or getattr(settings, "teacher_cache", None)
+        folder = None if teacher_cache is False else teacher_cache or getattr(settings, "teacher_cache", None)
         foreign = [member for member in self.panel.teachers if member.processor is not None]
-        if folder is None and foreign:
+        if folder is None and foreign and teacher_cache is not False:
             folder = Path(str(settings.output_dir)) / CACHE_FOLDER
             logger.warning(
                 "a teacher reads inputs of its own: it is asked about all rows now, and what it says is kept in %s",
@@ -615,7 +615,7 @@ class DistillationTrainer(DistillationMixin, MultiTaskTrainer):
         label_weight: share of the label loss, in [0, 1]; a pair goes linearly from the first to the last step, as in
             the teacher annealing of Clark et al. 2019, "BAM!".
         teacher_cache: folder for what teachers say of the training rows; asked once, whatever the epochs. Default:
-            `args.teacher_cache`, else teachers run beside the student.
+            `args.teacher_cache`, else teachers run beside the student. False asks nothing yet, for `ask_teachers`.
         probe_rows: labelled rows a source on which a teacher must agree with the labels better than a guess; 0 trusts
             it. Default: `args.probe_rows`.
         **kwargs: for `MultiTaskTrainer`.

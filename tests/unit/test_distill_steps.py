@@ -9,6 +9,7 @@ import yaml
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.data import teacher_cache
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.steps import Bench, load_processor
@@ -141,6 +142,32 @@ def test_a_stock_teacher_with_its_own_tokenizer_and_rows_without_labels(tmp_path
     _, done = run_steps(tmp_path, recipe["steps"])
     assert done["student"].training["teacher_cache"]["rows"] == 48 + 16
     assert len(list((tmp_path / "cache").glob("*/cache.json"))) == 1
+
+
+def test_a_teacher_can_be_asked_by_parts_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines without a common folder ask a part each; the step then finds all answers."""
+    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 20)
+    student = {"kind": "distill", "name": "student", "teacher": "teacher", "student": {"layers": 2}, **SHORT}
+    path = write_tiny_recipe(tmp_path, steps=[TEACHER, {**student, "teacher_cache": "cache"}], reference=None)
+    words = ["ask-teacher", str(path), "--output", str(tmp_path / "run"), "--step", "student"]
+    assert main(words) == 2
+    assert "expected the step 'teacher' to be done before" in capsys.readouterr().err
+    run_steps(tmp_path, [], "steps=[{kind: finetune, name: teacher, epochs: 2}]")
+    capsys.readouterr()
+    assert main([*words, "--part", "1/2"]) == 0
+    assert capsys.readouterr().out == "2 of 3 files of answers are there\n"
+    assert main([*words, "--part", "2/2"]) == 0
+    assert capsys.readouterr().out == "3 of 3 files of answers are there\n"
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*/*.arrow")}
+    run_steps(tmp_path, [])
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*/*.arrow")} == files
+    for wrong, message in (("0/2", "such as 2/4"), ("x", "such as 2/4")):
+        assert main([*words, "--part", wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words[:-1], "studnt"]) == 2
+    assert "did you mean 'student'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
