@@ -36,7 +36,7 @@ from hf_mtcompress.steps import Bench, load_processor
 from hf_mtcompress.workflow import do_step, prepare_output, score_folder, step_sources
 
 HERE = Path(__file__).parent
-EPOCHS = {"small": 6.0, "full": 3.0}
+EPOCHS = {"small": 4.0, "full": 3.0}
 ANSWERS: list[Any] = ["logits"]
 
 
@@ -202,7 +202,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--epochs", type=float, help="default: 6 of the small size, 3 of the full one")
+    parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")
     parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")

@@ -3,7 +3,8 @@
 Command: python benchmarks/multitask_text.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--size small] [--seeds 3]
 
 Resumable: a training that is finished keeps its small JSON below benchmarks/results and is not repeated; one that was
-killed goes on from its checkpoint. `--seeds` and `--arms` do some now and others later.
+killed goes on from its checkpoint. `--seeds` and `--arms` do some now and others later. Processes with the same command
+share the work: on two cores, two of them with OMP_NUM_THREADS=1 take less time than one with two threads.
 
 small: at most 1,000 training and 500 test rows a task, drawn with the recipe's seed. full: all rows.
 """
@@ -47,6 +48,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", help="names of arms; default: all")
+    parser.add_argument("--groups", nargs="*", default=[], help="NAME=task+task/task: several models; see compare-tasks")
     options = parser.parse_args()
     arms = ARMS | (TEMPERATURE if options.size == "full" else {})
     chosen = arms if options.arms is None else {name: arms[name] for name in options.arms}
@@ -57,6 +59,7 @@ def main() -> int:
     arguments = ["compare-tasks", str(RECIPE), f"encoder.path={options.encoder}", *overrides]
     arguments += ["--seeds", str(options.seeds), "--output", str(HERE / "results" / f"multitask_text_{options.size}")]
     arguments += [word for name, settings in chosen.items() for word in ("--arm", f"{name}={settings}")]
+    arguments += [word for group in options.groups for word in ("--group", group)]
     return command(arguments)
 
 
