@@ -48,7 +48,9 @@ def main() -> int:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", help="names of arms; default: all")
-    parser.add_argument("--groups", nargs="*", default=[], help="NAME=task+task/task: several models; see compare-tasks")
+    parser.add_argument(
+        "--groups", nargs="*", default=[], help="NAME=task+task/task: several models; see compare-tasks"
+    )
     options = parser.parse_args()
     arms = ARMS | (TEMPERATURE if options.size == "full" else {})
     chosen = arms if options.arms is None else {name: arms[name] for name in options.arms}

@@ -14,6 +14,7 @@ from hf_mtcompress import (
     DistillationMixin,
     DistillationTrainer,
     DistillationTrainingArguments,
+    ImageClassification,
     MultiTaskModel,
     SequenceClassification,
     student_of,
@@ -25,12 +26,23 @@ from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.inference.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import (
     EmbeddingCriterion,
+    FeatureMapCriterion,
     HiddenCriterion,
     LogitsCriterion,
     RelationsCriterion,
 )
 from hf_mtcompress.trainers.probing import agreement
-from tests.tiny import FEELING_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from tests.tiny import (
+    COLOUR_LABELS,
+    FEELING_LABELS,
+    IMAGE_SIZE,
+    tiny_encoder,
+    tiny_image_processor,
+    tiny_image_rows,
+    tiny_text_rows,
+    tiny_token_rows,
+    tiny_tokenizer,
+)
 from tests.unit.trainers.test_distillation import build, losses, teacher_model
 from tests.unit.trainers.test_multitask import gradients
 
@@ -479,3 +491,61 @@ def test_filler_rows_of_several_processes_count_nowhere(tmp_path: Path) -> None:
     trainer.create_optimizer_and_scheduler(10)
     one, other = gradients(trainer, [alone, filled])
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# ---- images ----
+
+
+def image_model(**overrides: Any) -> MultiTaskModel:
+    torch.manual_seed(0)
+    tasks = [
+        ImageClassification("colour", labels=COLOUR_LABELS, image="image", label="label"),
+        ImageClassification("strength", problem_type="regression", image="image", label="intensity"),
+    ]
+    return MultiTaskModel.from_encoder(tiny_encoder("vit", **overrides), tasks, image_size=IMAGE_SIZE).eval()
+
+
+def build_images(student: MultiTaskModel, teacher: Any, folder: Path, **settings: Any) -> DistillationTrainer:
+    rows = tiny_image_rows(6)
+    return build(
+        student,
+        teacher,
+        folder,
+        train_dataset={"colour": rows, "strength": rows},
+        processing_class=tiny_image_processor("vit"),
+        **settings,
+    )
+
+
+def test_images_are_taught_by_every_criterion_live_and_cached(tmp_path: Path) -> None:
+    teacher = image_model()
+    every = [*EVERY, FeatureMapCriterion()]
+    same = losses(build_images(copy.deepcopy(teacher), teacher, tmp_path, criteria=every, label_weight=0.0))
+    assert same.keys() == {"colour", "strength", "hidden", "relations", "embedding", "feature_map"}
+    assert max(same.values()) < 1e-6
+    student = student_of(teacher, 2)
+    live = first_gradients(build_images(copy.deepcopy(student), teacher, tmp_path, criteria=every))
+    trainer = build_images(
+        copy.deepcopy(student),
+        teacher,
+        tmp_path,
+        criteria=every,
+        teacher_cache=tmp_path / "cache",
+        cache_precision="float32",
+    )
+    assert trainer.caches[0].rows == 6
+    for one, other in zip(live, first_gradients(trainer), strict=True):
+        assert one.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_of_finer_patches_shows_where_it_looks_and_what_it_answers(tmp_path: Path) -> None:
+    teacher = image_model(patch_size=4)
+    student = image_model(num_hidden_layers=2)
+    criteria = ["logits", "embedding", "feature_map"]
+    found = losses(build_images(student, teacher, tmp_path, criteria=criteria, label_weight=0.0))
+    assert all(np.isfinite(value) for value in found.values())
+    with pytest.raises(TaskError, match="expected as many patches in student and teacher, found 17 and 65"):
+        losses(build_images(student, teacher, tmp_path, criteria=["hidden"]))
+    with pytest.raises(TaskError, match="criterion 'feature_map': expected a vision encoder"):
+        build(teacher_model(), teacher_model(), tmp_path, criteria=["feature_map"])
