@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -83,7 +84,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     """Write `text` to `target` whole or not at all."""
-    part = target.with_name(target.name + ".part")
+    # Several processes may write the same file, on machines that share a folder too.
+    part = target.with_name(f"{target.name}.{uuid4().hex}.part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, target)

@@ -63,6 +63,7 @@ from hf_mtcompress.inference.runtimes import Runtime, open_runtime
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Weight
+from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.student import fresh_student_of, student_of
 from hf_mtcompress.model.surgery import describe_structure
@@ -268,9 +269,15 @@ def _load_faculty(step: DistillStep, bench: Bench) -> _Faculty:
 
 
 def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> _Faculty:
-    """The teacher of a pretrain step, whose answers nobody asks for."""
+    """The teacher of a pretrain step, whose answers nobody asks for; with the tasks of the run, for its students."""
     own = any(other.name == step.teacher for other in bench.recipe.steps)
     teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
+    if {name: task.labels for name, task in teacher.tasks.items()} != {
+        name: task.labels for name, task in bench.sources.tasks.items()
+    }:
+        teacher = MultiTaskModel.from_encoder(
+            teacher.encoder, list(bench.sources.tasks.values()), **(teacher.config.preprocessing or {}).get("main", {})
+        )
     return _Faculty(teacher, {id(teacher): None if own else _own_processor(step.teacher, bench)})
 
 
@@ -288,9 +295,14 @@ def _own_processor(place: str, bench: Bench) -> Any:
 
 def _as_encoder(path: str, bench: Bench) -> MultiTaskModel:
     """A saved multi-task model, or a pretrained encoder with heads that nobody asks."""
-    if Path(path).is_dir() and AutoConfig.from_pretrained(path).model_type == "mtcompress":
-        return MultiTaskModel.from_pretrained(path)
-    return new_model(path, bench)
+    try:
+        saved = AutoConfig.from_pretrained(path).model_type == MultiTaskConfig.model_type
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            "teacher: expected a step of this recipe, a saved multi-task model or a pretrained encoder, found "
+            f"'{path}' ({str(error).splitlines()[0]})"
+        ) from error
+    return MultiTaskModel.from_pretrained(path) if saved else new_model(path, bench)
 
 
 def _student(
@@ -336,7 +348,7 @@ def load_teacher(name: str, bench: Bench) -> TeacherModel:
         return open_runtime(Path(name))
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type == "mtcompress":
+        if config.model_type == MultiTaskConfig.model_type:
             return MultiTaskModel.from_pretrained(name)
         import transformers
 
@@ -537,7 +549,9 @@ def _rows_to_pretrain_on(step: PretrainStep, bench: Bench) -> dict[str, Dataset]
             rows = load_unlabelled(step.data, [step.column], Path.cwd(), bench.recipe.seed, what)
         except DataError as error:
             raise RecipeError(str(error)) from error
-        return {task.name: without_labels(rows.rename_column(step.column, task.input_columns[0]), [task])}
+        if step.column != task.input_columns[0]:
+            rows = rows.rename_column(step.column, task.input_columns[0])
+        return {task.name: without_labels(rows, [task])}
     rows = bench.sources.role("train")
     made: dict[int, Dataset] = {}
     for name, own in rows.items():

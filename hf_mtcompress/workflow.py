@@ -35,6 +35,7 @@ from hf_mtcompress.config import (
 )
 from hf_mtcompress.config.load import dump_recipe
 from hf_mtcompress.config.sections import near
+from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
@@ -178,7 +179,8 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
         "format": records.FORMAT_VERSION,
         "step": {"kind": step.kind, **_chosen(step)},
         "source": done[source].fingerprint if source is not None else None,
-        "teachers": [done[name].fingerprint if name in done else name for name in teachers_of(step)],
+        "teachers": [done[name].fingerprint if name in done else _saved(name) for name in teachers_of(step)],
+        **_other_inputs(step, bench),
         "seed": recipe.seed,
         "encoder": _chosen(recipe.encoder),
         "encoder_files": _folder_digest(Path(recipe.encoder.path)),
@@ -190,6 +192,30 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
         **({"branches": [recipe.branches, recipe.branch_layers]} if recipe.branches else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _saved(place: str) -> Any:
+    """A saved model by its content where it lies here, else by its name."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return place
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json", ".onnx")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _other_inputs(step: StepConfig, bench: Bench) -> dict[str, Any]:
+    """What a step reads beside its source, its teachers and the tasks' rows."""
+    student = getattr(step, "student", None)
+    parts: dict[str, Any] = {}
+    if student is not None and student.path is not None and Path(student.path).is_dir():
+        parts["student_files"] = _saved(student.path)
+    if isinstance(step, PretrainStep) and step.data is not None:
+        rows = load_unlabelled(step.data, [step.column], Path.cwd(), bench.recipe.seed, f"steps.{step.name}.data")
+        parts["own_data"] = content_fingerprint({"train": rows})
+    return parts
 
 
 def _chosen(section: Any) -> dict[str, Any]:

@@ -40,14 +40,18 @@ def token_starts(
     starts = []
     for row in range(len(inputs[0])):
         words = encoded.word_ids(row) if split else None
-        starts.append(
-            [
-                None if part is None else (part, 0 if words is None else words[token], offset[0])
-                for token, (part, offset) in enumerate(
-                    zip(encoded.sequence_ids(row), encoded["offset_mapping"][row], strict=True)
-                )
-            ]
-        )
+        found: list[Start | None] = []
+        parts = zip(encoded.sequence_ids(row), encoded["offset_mapping"][row], strict=True)
+        for token, (part, (first, last)) in enumerate(parts):
+            word = 0 if words is None else words[token]
+            if part is None or word is None:
+                found.append(None)
+                continue
+            text = inputs[part][row][word] if split else inputs[part][row]
+            # Some tokenizers count the space before a word to its first piece.
+            blank = len(text[first:last]) - len(text[first:last].lstrip())
+            found.append((part, word, first + blank))
+        starts.append(found)
     return {key: value for key, value in encoded.items() if key != "offset_mapping"}, starts
 
 

@@ -52,24 +52,26 @@ class MultiTaskCollator:
                 batch[task.rows_name] = torch.tensor(own)
         if any(UNCOUNTED in row for row in rows):
             batch[UNCOUNTED] = torch.tensor([bool(row.get(UNCOUNTED)) for row in rows])
-        return {**batch, **stack_signals(rows, length)}
+        return {**batch, **stack_signals(rows, batch.get("attention_mask"))}
 
 
-def stack_signals(rows: Sequence[Mapping[str, Any]], length: int | None) -> dict[str, Tensor]:
-    """What a teacher said of the rows of a batch: of those that have it, padded with NaN where it is by position.
+def stack_signals(rows: Sequence[Mapping[str, Any]], attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """What a teacher said of the rows of a batch: of those that have it, NaN at positions that are padded.
 
     Args:
-        rows: with arrays (width,) or (positions, width) under names that begin with `SIGNALS`.
-        length: padded input length in tokens; None for images, which are of one size.
+        rows: with arrays (width,), or (positions that count, width), under names that begin with `SIGNALS`.
+        attention_mask: (batch, tokens) of texts; None for images, which are of one size.
     """
     names = dict.fromkeys(key for row in rows for key in row if key.startswith(SIGNALS))
     stacked = {}
     for name in names:
-        arrays = [np.asarray(row[name]) for row in rows if name in row]
-        if arrays[0].ndim == 2 and length is not None:
-            padded = np.full((len(arrays), length, arrays[0].shape[1]), np.nan, dtype=arrays[0].dtype)
-            for place, array in enumerate(arrays):
-                padded[place, : len(array)] = array
+        own = [place for place, row in enumerate(rows) if name in row]
+        arrays = [np.asarray(rows[place][name]) for place in own]
+        if arrays[0].ndim == 2 and attention_mask is not None:
+            mask = attention_mask.bool().numpy()
+            padded = np.full((len(own), mask.shape[1], arrays[0].shape[1]), np.nan, dtype=arrays[0].dtype)
+            for number, place in enumerate(own):
+                padded[number, mask[place]] = arrays[number]
             stacked[name] = torch.from_numpy(padded)
         else:
             stacked[name] = torch.from_numpy(np.stack(arrays))

@@ -23,7 +23,7 @@ _ANNEALED_BY = 0.8
 _BATCHES_IN_A_BLOCK = 50
 """As in transformers' own grouping by length."""
 
-SIGNALS = "teacher_"
+SIGNALS = "__teacher__"
 """Beginning of the names of a row's signals."""
 UNCOUNTED = "uncounted"
 """Key of a row, and of a batch, that says which rows count nowhere."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -30,8 +31,12 @@ from hf_mtcompress.errors import ArtifactError, DataError
 Signals = dict[str, list[np.ndarray]]
 """By name of the signal: one array a row."""
 Precision = Literal["float16", "float32"]
-SHARD_ROWS = 512
+SHARD_ROWS = 256
 """Rows that are computed, and written, together."""
+EXACT = "logits_"
+"""Signals whose names begin so are small, and kept in float32 whatever the precision."""
+_READ_TWICE = 16
+"""Rows that are read twice, to find out whether they change."""
 _SUMMARY = "cache.json"
 _FORMAT = 1
 
@@ -46,7 +51,7 @@ class CacheSummary:
         rows: how many.
         bytes: of all files.
         seconds: that the teacher needed, over all processes.
-        precision: of the numbers.
+        precision: of the numbers; answers are in float32.
     """
 
     widths: dict[str, int]
@@ -68,15 +73,15 @@ class CachedSignals:
         return len(self._table)
 
     def rows(self, indices: Sequence[int]) -> Signals:
-        """Arrays of some rows, in that order, in the precision of the cache."""
+        """Arrays of some rows, in that order, in the precision they are kept in."""
         found = self._table[list(indices)]
-        return {
-            name: [
-                np.asarray(values).reshape(-1, width) if name in self.summary.positions else np.asarray(values)
-                for values in found[name]
-            ]
-            for name, width in self.summary.widths.items()
-        }
+        signals = {}
+        for name, width in self.summary.widths.items():
+            # numpy's view of the table is in float32 whatever it holds.
+            kept = np.float32 if name.startswith(EXACT) else np.dtype(self.summary.precision)
+            shape = (-1, width) if name in self.summary.positions else (width,)
+            signals[name] = [np.asarray(values, dtype=kept).reshape(shape) for values in found[name]]
+        return signals
 
 
 def digest_of(parts: Mapping[str, Any]) -> str:
@@ -91,8 +96,9 @@ def input_digest(dataset: Dataset, columns: Sequence[str]) -> str:
     Raises:
         DataError: a row is not the same when it is read again, as after a random augmentation.
     """
-    first = [_bytes_of(dataset[0][column]) for column in columns]
-    if first != [_bytes_of(dataset[0][column]) for column in columns]:
+    looked_at = range(0, len(dataset), max(1, len(dataset) // _READ_TWICE))
+    once, again = ([_bytes_of(dataset[row][column]) for row in looked_at for column in columns] for _ in range(2))
+    if once != again:
         raise DataError(
             "expected rows that are the same whenever they are read, found some that change (a random augmentation?); "
             "what a teacher said of them cannot be kept: leave the cache out, or augment the rows once, with a seed, "
@@ -128,7 +134,7 @@ def fill_cache(
         digest: of everything that the signals depend on.
         rows: how many there are.
         compute: asks the teacher about some rows.
-        precision: of the numbers on disk.
+        precision: of the numbers on disk, answers apart.
         part: (number, of): only this part of the shards, counted from 0, for machines that do not share a folder; their
             files are put into one folder afterwards.
         description: of the progress bar.
@@ -187,12 +193,15 @@ def _shards(place: Path, rows: int) -> list[Path]:
 def _write_shard(file: Path, rows: Sequence[int], compute: Callable[[Sequence[int]], Signals], precision: str) -> None:
     begin = time.monotonic()
     signals = compute(rows)
-    features = Features({name: List(Value(precision)) for name in signals})
+    kept = {name: "float32" if name.startswith(EXACT) else precision for name in signals}
+    features = Features({name: List(Value(kept[name])) for name in signals})
     shapes = {
         name: {"width": int(arrays[0].shape[-1]), "positions": arrays[0].ndim == 2} for name, arrays in signals.items()
     }
-    columns = {name: [array.astype(precision).reshape(-1) for array in arrays] for name, arrays in signals.items()}
-    part = file.with_suffix(f".{os.getpid()}.part")
+    columns = {
+        name: [_fitting(array, kept[name], name).reshape(-1) for array in arrays] for name, arrays in signals.items()
+    }
+    part = file.with_suffix(f".{uuid4().hex}.part")
     try:
         _write_arrow(Dataset.from_dict(columns, features=features), part)
         facts = {"shapes": shapes, "seconds": time.monotonic() - begin}
@@ -204,6 +213,17 @@ def _write_shard(file: Path, rows: Sequence[int], compute: Callable[[Sequence[in
             f"expected room for what the teacher says in {file.parent}, found that it cannot be written "
             f"({error.strerror}); free some space or choose another teacher_cache"
         ) from error
+
+
+def _fitting(array: np.ndarray, precision: str, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        found = array.astype(precision)
+    if np.isinf(found).any() and not np.isinf(array).any():
+        raise DataError(
+            f"expected values of '{name}' that fit {precision}, found one of {np.nanmax(np.abs(array)):.3g}; say "
+            "cache_precision: float32"
+        )
+    return found
 
 
 def _write_arrow(dataset: Dataset, file: Path) -> None:

@@ -1,6 +1,7 @@
 """Asking teachers about many rows at once, for caches and for a first look at what they know."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,16 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_mtcompress.data.alignment import aligned, columns_of_rows, token_starts
-from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.data.teacher_cache import Signals
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.trainers.teachers import Teacher, TeacherPanel
+from hf_mtcompress.trainers.teachers import Teacher, TeacherPanel, positions_of
 
+logger = logging.getLogger(__name__)
+
+_MATCHED_AT_LEAST = 0.5
+"""Share of tokens below which two tokenizers hardly fit each other."""
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
@@ -27,6 +31,7 @@ class Asking:
     Attributes:
         panel: the teachers.
         processor: the student's tokenizer or image processor.
+        collate: makes a batch of the student's inputs.
         max_length: the student's longest input in tokens.
         device: where the teachers are.
         batch_size: rows a forward pass.
@@ -34,6 +39,7 @@ class Asking:
 
     panel: TeacherPanel
     processor: Any
+    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     max_length: int | None
     device: torch.device
     batch_size: int
@@ -41,7 +47,7 @@ class Asking:
     def about(
         self, dataset: Dataset, raw: Any, indices: Sequence[int], tasks: dict[str, Task], states: Sequence[str]
     ) -> Signals:
-        """What the teachers say of some rows, in their order: arrays of each row's own length.
+        """What the teachers say of some rows, in their order: arrays over the positions that count in each row.
 
         Args:
             dataset: rows encoded for the student.
@@ -59,22 +65,22 @@ class Asking:
         found: dict[int, dict[str, np.ndarray]] = {}
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
-            batch = self._signals_of(tasks, dataset, raw, [int(indices[place]) for place in places], states)
+            chosen = [int(indices[place]) for place in places]
+            batch, counted = self._signals_of(tasks, dataset, raw, chosen, states)
             for number, place in enumerate(places):
-                length = None if lengths is None else lengths[place]
                 found[place] = {
-                    name: (values[number] if values.dim() == 2 else values[number][:length]).numpy()
+                    name: _own(values[number], None if values.dim() == 2 or counted is None else counted[number])
                     for name, values in batch.items()
                 }
         return {name: [found[place][name] for place in range(len(indices))] for name in found[0]}
 
     def _signals_of(
         self, tasks: dict[str, Task], dataset: Dataset, raw: Any, indices: list[int], states: Sequence[str]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Signals of one batch, and which positions of it count; None for images."""
         rows = [dataset[index] for index in indices]
         text = "input_ids" in rows[0]
-        collate = MultiTaskCollator({}, self.processor if text else None)
-        features = self._on_device(collate([{key: row[key] for key in row if key in _INPUTS} for row in rows]))
+        features = self._on_device(self.collate([{key: row[key] for key in row if key in _INPUTS} for row in rows]))
         found = {}
         for key, (teacher, names, wanted) in self.panel.asked(tasks, states).items():
             if teacher.processor is None:
@@ -85,7 +91,8 @@ class Asking:
                 images = list(raw[indices][next(iter(tasks.values())).input_columns[0]])
                 own = teacher.processor(images, return_tensors="pt")
                 found[key] = teacher.signals(self._on_device(own), names, wanted)
-        return {name: values.float().cpu() for name, values in self.panel.combined(found, tasks, states).items()}
+        signals = {name: values.float().cpu() for name, values in self.panel.combined(found, tasks, states).items()}
+        return signals, positions_of(features).bool().cpu() if text else None
 
     def _signals_of_other_tokens(
         self,
@@ -121,14 +128,25 @@ class Asking:
         places = torch.full(features["input_ids"].shape, -1)
         for row, (own, other) in enumerate(zip(mine, theirs, strict=True)):
             # Texts may be padded on the left; starts are those of the unpadded row.
-            first, their_first = (int(inputs["attention_mask"][row].argmax()) for inputs in (features, batch))
-            found = torch.tensor(aligned(own, other))
-            places[row, first : first + len(own)] = torch.where(found < 0, found, found + their_first)
+            first, their_first = (int(found["attention_mask"][row].argmax()) for found in (features, batch))
+            matched = torch.tensor(aligned(own, other))
+            places[row, first : first + len(own)] = torch.where(matched < 0, matched, matched + their_first)
+        texts = features["attention_mask"].bool().cpu()
+        if (share := float((places[texts] >= 0).float().mean())) < _MATCHED_AT_LEAST:
+            logger.warning(
+                "only %.0f %% of the student's tokens begin where one of the teacher's does; others are not compared",
+                100 * share,
+            )
         places = places.to(self.device)
         return {name: values if values.dim() == 2 else _moved(values, places) for name, values in signals.items()}
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {key: values.to(self.device) for key, values in batch.items() if isinstance(values, Tensor)}
+
+
+def _own(values: Tensor, counted: Tensor | None) -> np.ndarray:
+    """One row's values, a copy, so that the padded batch can go."""
+    return (values if counted is None else values[counted]).numpy().copy()
 
 
 def _moved(values: Tensor, places: Tensor) -> Tensor:

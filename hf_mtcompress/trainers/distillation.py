@@ -4,8 +4,10 @@ Teachers are asked while the student trains, or once for all rows before (`teach
 gradient: a batch then brings along what was said of its rows.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,9 +15,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
-from hf_mtcompress.data.collator import stack_signals
+from hf_mtcompress.data.collator import MultiTaskCollator, stack_signals
 from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED, MixedDataset
 from hf_mtcompress.data.preprocessing import EncodedGroup
 from hf_mtcompress.data.teacher_cache import (
@@ -47,6 +49,7 @@ from hf_mtcompress.trainers.teachers import (
     logits_name,
     panel_of,
     positions_of,
+    processor_digest,
     same_tokenizer,
 )
 
@@ -62,7 +65,9 @@ class DistillationMixin:
     """Adds teachers to a Trainer: to `MultiTaskTrainer`, or to your own subclass of `transformers.Trainer`.
 
     `class Mine(DistillationMixin, MyTrainer)` trains what `MyTrainer` trains, a stock model with one head or a
-    `MultiTaskModel` (then `MyTrainer` is a `MultiTaskTrainer`). See `DistillationTrainer` for the arguments.
+    `MultiTaskModel` (then `MyTrainer` is a `MultiTaskTrainer`). See `DistillationTrainer` for the arguments. The loss
+    on labels is the task's own, with `label_smoothing_factor` of a stock model: a `compute_loss` of `MyTrainer`, or a
+    `compute_loss_func`, has no place in it and is refused.
     """
 
     # What it uses of the Trainer that it is mixed with.
@@ -103,8 +108,10 @@ class DistillationMixin:
         self._uncounted: Tensor | None = None
         """Rows of the present batch that count nowhere."""
         self._stock: Task | None = None
+        self._projections: nn.ModuleDict | None = None
+        """By state of the student: what takes it to the teacher's width; kept from one `train` to the next."""
         if not getattr(self, "multi_task", False):
-            self._stock = task_of_stock(STOCK_TASK, self._core)
+            self._stock = self._stock_task()
             # Losses are divided by the items of a whole accumulation window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
         self.panel = self._panel(given, teacher_processing_class)
@@ -120,7 +127,7 @@ class DistillationMixin:
                 folder.name,
             )
         count = int(getattr(settings, "probe_rows", 64) if probe_rows is None else probe_rows)
-        if count:
+        if count and self.answer_criteria:
             self._probe(count)
         self.caches: list[CacheSummary] = []
         """Of what teachers said of the training rows, one for each source of rows; empty without a cache."""
@@ -146,10 +153,34 @@ class DistillationMixin:
     def _label_key(self, name: str) -> str:
         return "labels" if self._stock is not None else self._answered[name].label_name
 
+    def _stock_task(self) -> Task:
+        """The task of a stock student.
+
+        Raises:
+            TaskError: a loss of the user's own, which could not be mixed with criteria.
+        """
+        own = [
+            cls.__name__
+            for cls in type(self).__mro__
+            if "compute_loss" in vars(cls) and cls not in (Trainer, MultiTaskTrainer) and cls is not DistillationMixin
+        ]
+        if own or getattr(self, "compute_loss_func", None) is not None:
+            raise TaskError(
+                f"expected the model's own loss on labels beside a teacher, found compute_loss of {', '.join(own)}"
+                if own
+                else "expected the model's own loss on labels beside a teacher, found compute_loss_func; leave it out"
+            )
+        task = task_of_stock(STOCK_TASK, self._core)
+        smoothing = float(getattr(self.args, "label_smoothing_factor", 0.0))
+        one_label = task.problem in ("single_label_classification", "token_classification")
+        return dataclasses.replace(task, label_smoothing=smoothing) if smoothing and one_label else task
+
     def _panel(self, given: Teachers, processing_class: Any) -> TeacherPanel:
         models, own = _models_and_processors(given, processing_class)
         processors, lengths = {}, {}
         for model, processor in zip(models, own, strict=True):
+            if model is self._core:
+                raise TaskError("expected a teacher beside the student, found the student; give copy.deepcopy(model)")
             if isinstance(model, Runtime):
                 processor = model.processor if processor is None else processor
                 lengths[id(model)] = model.max_length
@@ -157,9 +188,19 @@ class DistillationMixin:
                 lengths[id(model)] = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             if processor is None:
                 self._check_vocabulary(model)
+            elif self.processing_class is None:
+                raise TaskError(
+                    "expected processing_class, the student's tokenizer or image processor, beside that of the "
+                    "teacher, found none; pass it"
+                )
             elif not same_tokenizer(processor, self.processing_class):
                 processors[id(model)] = processor
-        return panel_of(given, self._answered, processors, lengths)
+        if processors and self._stock is not None:
+            raise TaskError(
+                "expected a teacher with the student's tokenizer for a stock student, whose rows hold no texts, found "
+                "another; make the student a MultiTaskModel (from_heads) and pass the texts"
+            )
+        return panel_of(given, self._answered, processors, lengths, answers=bool(self.answer_criteria))
 
     def _check_vocabulary(self, teacher: Any) -> None:
         encoder = teacher.encoder if isinstance(teacher, MultiTaskModel) else encoder_of(teacher)
@@ -224,7 +265,6 @@ class DistillationMixin:
             **{("theirs", name): state_width(first, name) for name in self._their_states},
         }
 
-    _digests: list[str] | None = None
     _own_states: Sequence[str] = ()
     _their_states: Sequence[str] = ()
     _widths: Mapping[tuple[str, str], int] = {}
@@ -245,9 +285,12 @@ class DistillationMixin:
     def _ask_about(self, group: EncodedGroup, raw: Any, indices: Sequence[int], states: Sequence[str]) -> Signals:
         """What the teachers say of some rows, in their order."""
         tasks = {name: self._answered[name] for name in group.tasks}
+        text = "pixel_values" not in getattr(self.processing_class, "model_input_names", ())
+        own = MultiTaskCollator({}, self.processing_class if text else None)
         asking = Asking(
             panel=self.panel,
             processor=self.processing_class,
+            collate=own if self._stock is None else _plain(self.data_collator),
             max_length=getattr(self, "_max_length", None),
             device=self.args.device,
             batch_size=self.args.eval_batch_size,
@@ -285,7 +328,14 @@ class DistillationMixin:
                         f"{found.items} items; likely cause: {cause}"
                     )
         if problems:
-            raise TaskError("\n".join([*problems, "give another teacher, or probe_rows=0 to train with this one"]))
+            raise TaskError(
+                "\n".join(
+                    [
+                        *problems,
+                        "give another teacher, or probe_rows=0 (in a recipe arguments: {probe_rows: 0}) to trust it",
+                    ]
+                )
+            )
 
     def ask_teachers(self, folder: Path, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
         """Ask about all training rows, or a part of them, and keep the answers in a folder.
@@ -311,7 +361,7 @@ class DistillationMixin:
                 part=part,
                 description=f"Asking the teacher about {group.name}",
             )
-            for digest, group, raw in self._cached_groups()
+            for digest, group, raw in self._cached_groups
         ]
         return sum(there for there, _ in counts), sum(wanted for _, wanted in counts)
 
@@ -320,7 +370,7 @@ class DistillationMixin:
         self.ask_teachers(folder)
         tables = [
             open_cache(folder, digest, len(group.dataset), self._cache_precision)
-            for digest, group, _ in self._cached_groups()
+            for digest, group, _ in self._cached_groups
         ]
         self.caches = [table.summary for table in tables]
         logger.warning(
@@ -335,6 +385,8 @@ class DistillationMixin:
         else:
             assert isinstance(self.train_dataset, MixedDataset)
             self.train_dataset.signals = tables
+            if not isinstance(self.data_collator, MultiTaskCollator):
+                self.data_collator = _SignalCollator(self.data_collator)
 
     @property
     def _cache_precision(self) -> Precision:
@@ -343,19 +395,31 @@ class DistillationMixin:
             raise TaskError(f"expected cache_precision among {get_args(Precision)}, found '{precision}'")
         return precision
 
+    @cached_property
     def _cached_groups(self) -> list[tuple[str, EncodedGroup, Any]]:
         """Sources of training rows, each with the digest of all that a teacher's answers to them depend on."""
         if getattr(self, "train_streams", None):
             raise DataError(
                 "expected rows with a length for a teacher's cache, found streams; load them without streaming"
             )
-        if self._digests is None:
-            self._digests = [teacher.digest() for teacher in self.panel.teachers]
+        if getattr(self.processing_class, "padding_side", "right") == "left":
+            raise DataError(
+                "expected a tokenizer that pads on the right for a teacher's cache, found padding_side='left', with "
+                "which positions, and so answers, depend on the other rows of a batch; set padding_side='right'"
+            )
+        digests = [teacher.digest() for teacher in self.panel.teachers]
+        foreign = any(teacher.processor is not None for teacher in self.panel.teachers)
+        groups = self._groups("train")
+        if not groups:
+            raise DataError(
+                f"expected a datasets.Dataset for a teacher's cache, found a {type(self.train_dataset).__name__}; make "
+                "one of it, or leave teacher_cache out"
+            )
         found = []
-        for group, raw in self._groups("train"):
+        for group, raw in groups:
             columns = [name for name in ("input_ids", "token_type_ids", "pixel_values") if name in group.dataset[0]]
             parts = {
-                "teachers": self._digests,
+                "teachers": digests,
                 "orders": [teacher.orders for teacher in self.panel.teachers],
                 "asked": {
                     name: [(self.panel.teachers.index(teacher), weight) for teacher, weight in self.panel.by_task[name]]
@@ -366,6 +430,11 @@ class DistillationMixin:
                 "rows": input_digest(group.dataset, columns),
                 "precision": self._cache_precision,
             }
+            if foreign:
+                # What such a teacher reads: the student's tokens do not tell it all.
+                inputs = self._answered[group.tasks[0]].input_columns
+                parts["raw"] = input_digest(raw, [column for column in inputs if column in raw.column_names])
+                parts["student"] = [processor_digest(self.processing_class), getattr(self, "_max_length", None)]
             found.append((digest_of(parts), group, raw))
         return found
 
@@ -387,22 +456,45 @@ class DistillationMixin:
     # ---- training ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; where widths differ projections are learned beside the student and dropped after it."""
-        projections = {
-            self._projection_name(item, own): nn.Linear(self._widths["own", own], self._widths["theirs", theirs])
-            for item, pairs in self._pairs
-            for own, theirs in pairs
-            if item.projected and self._widths["own", own] != self._widths["theirs", theirs]
-        }
+        """Train; where widths differ projections are learned beside the student and dropped after it.
+
+        Raises:
+            TrainingError: a teacher with inputs of its own that was not asked; or `model_init`, whose new models the
+                teacher was not compared with.
+        """
+        if any(teacher.processor is not None for teacher in self.panel.teachers) and not self.caches:
+            raise TrainingError(
+                "expected a teacher with a tokenizer of its own to be asked before, found teacher_cache=False; give a "
+                "folder, or leave it out"
+            )
+        if getattr(self, "model_init", None) is not None:
+            raise TrainingError(
+                "expected a student beside a teacher, found model_init; make a trainer for each student"
+            )
+        projections = self._make_projections()
         if not projections:
             return super().train(*args, **kwargs)  # type: ignore[misc]  # of the Trainer
         model = self.model
         # A part of the model while training, so that optimizer, DDP and checkpoints hold it.
-        model.projections = nn.ModuleDict(projections).to(self.args.device)
+        model.projections = projections
+        hook = model.register_forward_hook(_reach_projections)
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]  # of the Trainer
         finally:
+            hook.remove()
             del model.projections
+
+    def _make_projections(self) -> nn.ModuleDict:
+        """The projections, the same ones in every training, as the optimizer knows them."""
+        if self._projections is None:
+            made = {
+                self._projection_name(item, own): nn.Linear(self._widths["own", own], self._widths["theirs", theirs])
+                for item, pairs in self._pairs
+                for own, theirs in pairs
+                if item.projected and self._widths["own", own] != self._widths["theirs", theirs]
+            }
+            self._projections = nn.ModuleDict(made).to(self.args.device)
+        return self._projections
 
     @staticmethod
     def _projection_name(criterion: StateCriterion, state: str) -> str:
@@ -419,14 +511,30 @@ class DistillationMixin:
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if self._stock is None:
             return batches, counted
-        labels = [batch["labels"] for batch in batches if "labels" in batch]
-        found = [self._stock.item_count(label).cpu() for label in labels]
+        for batch in batches:
+            if "labels" not in batch:
+                batch["labels"] = self._open_labels(batch)
+        found = [self._stock.item_count(batch["labels"]).cpu() for batch in batches]
         counts: ItemCounts = {STOCK_TASK: torch.stack(found).sum() if found else torch.tensor(0.0)}
         counts |= self.extra_counts(batches)
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
             counts = dict(zip(counts, gathered.cpu(), strict=True))
         return batches, counts
+
+    def _open_labels(self, batch: Mapping[str, Any]) -> Tensor:
+        """Labels of a stock student's batch that has none."""
+        assert self._stock is not None
+        inputs = next(value for key, value in batch.items() if key in ("input_ids", "pixel_values"))
+        match self._stock.problem:
+            case "token_classification":
+                return torch.full_like(inputs, UNLABELLED)
+            case "single_label_classification":
+                return torch.full((len(inputs),), UNLABELLED, device=inputs.device)
+            case "multi_label_classification":
+                return torch.full((len(inputs), self._stock.num_outputs), float(UNLABELLED), device=inputs.device)
+            case "regression":
+                return torch.full((len(inputs),), float("nan"), device=inputs.device)
 
     def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:
         """Items of the window that each criterion runs over."""
@@ -479,11 +587,7 @@ class DistillationMixin:
         inputs = {key: value for key, value in inputs.items() if not key.startswith(SIGNALS) and key != UNCOUNTED}
         if self._stock is None or not isinstance(num_items_in_batch, dict):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        target = inputs.pop("labels", None)
-        if target is None:
-            target = self._stock.collate_labels(
-                self._stock.encode_labels([None] * len(next(iter(inputs.values()))), {}), None
-            ).to(self.args.device)
+        target = inputs.pop("labels")
         labels = {STOCK_TASK: target}
         outputs, losses, extra = self.task_losses(model, inputs, labels, num_items_in_batch, {})
         loss = torch.stack([*losses.values(), *extra.values()]).sum() * self.args.world_size
@@ -519,8 +623,9 @@ class DistillationMixin:
         losses = {}
         for name, task in tasks.items():
             logits = own_rows(outputs[f"logits_{name}"], rows.get(name)) if self._stock is None else outputs.logits
-            wanted = guide[logits_name(name)]
-            wanted = wanted if cached else own_rows(wanted, rows.get(name))
+            wanted = guide.get(logits_name(name))
+            if wanted is not None and not cached:
+                wanted = own_rows(wanted, rows.get(name))
             losses[name] = self._task_loss(task, logits, wanted, labels[name], self._asked(name, batch), counts, share)
         terms = {
             item.kind: (1 - share)
@@ -546,7 +651,7 @@ class DistillationMixin:
         self,
         task: Task,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | None,
         target: Tensor,
         mask: Tensor,
         counts: ItemCounts,
@@ -554,6 +659,8 @@ class DistillationMixin:
     ) -> Tensor:
         """The loss of one task in this batch, as a share of the window's mean."""
         loss = share * task.loss_sum(student, target) / divisor(counts[task.name].to(target.device))
+        if teacher is None:
+            return loss
         # Class weights are for labels: every item counts the same beside the teacher.
         each = divisor(counts.get(task.name + ONLY_COUNTED, mask.sum().float()).to(target.device))
         for item in self.answer_criteria:
@@ -579,7 +686,8 @@ class DistillationMixin:
             student, teacher = own[mine], guide[theirs]
             name = self._projection_name(criterion, mine)
             if name in projections:
-                student = projections[name](student)
+                projection = projections[name]
+                student = projection(student.to(projection.weight.dtype))
             counted = mask
             if student.dim() == 3 and mask.dim() == 1 and not criterion.per_row:
                 if student.shape[1] != teacher.shape[1]:
@@ -654,13 +762,29 @@ class _SignalCollator:
     """Any collator, with signals stacked beside what it makes."""
 
     def __init__(self, collator: Any) -> None:
-        self._collator = collator
+        self.collator = collator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plain = [{key: value for key, value in row.items() if not key.startswith(SIGNALS)} for row in rows]
-        batch = dict(self._collator(plain))
-        length = batch["input_ids"].shape[1] if "input_ids" in batch else None
-        return {**batch, **stack_signals(rows, length)}
+        batch = dict(self.collator(plain))
+        texts = "input_ids" in batch
+        mask = positions_of(batch) if texts else None
+        return {**batch, **stack_signals(rows, mask)}
+
+
+def _plain(collator: Any) -> Any:
+    """The collator of the user, without what was put around it."""
+    return collator.collator if isinstance(collator, _SignalCollator) else collator
+
+
+def _reach_projections(model: nn.Module, args: Any, outputs: Any) -> Any:
+    """Let DDP, which looks for parameters from the outputs of a forward pass, find those that are used after it."""
+    name = next((key for key in outputs if key.startswith("logits")), None)
+    if name is not None:
+        projections = model.get_submodule("projections")
+        nothing = sum(0.0 * parameter.sum() for parameter in projections.parameters())
+        outputs[name] = outputs[name] + nothing
+    return outputs
 
 
 def _models_and_processors(given: Teachers, processing_class: Any) -> tuple[list[Any], list[Any]]:

@@ -453,7 +453,11 @@ class MultiTaskTrainer(Trainer):
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.reduce(torch.stack(list(counts.values())).to(device), "sum")
             counts = dict(zip(counts, gathered.cpu(), strict=True))
-        self._present = [name for name, count in counts.items() if float(count) > 0 and not name.endswith(ONLY_COUNTED)]
+        self._present = [
+            name
+            for name, count in counts.items()
+            if not name.endswith(ONLY_COUNTED) and float(count) + float(counts.get(name + ONLY_COUNTED, 0.0)) > 0
+        ]
         self._several_sources = not self._mixed and len({_source(batch) for batch in batches}) > 1
         self.fusion.start_window(self.state.global_step, self.state.max_steps)
         if self.surgery is not None:

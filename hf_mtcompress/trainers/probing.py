@@ -14,6 +14,8 @@ LEAST_AGREEMENT = 0.1
 """Agreement above chance that a teacher must reach; 0 is a guess, 1 is perfect."""
 FEWEST_ITEMS = 16
 """Labelled items below which nothing can be said."""
+FEWEST_OTHERS = 5
+"""Items with another label than the commonest one below which nothing can be said either."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def _of_numbers(answers: np.ndarray, truth: np.ndarray) -> Agreement:
 def _of_labels(answers: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> Agreement:
     if len(truth) == 0 or len(set(truth.tolist())) < 2:
         return Agreement(1.0, 0, "")  # one label says nothing
+    if len(truth) - np.unique(truth, return_counts=True)[1].max() < FEWEST_OTHERS:
+        return Agreement(1.0, 0, "")
     value = float(cohen_kappa_score(answers, truth))
     if len(set(answers.tolist())) == 1:
         shown = f"'{names[int(answers[0])]}'" if names else int(answers[0])

@@ -147,7 +147,7 @@ class GradientSurgery:
             names: tasks that any process has rows of, the same on all of them.
         """
         self._head_scale = {}
-        if not features.requires_grad:
+        if not features.requires_grad or not names:
             return dict(terms)
         vectors = {name: self.gradients.of(terms.get(name), features) for name in names}
         source = "+".join(names)
@@ -159,7 +159,7 @@ class GradientSurgery:
         factors = self._factors(self._over_ranks(vectors))
         self.weights |= factors
         self._head_scale = {name: 1 / factor for name, factor in factors.items()}
-        return {name: factors[name] * term for name, term in terms.items()}
+        return {name: factors.get(name, 1.0) * term for name, term in terms.items()}
 
     def _factors(self, vectors: Mapping[str, Tensor]) -> dict[str, float]:
         """Weights of the vectors, 1 being an even share; 1 also where a vector is zero.

@@ -6,6 +6,7 @@ answers are computed once (`data/teacher_cache.py`).
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Teacher:
 
     Args:
         model: a `MultiTaskModel`, a stock model with a head, or a loaded ONNX folder (`open_runtime`).
-        tasks: the student's tasks that it answers.
+        tasks: the student's tasks that it answers; none where only its states are wanted.
         processor: its own tokenizer or image processor; None where it reads the student's inputs.
         max_length: longest input in tokens, where it has a tokenizer of its own.
 
@@ -87,7 +88,8 @@ class Teacher:
         names = list(names)
         if isinstance(self.model, Runtime):
             answers = self.model.logits({key: value.cpu().numpy() for key, value in features.items()})
-            logits = {name: torch.as_tensor(np.asarray(answers[name])) for name in names}
+            device = next(iter(features.values())).device
+            logits = {name: torch.as_tensor(np.asarray(answers[name]), device=device) for name in names}
             found = {}
         else:
             encoder = self.encoder
@@ -121,9 +123,14 @@ class Teacher:
             digest.update(self.model.digest().encode())
         else:
             for name, tensor in self.model.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            digest.update(repr(sorted(self.model.config.to_dict().get("structure") or {})).encode())
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            settings = {
+                key: value
+                for key, value in self.model.config.to_dict().items()
+                if key not in ("_name_or_path", "transformers_version", "dtype")
+            }
+            digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         if self.processor is not None:
             digest.update(processor_digest(self.processor).encode())
             digest.update(str(self.max_length).encode())
@@ -163,11 +170,12 @@ class TeacherPanel:
     """All teachers of a student.
 
     Attributes:
-        by_task: teachers and their weights for each task; several are averaged.
-        states: whose states are shown for a task's rows; the first teacher of the task.
+        by_task: teachers and their weights for each task; several are averaged. The first one shows its states.
+        answers: whether their answers are wanted, or only their states.
     """
 
     by_task: dict[str, list[tuple[Teacher, float]]]
+    answers: bool = True
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -182,7 +190,7 @@ class TeacherPanel:
         """What each teacher is asked about a batch: tasks and states, by identity of the teacher."""
         names = list(names)
         asked: dict[int, tuple[Teacher, list[str], Sequence[str]]] = {}
-        for name in names:
+        for name in names if self.answers else ():
             for teacher, _ in self.by_task[name]:
                 asked.setdefault(id(teacher), (teacher, [], ()))[1].append(name)
         if states:
@@ -204,7 +212,7 @@ class TeacherPanel:
             states: names of the states that are wanted.
         """
         signals: dict[str, Tensor] = {}
-        for name, task in tasks.items():
+        for name, task in tasks.items() if self.answers else ():
             answers = [(found[id(teacher)][logits_name(name)], weight) for teacher, weight in self.by_task[name]]
             if len(answers) == 1:
                 signals[logits_name(name)] = answers[0][0]
@@ -237,7 +245,12 @@ Teachers = TeacherModel | Mapping[str, TeacherModel] | Sequence[TeacherModel] | 
 
 
 def panel_of(
-    teachers: Teachers, tasks: Mapping[str, Task], processors: Mapping[int, Any], lengths: Mapping[int, int | None]
+    teachers: Teachers,
+    tasks: Mapping[str, Task],
+    processors: Mapping[int, Any],
+    lengths: Mapping[int, int | None],
+    *,
+    answers: bool = True,
 ) -> TeacherPanel:
     """Make a panel of what a user gives.
 
@@ -246,6 +259,7 @@ def panel_of(
         tasks: the student's.
         processors: by identity of a model: a tokenizer or image processor of its own.
         lengths: likewise: its longest input in tokens.
+        answers: whether their answers are wanted, or only their states.
 
     Raises:
         TaskError: a task has no teacher, or teacher and task do not fit.
@@ -269,7 +283,12 @@ def panel_of(
         weighted = dict.fromkeys(tasks, pairs)
     for found in weighted.values():
         for model, _ in found:
-            if len(tasks) > 1 and not isinstance(teachers, Mapping) and not isinstance(model, MultiTaskModel | Runtime):
+            if (
+                answers
+                and len(tasks) > 1
+                and not isinstance(teachers, Mapping)
+                and not isinstance(model, MultiTaskModel | Runtime)
+            ):
                 raise TaskError(
                     f"expected a multi-task teacher for the tasks {list(tasks)}, found a {type(model).__name__}; give "
                     "one teacher for each task: teachers={task: model}"
@@ -279,10 +298,10 @@ def panel_of(
     for name, found in weighted.items():
         for model, _ in found:
             models[id(model)] = model
-            own_tasks.setdefault(id(model), {})[name] = tasks[name]
+            own_tasks.setdefault(id(model), {}).update({name: tasks[name]} if answers else {})
     made = {key: Teacher(model, own_tasks[key], processors.get(key), lengths.get(key)) for key, model in models.items()}
     return TeacherPanel(
-        {name: [(made[id(model)], weight) for model, weight in found] for name, found in weighted.items()}
+        {name: [(made[id(model)], weight) for model, weight in found] for name, found in weighted.items()}, answers
     )
 
 

@@ -78,6 +78,37 @@ def test_pretraining_then_distilling_with_a_cache(tmp_path: Path) -> None:
     assert changed["general"].fingerprint == done["general"].fingerprint
 
 
+@pytest.mark.parametrize("column", ["text", "sentence"])
+def test_pretraining_on_texts_of_its_own(tmp_path: Path, column: str) -> None:
+    """A pretrained encoder teaches, which has none of the tasks; other texts are another step."""
+    path = write_tiny_recipe(tmp_path, steps=[TEACHER], reference=None)
+    more = (
+        tiny_text_rows(16, seed=9)
+        .select_columns(["text"])
+        .rename_column("text", "words")
+        .rename_column("words", column)
+    )
+    lines = "".join(json.dumps(row) + "\n" for row in more)
+    (tmp_path / "more.jsonl").write_text(lines)
+    step = {
+        "kind": "pretrain",
+        "name": "general",
+        "teacher": str(tmp_path / "encoder"),
+        "student": {"layers": 2},
+        "criteria": [{"kind": "relations", "relation_heads": 4}],
+        "data": {"path": "json", "data_files": "more.jsonl"},
+        "column": column,
+        **SHORT,
+    }
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**recipe, "steps": [step]}))
+    output, done = run_steps(tmp_path, [])
+    assert MultiTaskModel.from_pretrained(output / "general").encoder.config.num_hidden_layers == 2
+    assert done["general"].training["mixing"] == {"mood": 2}
+    (tmp_path / "more.jsonl").write_text(lines + lines)
+    assert run_steps(tmp_path, [])[1]["general"].fingerprint != done["general"].fingerprint
+
+
 def test_one_teacher_for_each_task_and_several_for_all(tmp_path: Path) -> None:
     steps = [
         TEACHER,

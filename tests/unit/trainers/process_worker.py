@@ -7,28 +7,40 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, MultiTaskTrainingArguments
+from hf_mtcompress import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    MultiTaskModel,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+)
 from hf_mtcompress import SequenceClassification as Sequence
 from hf_mtcompress import TokenClassification as Tokens
+from hf_mtcompress.losses.criteria import RelationsCriterion
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 
 
-def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters: bool) -> None:
+def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters: bool, distill: bool) -> None:
     set_seed(0)
     tasks = [
         Sequence("mood", labels=FEELING_LABELS, text="text", label="label"),
         Sequence("strength", problem_type="regression", text="text", label="intensity"),
         Tokens("tags", labels=TAG_LABELS, tokens="tokens", label="tags"),
     ]
-    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, max_length=32)
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert", hidden_size=16 if distill else 32), tasks, max_length=32)
+    teaching = {}
+    if distill:  # a narrow student learns through projections; its teacher is asked before by both processes
+        teacher = MultiTaskModel.from_encoder(tiny_encoder("bert", seed=1), tasks, max_length=32)
+        criteria = ["logits", "hidden", RelationsCriterion(relation_heads=4), "embedding"]
+        teaching = {"teacher": teacher, "criteria": criteria, "teacher_cache": folder / "cache", "probe_rows": 0}
     if adapters:
         model.add_adapters(["mood", "tags"])
     # Neither source fills its last batch, and the rows of the last evaluation batch are fewer than the processes.
     texts, tokens = tiny_text_rows(13), tiny_token_rows(7)
     data = {"mood": texts, "strength": texts, "tags": tokens}
-    trainer = MultiTaskTrainer(
+    trainer = (DistillationTrainer if distill else MultiTaskTrainer)(
         model=model,
-        args=MultiTaskTrainingArguments(
+        args=(DistillationTrainingArguments if distill else MultiTaskTrainingArguments)(
             str(folder),
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
@@ -52,6 +64,7 @@ def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters
         train_dataset=data,
         eval_dataset=data,
         processing_class=tiny_tokenizer(),
+        **teaching,
     )
     trainer.train()
     metrics = trainer.evaluate()
@@ -80,4 +93,5 @@ if __name__ == "__main__":
         find_unused="find" in modes,
         mixed="mixed" in modes,
         adapters="adapters" in modes,
+        distill="distill" in modes,
     )

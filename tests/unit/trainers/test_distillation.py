@@ -19,7 +19,7 @@ from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import gradients
 
-ARGUMENTS = ("cache_precision", "batches", "gradient_accumulation_steps")
+ARGUMENTS = ("cache_precision", "batches", "gradient_accumulation_steps", "gradient_combination", "fusion")
 
 
 def teacher_model(family: str = "bert", **overrides: Any) -> MultiTaskModel:

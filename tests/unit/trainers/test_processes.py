@@ -27,12 +27,13 @@ def train(
     return json.loads((folder / "result.json").read_text()), load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("modes", [("find",), ("touch", "mixed"), ("touch", "adapters")])
+@pytest.mark.parametrize("modes", [("find",), ("touch", "mixed"), ("touch", "adapters"), ("find", "distill")])
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, modes: tuple[str, ...]) -> None:
     """Counts are summed over ranks, heads without rows do not stop DDP, whether it looks for them or not.
 
     Batches of one source and a plain sum; batches of several, which differ between ranks, learned weights and
-    gradient surgery; adapters on a frozen encoder, those of tasks without rows in a batch too.
+    gradient surgery; adapters on a frozen encoder, those of tasks without rows in a batch too; a teacher that both ask
+    before, and projections that run outside of the model's forward pass.
     """
     one, alone = train(tmp_path / "one", [], 4, *modes)
     two, together = train(tmp_path / "two", TWO, 2, *modes)

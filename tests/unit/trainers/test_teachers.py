@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_mtcompress import (
     DistillationMixin,
@@ -17,11 +25,12 @@ from hf_mtcompress import (
     ImageClassification,
     MultiTaskModel,
     SequenceClassification,
+    TokenClassification,
     student_of,
 )
 from hf_mtcompress.data import teacher_cache
 from hf_mtcompress.data.mixing import MixedDataset
-from hf_mtcompress.errors import DataError, TaskError
+from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.inference.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import (
@@ -36,6 +45,7 @@ from tests.tiny import (
     COLOUR_LABELS,
     FEELING_LABELS,
     IMAGE_SIZE,
+    TAG_LABELS,
     tiny_encoder,
     tiny_image_processor,
     tiny_image_rows,
@@ -314,6 +324,176 @@ def test_a_subclass_of_trainer_gets_teachers_by_the_mixin(tmp_path: Path) -> Non
     trainer.train()
     assert trainer.own_optimizer
     assert not isinstance(trainer, DistillationTrainer)
+
+
+def one_gradient(trainer: DistillationTrainer, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """Gradient of a stock student's embeddings on one window of one batch."""
+    trainer.create_optimizer_and_scheduler(10)
+    batch = trainer.data_collator(rows)
+    batches, counts = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, dict(batches[0]), num_items_in_batch=counts).backward()
+    return trainer.model.get_input_embeddings().weight.grad.clone()
+
+
+@pytest.mark.parametrize("kind", ["one label", "number", "words"])
+def test_a_stock_student_learns_from_rows_without_labels(kind: str, tmp_path: Path) -> None:
+    """Beside the teacher alone, labels that are not there change nothing; a missing count would scale the gradient."""
+    task: Any = {
+        "one label": SequenceClassification("mood", labels=FEELING_LABELS),
+        "number": SequenceClassification("mood", problem_type="regression"),
+        "words": TokenClassification("mood", labels=TAG_LABELS),
+    }[kind]
+
+    def stock(seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return MultiTaskModel.from_encoder(tiny_encoder("bert", seed=seed), [task]).to_stock("mood")
+
+    student = stock(0)
+    trainer = stock_trainer(student, stock(1), tmp_path, label_weight=0.0, criteria=["logits"])
+    plain = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in stock_rows(8)]
+    if kind == "words":
+        trainer.data_collator = DataCollatorForTokenClassification(tiny_tokenizer())
+        labelled = [{**row, "labels": [0] * len(row["input_ids"])} for row in plain]
+    else:
+        labelled = [{**row, "label": 1 if kind == "one label" else 0.5} for row in plain]
+    found = one_gradient(trainer, plain)
+    assert found.abs().max() > 1e-5
+    torch.testing.assert_close(found, one_gradient(trainer, labelled), rtol=1e-5, atol=1e-8)
+
+
+def test_a_script_without_processing_class_is_asked_and_cached(tmp_path: Path) -> None:
+    teacher = stock_teacher(seed=1)
+    trainer = DistillationTrainer(
+        model=stock_teacher(),
+        args=stock_arguments(tmp_path),
+        teacher=teacher,
+        criteria=["logits"],
+        teacher_cache=tmp_path / "cache",
+        probe_rows=8,
+        train_dataset=stock_rows(),
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+    )
+    trainer.train()
+    assert trainer.caches[0].rows == 12
+
+
+def test_label_smoothing_is_kept_and_a_loss_of_ones_own_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"label_weight": 1.0, "criteria": ["logits"]}
+    smooth = stock_arguments(tmp_path, label_smoothing_factor=0.3)
+    plain = Trainer(model=stock_teacher(), args=smooth, train_dataset=stock_rows(), processing_class=tiny_tokenizer())
+    ours = stock_trainer(stock_teacher(), stock_teacher(seed=1), tmp_path, args=smooth, **settings)
+    torch.testing.assert_close(weights_after(ours), weights_after(plain), rtol=0, atol=2e-6)
+    with pytest.raises(TaskError, match="found compute_loss_func"):
+        stock_trainer(stock_teacher(), stock_teacher(seed=1), tmp_path, compute_loss_func=lambda *args, **kwargs: 0)
+
+    class Own(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    class Mine(DistillationMixin, Own):
+        pass
+
+    with pytest.raises(TaskError, match="found compute_loss of Own"):
+        Mine(model=stock_teacher(), args=stock_arguments(tmp_path), teacher=stock_teacher(seed=1), probe_rows=0)
+
+
+def test_the_student_is_no_teacher_and_model_init_no_student(tmp_path: Path) -> None:
+    student = stock_teacher()
+    with pytest.raises(TaskError, match="found the student; give copy"):
+        stock_trainer(student, student, tmp_path)
+    trainer = stock_trainer(stock_teacher(), stock_teacher(seed=1), tmp_path, criteria=["logits"])
+    trainer.model_init = stock_teacher
+    with pytest.raises(TrainingError, match="found model_init"):
+        trainer.train()
+
+
+def test_projections_stay_the_same_from_one_training_to_the_next(tmp_path: Path) -> None:
+    """New ones would not be in the optimizer, and never move."""
+    teacher = teacher_model()
+    trainer = build(teacher_model(hidden_size=16, num_hidden_layers=2), teacher, tmp_path)
+    trainer.train()
+    before = {name: value.clone() for name, value in trainer._make_projections().state_dict().items()}
+    trainer.train()
+    after = trainer._make_projections().state_dict()
+    assert all((after[name] - before[name]).abs().max() > 0 for name in before if name.endswith("weight"))
+
+
+def test_a_student_in_bfloat16_learns_through_projections(tmp_path: Path) -> None:
+    student = torch.nn.Module.to(teacher_model(hidden_size=16, num_hidden_layers=2), torch.bfloat16)
+    build(student, teacher_model(), tmp_path).train()
+
+
+def test_cached_states_stand_where_they_belong(tmp_path: Path) -> None:
+    """Rows are asked in other company, and so with other padding, than they are trained in."""
+    rows = {"mood": tiny_text_rows(12)}
+    teacher = teacher_model()
+    trainer = build(
+        copy.deepcopy(teacher),
+        teacher,
+        tmp_path,
+        train_dataset=rows,
+        criteria=["hidden", RelationsCriterion(relation_heads=4)],
+        label_weight=0.0,
+        teacher_cache=tmp_path / "cache",
+        cache_precision="float32",
+    )
+    trainer.model.eval()
+    dataset, collate = trainer.train_dataset, trainer.data_collator
+    for places in ([0, 5, 7], [3], [1, 2, 11, 10]):
+        batch = collate(dataset.__getitems__([(0, place) for place in places]))
+        counts = trainer.extra_counts([batch])
+        assert float(counts["hidden"]) == float(batch["attention_mask"].sum())
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch={"mood": torch.tensor(1.0), **counts})
+        assert float(loss.detach()) < 1e-6
+
+
+def test_padding_on_the_left_has_no_cache(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.padding_side = "left"
+    teacher = teacher_model()
+    with pytest.raises(DataError, match="found padding_side='left'"):
+        build(
+            student_of(teacher, 2),
+            teacher,
+            tmp_path,
+            train_dataset={"mood": tiny_text_rows(8)},
+            processing_class=tokenizer,
+            teacher_cache=tmp_path / "cache",
+        )
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    """They would become infinite, and count nowhere in silence."""
+    teacher = teacher_model()
+    with torch.no_grad():
+        teacher.encoder.encoder.layer[2].output.LayerNorm.weight.mul_(1e6)
+    student = student_of(teacher, 2)
+    with pytest.raises(DataError, match="fit float16.*say cache_precision: float32"):
+        build(student, teacher, tmp_path, teacher_cache=tmp_path / "cache")
+    build(student, teacher, tmp_path, teacher_cache=tmp_path / "cache", cache_precision="float32")
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_combination": "upgrad"}, {"fusion": "gradient_norm"}])
+def test_rows_without_any_label_train_in_mixed_batches(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A recipe's mixing and fusion hold for its pretrain step too, where no task has labels."""
+    teacher = teacher_model()
+    data = {
+        name: rows.map(lambda row, column=column: {column: None}, remove_columns=[column])
+        for name, rows, column in (("mood", tiny_text_rows(8), "label"), ("tags", tiny_token_rows(6), "tags"))
+    }
+    for criteria in (["logits"], ["hidden"]):
+        student = student_of(teacher, 2)
+        build(
+            student,
+            teacher,
+            tmp_path,
+            train_dataset=data,
+            criteria=criteria,
+            label_weight=0.0,
+            batches="mixed",
+            **settings,
+        ).train()
 
 
 # ---- a tokenizer of its own ----
