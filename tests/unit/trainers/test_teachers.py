@@ -469,7 +469,7 @@ def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         teacher.encoder.encoder.layer[2].output.LayerNorm.weight.mul_(1e6)
     student = student_of(teacher, 2)
-    with pytest.raises(DataError, match="fit float16.*say cache_precision: float32"):
+    with pytest.raises(DataError, match=r"fit float16.*say cache_precision: float32"):
         build(student, teacher, tmp_path, teacher_cache=tmp_path / "cache")
     build(student, teacher, tmp_path, teacher_cache=tmp_path / "cache", cache_precision="float32")
 
