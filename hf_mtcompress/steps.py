@@ -727,6 +727,17 @@ def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work
         except ValueError as error:
             # What no recipe shows: the encoder has fewer layers, or its layers keep more than the wanted share.
             raise RecipeError(f"steps.{step.name}.{error}") from error
+        for task, share in report.lost_importance.items():
+            logger.info(
+                "%s: task '%s' lost %.1f %% of the importance of heads and neurons", step.name, task, 100 * share
+            )
+        if report.repair is not None:
+            logger.info(
+                "%s: repair brought the distance from %.3g to %.3g",
+                step.name,
+                report.repair["error_before"],
+                report.repair["error_after"],
+            )
         with whole_folder(cut) as scratch:
             model.save_pretrained(scratch)
             (scratch / "report.json").write_text(json.dumps(dataclasses.asdict(report), default=str))

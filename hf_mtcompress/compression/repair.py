@@ -7,14 +7,15 @@ that the hidden state behind it comes as near as it can to that of the full mode
     minimise  || (r + X W) - (r' + X' W') ||^2  over W
 
 X, X' are the inputs of the projection and r, r' the hidden states it is added to, in the pruned and in the full model.
-The target therefore carries what earlier layers lost. W is written as what the cut left plus a change, and only the
-change is penalised (by a small part of each input's own energy), so where nothing was lost nothing changes. Sums of
-X^T X and X^T (target) are all that is kept of the rows, in float64: memory is width^2, beside the hidden states of all
-rows in one layer, for both models.
+The target therefore carries what earlier layers lost, and what dropped layers would have done; nothing makes up for
+layers that are dropped at the end. W is written as what the cut left plus a change, and only the change is penalised,
+relative to each input's own energy, so where nothing was lost nothing changes. Sums of X^T X and X^T (target) are all
+that is kept of the rows, in float64: memory is width^2, beside the hidden states of all rows in one layer, for both
+models.
 
 References:
-    Kwon et al.: A Fast Post-Training Pruning Framework for Transformers. NeurIPS 2022 (mask tuning, section 4.3: the
-    same problem, with one factor for each head or neuron in place of W).
+    Kwon et al.: A Fast Post-Training Pruning Framework for Transformers. NeurIPS 2022 (mask tuning: the same
+    problem, with one factor for each head or neuron in place of W).
     Kurtic et al.: ZipLM: Inference-Aware Structured Pruning of Language Models. NeurIPS 2023 (the full matrix).
 
 Deviations: Kwon et al. solve with LSMR and keep factors within bounds; here the normal equations are solved exactly,
@@ -36,9 +37,6 @@ from transformers import PreTrainedModel
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Layer, find_anatomy
 from hf_mtcompress.model.blocks import Constant
-
-RIDGE = 1e-3
-"""Penalty on a changed weight, relative to the energy of its input."""
 
 _TOLERANCE = 1e-2
 """Largest relative difference between two positions in how the hidden state follows a projection."""
@@ -71,6 +69,7 @@ class LeastSquares:
     def __init__(self, width: int, outputs: int) -> None:
         self.gram = torch.zeros(width, width, dtype=torch.float64)
         self.cross = torch.zeros(width, outputs, dtype=torch.float64)
+        self.positions = 0
 
     def add(self, features: Tensor, missing: Tensor) -> None:
         """Add positions.
@@ -80,17 +79,20 @@ class LeastSquares:
             missing: (positions, outputs), what its output should be larger by.
         """
         features = features.double()
+        self.positions += len(features)
         self.gram.addmm_(features.T, features)
         self.cross.addmm_(features.T, missing.double())
 
-    def solve(self, ridge: float = RIDGE) -> Tensor:
+    def solve(self, ridge: float | None = None) -> Tensor:
         """The change D, (width, outputs), that minimises |missing - features D|^2 + ridge |energy^(1/2) D|^2.
 
         The energy of an input is its sum of squares. D never makes the first term larger than no change does.
 
         Args:
-            ridge: above 0.
+            ridge: above 0; default: inputs per position, so that few rows change little and many rows are trusted.
         """
+        if ridge is None:
+            ridge = len(self.gram) / max(self.positions, 1)
         energy = self.gram.diagonal().sqrt()
         # An input that is always zero cannot help; any scale leaves its change at zero.
         scale = torch.where(energy > 0, energy, 1.0)
@@ -108,7 +110,7 @@ def repair(
     batches: Sequence[Mapping[str, Tensor]],
     kept_layers: Sequence[int],
     *,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     progress: bool = True,
 ) -> RepairReport:
     """Solve the output projections of `pruned` anew, in place, so that its hidden states are those of `full`.
@@ -191,7 +193,7 @@ class _Block:
 
 
 class _LayerRepair:
-    def __init__(self, family: str, layer: Layer, original: Layer, index: int, place: int, ridge: float) -> None:
+    def __init__(self, family: str, layer: Layer, original: Layer, index: int, place: int, ridge: float | None) -> None:
         self.family = family
         self.layer, self.original = layer, original
         self.index, self.place = index, place
@@ -329,7 +331,7 @@ def _add(
     problem.add(features, missing)
 
 
-def _change(problem: LeastSquares, block: _Block, ridge: float) -> None:
+def _change(problem: LeastSquares, block: _Block, ridge: float | None) -> None:
     if not len(problem.gram):
         return
     assert isinstance(block.projection, nn.Linear | Constant)

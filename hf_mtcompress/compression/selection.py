@@ -4,9 +4,9 @@ Ties are broken by place (the part that comes first goes first), so the same sco
 
 References:
     Kwon et al.: A Fast Post-Training Pruning Framework for Transformers. NeurIPS 2022. `select_within_budget` is its
-    search under a constraint on multiply-adds (section 4.1, with neurons in groups), `rearrange` its second stage
-    (section 4.2). Deviations: each layer keeps a head and a group of neurons; swaps go on until none helps, where the
-    paper visits each removed part once.
+    mask search (under a limit on multiply-adds; here neurons go in groups), `rearrange` its mask rearrangement.
+    Deviations: each layer keeps a head and a group of neurons; swaps go on until none helps, where the paper visits
+    each removed part once.
     Freund and Schapire: Adaptive Game Playing Using Multiplicative Weights. Games and Economic Behavior 1999.
     `protect_weakest` plays the game of tasks against selections in this way.
 """

@@ -211,6 +211,8 @@ def test_ridge_is_relative_to_each_input() -> None:
     single = LeastSquares(1, 1)
     single.add(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [4.0]]))
     assert single.solve(0.5).item() == pytest.approx(10 / 7.5)
+    # One input and two positions.
+    assert single.solve().item() == pytest.approx(10 / 7.5)
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2, 1.0, 100.0])
