@@ -106,6 +106,10 @@ class _Shape:
                 return kept.narrower(student.heads, student.feed_forward)
             case PruneStep():
                 less = self.with_layers(self.layers - step.layers) if step.layers else self
+                if step.compute:
+                    # Layers that go count towards it; what else goes of which kind is not known beforehand.
+                    further = max(1 - (1 - step.compute) * self.layers / less.layers, 0.0)
+                    return less.narrower(further, further)
                 return less.narrower(step.heads, step.feed_forward)
             case _:
                 return self

@@ -56,7 +56,14 @@ from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups, max_length_of
 from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
 from hf_mtcompress.environment import require_extra
-from hf_mtcompress.errors import ArtifactError, DataError, MissingExtraError, RecipeError, TrainingError
+from hf_mtcompress.errors import (
+    ArtifactError,
+    DataError,
+    MissingExtraError,
+    MTCompressError,
+    RecipeError,
+    TrainingError,
+)
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.inference.runtimes import Runtime, open_runtime
@@ -713,15 +720,38 @@ def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work
     cut = work / "cut"
     if not cut.exists():
         model = _start_model(source, bench)
-        report = prune(
-            model,
-            calibration_batches(model, bench, step.rows),
-            heads=step.heads,
-            feed_forward=step.feed_forward,
-            layers=step.layers,
-            importance=step.importance,
-            multiple_of=step.multiple_of,
-        )
+        try:
+            report = prune(
+                model,
+                calibration_batches(model, bench, step.rows),
+                heads=step.heads,
+                feed_forward=step.feed_forward,
+                layers=step.layers,
+                compute=step.compute,
+                length=step.length,
+                importance=step.importance,
+                combine=step.combine,
+                rearrange=step.rearrange,
+                repair=step.repair,
+                multiple_of=step.multiple_of,
+                seed=bench.recipe.seed,
+            )
+        except MTCompressError:
+            raise
+        except ValueError as error:
+            # What no recipe shows: the encoder has fewer layers, or its layers keep more than the wanted share.
+            raise RecipeError(f"steps.{step.name}.{error}") from error
+        for task, share in report.lost_importance.items():
+            logger.info(
+                "%s: task '%s' lost %.1f %% of the importance of heads and neurons", step.name, task, 100 * share
+            )
+        if report.repair is not None:
+            logger.info(
+                "%s: repair brought the distance from %.3g to %.3g",
+                step.name,
+                report.repair["error_before"],
+                report.repair["error_after"],
+            )
         with whole_folder(cut) as scratch:
             model.save_pretrained(scratch)
             (scratch / "report.json").write_text(json.dumps(dataclasses.asdict(report), default=str))

@@ -5,21 +5,29 @@ would change were the part to fade; its square, averaged over rows, is the diago
 of the gates. Gates sit on the inputs of the two output projections of a layer, which every family has, and on the
 layer's change to the hidden state; `head_mask` is gone from transformers.
 
+`fisher` takes the same derivatives, row by row, so that also how two gates of a part act together is known (the
+off-diagonal of the Fisher information, see `rearrange` in `selection.py`), and puts heads and neurons on one scale.
+
+What the others are to be held against: `magnitude` looks at weights alone, `activation` at what flows through them, and
+`random_scores` at nothing.
+
 References:
     Michel, Levy, Neubig: Are Sixteen Heads Really Better than One? NeurIPS 2019 (gates on heads, first order).
     Molchanov et al.: Importance Estimation for Neural Network Pruning. CVPR 2019 (squared first-order terms).
     Kwon et al.: A Fast Post-Training Pruning Framework for Transformers. NeurIPS 2022 (Fisher information of gates).
+    Sun et al.: A Simple and Effective Pruning Approach for Large Language Models. ICLR 2024 (activation times weight).
 
 Deviations: Michel et al. take absolute values and divide by the norm of each layer; here the scores stay comparable
 between layers, as in Kwon et al., so that a layer that matters less loses more. Gates are per row, so one backward pass
-gives the derivative of each row's loss.
+gives the derivative of each row's loss; Kwon et al. square the derivative of a whole batch's loss. Sun et al. score
+single weights; here the score of a part is the energy of all that it sends to the hidden state.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +47,34 @@ class Scores:
     """By layer, of shape (width,)."""
     layers: Tensor
     """Of shape (layers,)."""
+
+
+@dataclass
+class Gradients:
+    """Derivatives of each row's loss by the gates; float64 on the CPU."""
+
+    heads: list[Tensor]
+    """By layer, of shape (rows, heads)."""
+    feed_forward: list[Tensor]
+    """By layer, of shape (rows, width)."""
+    layers: list[Tensor]
+    """By layer, of shape (rows, 1)."""
+
+    def scores(self) -> Scores:
+        """Mean over rows of the squares: the diagonal of the empirical Fisher information."""
+
+        def diagonal(values: list[Tensor]) -> list[Tensor]:
+            return [value.double().square().mean(0) for value in values]
+
+        return Scores(diagonal(self.heads), diagonal(self.feed_forward), torch.cat(diagonal(self.layers)))
+
+    def rounded(self) -> "Gradients":
+        """In float32, to keep those of many rows."""
+        return Gradients(*([value.float() for value in kind] for kind in (self.heads, self.feed_forward, self.layers)))
+
+
+Combination = Literal["mean", "sum", "max"]
+"""How the scores of several tasks become one."""
 
 
 @contextmanager
@@ -86,8 +122,8 @@ class Gates:
         return [*self.heads, *self.feed_forward, *self.layers]
 
 
-def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor) -> Scores:
-    """Mean over rows of the squared derivatives of a row's loss by the gates.
+def gate_gradients(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor) -> Gradients:
+    """Derivatives of each row's loss by each gate.
 
     Args:
         anatomy: of the encoder.
@@ -106,14 +142,17 @@ def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: T
             )
         found = torch.autograd.grad(value, gates.all(), allow_unused=True)
     # The loss is a mean: times rows it is the derivative of each row's own loss.
-    squares = [
-        torch.zeros(gate.shape[1], dtype=torch.float64)
-        if gradient is None
-        else (gradient.detach().double() * rows).square().mean(0).cpu()
+    by_row = [
+        torch.zeros(gate.shape, dtype=torch.float64) if gradient is None else (gradient.detach().double() * rows).cpu()
         for gate, gradient in zip(gates.all(), found, strict=True)
     ]
     count = len(anatomy.layers)
-    return Scores(squares[:count], squares[count : 2 * count], torch.cat(squares[2 * count :]))
+    return Gradients(by_row[:count], by_row[count : 2 * count], by_row[2 * count :])
+
+
+def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor) -> Scores:
+    """Mean over rows of the squared derivatives of a row's loss by the gates; see `gate_gradients`."""
+    return gate_gradients(anatomy, loss, rows, like).scores()
 
 
 def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
@@ -158,22 +197,130 @@ def magnitude(anatomy: Anatomy) -> Scores:
     return Scores(heads, widths, torch.stack(layers))
 
 
-def combine(by_task: list[Scores]) -> Scores:
-    """Mean over tasks; each task's heads, neurons and layers are first scaled to a sum of one.
+def activation(anatomy: Anatomy, run: Callable[[], object], mask: Tensor | None = None) -> Scores:
+    """Mean squared length of what a part adds to the hidden state, before its bias; needs no labels.
+
+    Of a layer: the squared length of its change, relative to that of its input.
+
+    Args:
+        anatomy: of the encoder.
+        run: runs the model on one batch.
+        mask: (rows, tokens), 1 where a position counts; default: everywhere.
+    """
+    count = len(anatomy.layers)
+    heads = [torch.zeros(layer.attention.heads, dtype=torch.float64) for layer in anatomy.layers]
+    widths = [torch.zeros(layer.feed_forward.width, dtype=torch.float64) for layer in anatomy.layers]
+    layers = torch.zeros(count, dtype=torch.float64)
+
+    def sent(scores: list[Tensor], index: int, size: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            features = _counted(args[0], mask).unflatten(1, (-1, size))
+            assert isinstance(module, nn.Linear)
+            weight = module.weight.detach().cpu().double().unflatten(1, (-1, size))
+            gram = torch.einsum("nps,npt->pst", features, features) / len(features)
+            scores[index] = torch.einsum("pst,dps,dpt->p", gram, weight, weight)
+
+        return hook
+
+    def changed(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = _counted(args[0] if args else kwargs["hidden_states"], mask)
+            after = _counted(output[0] if isinstance(output, tuple) else output, mask)
+            layers[index] = ((after - before).square().sum(1) / before.square().sum(1).clamp(min=1e-12)).mean()
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(anatomy.layers):
+        # A part that is gone already sends nothing.
+        if layer.attention.heads:
+            hook = sent(heads, index, layer.attention.head_size)
+            hooks.append(layer.attention.output.register_forward_pre_hook(hook))
+        if layer.feed_forward.width:
+            hooks.append(layer.feed_forward.output.register_forward_pre_hook(sent(widths, index, 1)))
+        hooks.append(layer.module.register_forward_hook(changed(index), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Scores(heads, widths, layers)
+
+
+def random_scores(anatomy: Anatomy, seed: int) -> Scores:
+    """Numbers that mean nothing; a method that is worth its time is better than them.
+
+    Drawn between 0 and 1 and multiplied by the weights of a part, so that neither heads nor neurons are favoured where
+    both compete for one budget.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(parts: int, weights: int = 1) -> Tensor:
+        return torch.rand(parts, dtype=torch.float64, generator=generator) * weights
+
+    heads = [
+        draw(attention.heads, attention.head_size * (len(attention.projections) * attention.blocks + 1))
+        for attention in (layer.attention for layer in anatomy.layers)
+    ]
+    widths = [
+        draw(part.width, len(part.inputs) * part.blocks + 1)
+        for part in (layer.feed_forward for layer in anatomy.layers)
+    ]
+    return Scores(heads, widths, draw(len(anatomy.layers)))
+
+
+def shares(scores: Scores, one_scale: bool = False) -> Scores:
+    """Each score as a share of the sum over all parts of its kind.
 
     So a task with a larger loss does not decide alone.
-    """
 
-    def mean(pick: Callable[[Scores], list[Tensor]]) -> list[Tensor]:
-        shares = []
-        for scores in by_task:
-            values = pick(scores)
-            total = sum(float(value.sum()) for value in values)
-            shares.append([value / total if total > 0 else value for value in values])
-        return [torch.stack(same).mean(0) for same in zip(*shares, strict=True)]
+    Args:
+        scores: of one task.
+        one_scale: heads and neurons count as one kind, so that they can be weighed against each other.
+    """
+    by_kind = [sum(float(value.sum()) for value in values) for values in (scores.heads, scores.feed_forward)]
+    heads, widths = [sum(by_kind)] * 2 if one_scale else by_kind
+    layers = float(scores.layers.sum())
+
+    def share(value: Tensor, total: float) -> Tensor:
+        return value / total if total > 0 else value
 
     return Scores(
-        mean(lambda scores: scores.heads), mean(lambda scores: scores.feed_forward), mean(lambda s: [s.layers])[0]
+        [share(value, heads) for value in scores.heads],
+        [share(value, widths) for value in scores.feed_forward],
+        share(scores.layers, layers),
+    )
+
+
+def combine(by_task: list[Scores], how: Combination = "mean", one_scale: bool = False) -> Scores:
+    """One score for each part from those of all tasks.
+
+    Args:
+        by_task: the scores of each task.
+        how: `mean` or `max` of the tasks' shares (see `shares`), or the `sum` of the scores as they are, in which a
+            task with a larger loss counts more.
+        one_scale: see `shares`.
+    """
+    if how != "sum":
+        by_task = [shares(scores, one_scale) for scores in by_task]
+
+    def join(same: tuple[Tensor, ...]) -> Tensor:
+        stacked = torch.stack(same)
+        match how:
+            case "mean":
+                return stacked.mean(0)
+            case "sum":
+                return stacked.sum(0)
+            case "max":
+                return stacked.amax(0)
+            case _:
+                assert_never(how)
+
+    return Scores(
+        [join(same) for same in zip(*(scores.heads for scores in by_task), strict=True)],
+        [join(same) for same in zip(*(scores.feed_forward for scores in by_task), strict=True)],
+        join(tuple(scores.layers for scores in by_task)),
     )
 
 
@@ -214,6 +361,12 @@ def _change_gate(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook
+
+
+def _counted(states: Tensor, mask: Tensor | None) -> Tensor:
+    """(rows, tokens, width) to (positions that count, width), in float64 on the CPU."""
+    flat = states.detach().flatten(0, -2)
+    return (flat if mask is None else flat[mask.flatten().bool()]).cpu().double()
 
 
 def _norm_in(linears: Any, blocks: int, parts: int) -> Tensor:

@@ -1,26 +1,60 @@
-"""Structured pruning: measure importance on data, choose, cut; the model gets really smaller and faster."""
+"""Structured pruning: measure importance on data, choose, cut, repair; the model gets really smaller and faster."""
 
+import copy
+import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, assert_never
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_mtcompress.compression.importance import Scores, add, combine, first_order, gated, magnitude
-from hf_mtcompress.compression.selection import check_fraction, select_heads, select_layers, select_neurons
+from hf_mtcompress.compression.importance import (
+    Gradients,
+    Scores,
+    activation,
+    add,
+    gate_gradients,
+    gated,
+    magnitude,
+    random_scores,
+    shares,
+)
+from hf_mtcompress.compression.importance import combine as combine_tasks
+from hf_mtcompress.compression.repair import repair as repair_outputs
+from hf_mtcompress.compression.selection import (
+    Kept,
+    check_fraction,
+    protect_weakest,
+    select_heads,
+    select_layers,
+    select_neurons,
+    select_within_budget,
+)
+from hf_mtcompress.compression.selection import rearrange as rearrange_layer
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import refuse_adapters
-from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, describe_structure, is_vanilla, keep_layers
 
 _TOLERANCE = 1e-3
 """Largest difference, relative to the largest hidden value, between masking and cutting."""
+
+Importance = Literal["first_order", "fisher", "magnitude", "activation", "random"]
+"""What counts as important."""
+
+Combine = Literal["mean", "sum", "max", "max_min"]
+"""How the importance for several tasks becomes one choice."""
+
+_ON_LOSSES = ("first_order", "fisher")
+_ON_DATA = (*_ON_LOSSES, "activation")
+
+_Choice = TypeVar("_Choice")
 
 
 @dataclass(kw_only=True)
@@ -29,7 +63,7 @@ class PruneReport:
 
     importance: str
     rows: int
-    """Rows that importance was measured on; 0 for magnitude."""
+    """Rows that importance was measured on; 0 where it takes no data."""
     tasks: list[str]
     before: dict[str, Any]
     """Structure before, see `hf_mtcompress.model.surgery`."""
@@ -42,6 +76,16 @@ class PruneReport:
     """Largest relative difference between the model with the parts masked and with the parts cut."""
     scores: dict[str, Any] = field(default_factory=dict)
     """Importance of the heads (by layer) and of the layers that the choice was made on."""
+    lost_importance: dict[str, float] = field(default_factory=dict)
+    """By task, the share of the importance of all heads and neurons that was cut."""
+    multiply_adds_before: int | None = None
+    """Of the encoder's layers for one row of `length` tokens; where `compute` was asked for."""
+    multiply_adds_after: int | None = None
+    length: int | None = None
+    swapped: int = 0
+    """Heads and neurons that the rearrangement swapped for others."""
+    repair: dict[str, Any] | None = None
+    """What the repair did, see `hf_mtcompress.compression.repair.RepairReport`."""
 
 
 def prune(
@@ -51,8 +95,14 @@ def prune(
     heads: float = 0.0,
     feed_forward: float = 0.0,
     layers: int = 0,
-    importance: Literal["first_order", "magnitude"] = "first_order",
+    compute: float = 0.0,
+    length: int | None = None,
+    importance: Importance = "first_order",
+    combine: Combine = "mean",
+    rearrange: bool = False,
+    repair: bool = False,
     multiple_of: int = 32,
+    seed: int = 42,
     progress: bool = True,
 ) -> PruneReport:
     """Cut the least important heads, feed-forward neurons and layers out of `model`, in place.
@@ -62,20 +112,29 @@ def prune(
     Args:
         model: a `MultiTaskModel`, or a stock model with a head (`AutoModelFor...`).
         batches: model inputs with `labels` (stock) or `labels_<task>`; the loss of each task counts the same. For
-            `magnitude` they only serve to check the cut and may be empty.
+            `magnitude` and `random` they only serve to check the cut, and to repair it; they may be empty.
         heads: fraction of all attention heads to remove, 0..1; each layer keeps one unless it is 1.
         feed_forward: fraction of all feed-forward neurons to remove, 0..1.
         layers: number of whole layers to remove.
-        importance: `first_order` (on data) or `magnitude` (of weights).
+        compute: instead of `heads` and `feed_forward`, the fraction of the multiply-adds of the encoder's layers to
+            remove, layers that go included; heads and neurons are weighed against each other.
+        length: tokens of a row that multiply-adds are counted at; default: the mean of `batches`.
+        importance: `first_order` or `fisher` (of the loss; `fisher` has heads and neurons on one scale), `activation`
+            (of what flows through a part), `magnitude` (of weights) or `random`.
+        combine: `mean`, `sum`, `max` of the tasks' importance, or `max_min`: the task that loses the largest share of
+            its importance loses as little as possible.
+        rearrange: swap parts within a layer where that hurts the loss less; needs `fisher`.
+        repair: solve the output projections anew after the cut, without training; see `repair.py`.
         multiple_of: feed-forward widths become multiples of this, which is what kernels like.
+        seed: of `random`.
         progress: whether to show progress bars.
 
     Returns:
         What was removed. A model whose stock config cannot express its shape saves the structure with it.
 
     Raises:
-        ValueError: a fraction or count is out of range.
-        DataError: no batches, or none with labels, to measure importance on.
+        ValueError: a fraction or count is out of range, or two arguments exclude each other.
+        DataError: no batches, or none with labels, to measure importance on; no batches to repair on.
         TrainingError: the loss is not a number.
         UnsupportedEncoderError: the encoder is built in another way; see `find_anatomy`.
     """
@@ -83,81 +142,319 @@ def prune(
         refuse_sub_models(model, "pruning")
         refuse_adapters(model, "pruning")
     start = time.monotonic()
-    check_fraction("heads", heads)
-    check_fraction("feed_forward", feed_forward)
+    _check_arguments(heads, feed_forward, compute, length, importance, rearrange)
     encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
         raise ValueError(f"layers: expected 0 to {count - 1} layers to remove from {count}, found {layers}")
     device = next(encoder.parameters()).device
     data = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    if importance == "first_order":
-        _check_labels(model, data)
+    _check_data(model, data, importance, repair)
     before, parameters_before = describe_structure(encoder), _count(model)
-    removed: list[int] = []
-    difference = 0.0
+    kept_layers = list(range(count))
+    difference, swapped = 0.0, 0
+    lost: dict[str, float] = {}
+    repaired, costs, total = None, None, None
     was_training = model.training
     model.eval()
+    full = copy.deepcopy(model) if repair else None
     try:
-        scores = _score(model, encoder, data, importance, progress)
-        layer_scores = scores.layers.tolist()
+        if compute:
+            costs = _costs(find_anatomy(encoder), length or _mean_length(model, encoder, data))
+            total = costs.of(find_anatomy(encoder))
+        one_scale = importance == "fisher" or compute > 0
+        measured = _measure(model, encoder, data, importance, rearrange and not layers, seed, progress)
         if layers:
-            kept = select_layers(scores.layers, layers)
-            removed = [index for index in range(count) if index not in kept]
-            keep_layers(encoder, kept)
-            if heads or feed_forward:
-                scores = _score(model, encoder, data, importance, progress)
-        if heads or feed_forward:
-            kept_heads = select_heads(scores.heads, heads)
-            kept_neurons = select_neurons(scores.feed_forward, feed_forward, multiple_of)
-            difference = _cut_and_compare(model, encoder, data[:1], kept_heads, kept_neurons)
+            kept_layers, layer_scores = _choose(
+                measured,
+                combine,
+                one_scale,
+                lambda scores: select_layers(scores.layers, layers),
+                lambda kept, share: 1.0 - float(share.layers[kept].sum()),
+            )
+            keep_layers(encoder, kept_layers)
+            if heads or feed_forward or compute:
+                measured = _measure(model, encoder, data, importance, rearrange, seed, progress)
+        else:
+            layer_scores = _combined(measured, "mean" if combine == "max_min" else combine, one_scale)
+
+        def select(scores: Scores) -> tuple[Kept, Kept]:
+            if costs is None or total is None:
+                return select_heads(scores.heads, heads), select_neurons(scores.feed_forward, feed_forward, multiple_of)
+            return _select_compute(scores, find_anatomy(encoder), costs, compute, total, multiple_of)
+
+        if heads or feed_forward or compute:
+            kept, scores = _choose(measured, combine, one_scale, select, _lost)
+            if rearrange:
+                kept, swapped = _rearrange(kept, measured, combine)
+            lost = {task: _lost(kept, shares(found, one_scale=True)) for task, found in measured.by_task.items()}
+            difference = _cut_and_compare(model, encoder, data[:1], *kept)
+        else:
+            scores = layer_scores
+        if full is not None:
+            inputs = [_inputs(batch) for batch in data]
+            full_encoder = full.encoder if isinstance(full, MultiTaskModel) else encoder_of(full)
+            run, run_full = (lambda batch: model(**batch)), (lambda batch: full(**batch))
+            found = repair_outputs(encoder, full_encoder, run, run_full, inputs, kept_layers, progress=progress)
+            repaired = dataclasses.asdict(found)
     finally:
         model.train(was_training)
     if isinstance(model, MultiTaskModel):
         _update_config(model)
     return PruneReport(
         importance=importance,
-        rows=sum(map(_rows, data)) if importance == "first_order" else 0,
+        rows=sum(map(_rows, data)) if importance in _ON_DATA else 0,
         tasks=sorted({task for batch in data for task in _tasks(model, batch)}),
         before=before,
         after=describe_structure(encoder),
-        removed_layers=removed,
+        removed_layers=[index for index in range(count) if index not in kept_layers],
         parameters_before=parameters_before,
         parameters_after=_count(model),
         seconds=time.monotonic() - start,
         masked_difference=difference,
-        scores={"heads": [value.tolist() for value in scores.heads], "layers": layer_scores},
+        scores={"heads": [value.tolist() for value in scores.heads], "layers": layer_scores.layers.tolist()},
+        lost_importance={task: share for task, share in lost.items() if task},
+        multiply_adds_before=total,
+        multiply_adds_after=None if costs is None else costs.of(find_anatomy(encoder)),
+        length=None if costs is None else costs.length,
+        swapped=swapped,
+        repair=repaired,
     )
 
 
-def _score(
+# ---- measuring ----
+
+
+@dataclass
+class _Measured:
+    by_task: dict[str, Scores]
+    """Sums over rows; by the name "" where nothing was measured on tasks."""
+    rows: dict[str, int]
+    gradients: dict[str, list[Gradients]]
+    """By task and batch, where the rearrangement needs them."""
+
+
+def _measure(
     model: PreTrainedModel,
     encoder: PreTrainedModel,
     data: Sequence[Mapping[str, Tensor]],
-    importance: str,
+    importance: Importance,
+    keep_gradients: bool,
+    seed: int,
     progress: bool,
-) -> Scores:
-    """Importance of all parts; with several tasks the mean of the tasks' shares."""
+) -> _Measured:
+    """Importance of all parts for each task."""
     anatomy = find_anatomy(encoder)
-    if importance == "magnitude":
-        return magnitude(anatomy)
+    measured = _Measured({}, {}, {})
+    match importance:
+        case "magnitude":
+            return _Measured({"": magnitude(anatomy)}, {}, {})
+        case "random":
+            return _Measured({"": random_scores(anatomy, seed)}, {}, {})
+        case "first_order" | "fisher" | "activation":
+            pass
+        case _:
+            assert_never(importance)
     like = next(encoder.parameters())
-    by_task: dict[str, Scores] = {}
     for batch in tqdm(data, desc="measuring importance", unit="batch", disable=not progress):
         inputs = _inputs(batch)
         rows = _rows(batch)
+        if importance == "activation":
+            mask = batch.get("attention_mask")
+            scores = activation(anatomy, lambda: model(**inputs), mask)  # noqa: B023 - called at once
+            # Means over positions: a batch counts by those that it has.
+            weight = float(rows if mask is None else mask.sum())
+            for task in _tasks(model, batch) or {"": {}}:
+                measured.by_task[task] = add(measured.by_task.get(task), scores, weight)
+                measured.rows[task] = measured.rows.get(task, 0) + rows
+            continue
         for task, labels in _tasks(model, batch).items():
-            found = first_order(anatomy, lambda: model(**inputs, **labels).loss, rows, like)  # noqa: B023 - called at once
-            by_task[task] = add(by_task.get(task), found, float(rows))
-    return combine(list(by_task.values()))
+            found = gate_gradients(anatomy, lambda: model(**inputs, **labels).loss, rows, like)  # noqa: B023 - called at once
+            measured.by_task[task] = add(measured.by_task.get(task), found.scores(), float(rows))
+            measured.rows[task] = measured.rows.get(task, 0) + rows
+            if keep_gradients:
+                measured.gradients.setdefault(task, []).append(found.rounded())
+    return measured
+
+
+def _combined(measured: _Measured, how: Literal["mean", "sum", "max"], one_scale: bool) -> Scores:
+    if list(measured.by_task) == [""]:
+        return measured.by_task[""]
+    by_task = measured.by_task.values()
+    if how == "sum":
+        by_task = [add(None, scores, 1.0 / measured.rows[task]) for task, scores in measured.by_task.items()]
+    return combine_tasks(list(by_task), how, one_scale)
+
+
+# ---- choosing ----
+
+
+def _choose(
+    measured: _Measured,
+    how: Combine,
+    one_scale: bool,
+    select: Callable[[Scores], _Choice],
+    lost: Callable[[_Choice, Scores], float],
+) -> tuple[_Choice, Scores]:
+    """A choice and the scores it was made on.
+
+    Args:
+        measured: importance for each task.
+        how: the tasks come together.
+        one_scale: see `shares`.
+        select: makes a choice by scores.
+        lost: what a choice costs a task, given its shares.
+    """
+    if how != "max_min":
+        scores = _combined(measured, how, one_scale)
+        return select(scores), scores
+    tasks = [shares(scores, one_scale) for scores in measured.by_task.values()]
+
+    def weighted(weights: Sequence[float]) -> tuple[_Choice, Scores]:
+        scores = None
+        for task, weight in zip(tasks, weights, strict=True):
+            scores = add(scores, task, weight)
+        assert scores is not None
+        return select(scores), scores
+
+    return protect_weakest(len(tasks), weighted, lambda found: [lost(found[0], task) for task in tasks])
+
+
+def _lost(kept: tuple[Kept, Kept], share: Scores) -> float:
+    """Sum of the shares of the heads and neurons that go."""
+    parts = zip((*share.heads, *share.feed_forward), (*kept[0].values(), *kept[1].values()), strict=True)
+    return sum(float(values.sum()) - float(values[stays].sum()) for values, stays in parts)
+
+
+def _select_compute(
+    scores: Scores, anatomy: Anatomy, costs: "_Costs", compute: float, total: int, multiple_of: int
+) -> tuple[Kept, Kept]:
+    """Heads and neurons to keep for all but a fraction of `total` multiply-adds."""
+    least = sum(
+        costs.head * min(layer.attention.heads, 1) + costs.neuron * min(layer.feed_forward.width, multiple_of)
+        for layer in anatomy.layers
+    )
+    if least > (1.0 - compute) * total:
+        raise ValueError(
+            f"compute: expected at most {1.0 - least / total:.3f}, since each of {len(anatomy.layers)} layers keeps "
+            f"one head and {multiple_of} neurons, found {compute}; remove layers too, or lower multiple_of"
+        )
+    return select_within_budget(
+        scores.heads,
+        scores.feed_forward,
+        head_cost=costs.head,
+        neuron_cost=costs.neuron,
+        budget=(1.0 - compute) * total,
+        multiple_of=multiple_of,
+    )
+
+
+def _rearrange(kept: tuple[Kept, Kept], measured: _Measured, how: Combine) -> tuple[tuple[Kept, Kept], int]:
+    """Heads and neurons after the swaps within each layer, and how many were swapped."""
+    tasks = list(measured.gradients)
+    scales = {
+        task: 1.0 / measured.rows[task] if how == "sum" else 1.0 / max(_total(measured.by_task[task]), 1e-300)
+        for task in tasks
+    }
+    blocks = [
+        (kind, layer, [_block(measured.gradients[task], kind, layer) * scales[task] ** 0.5 for task in tasks])
+        for kind, choice in enumerate(kept)
+        for layer in choice
+    ]
+    # With max and max_min each task counts for itself, with what it loses in all layers together.
+    together = how in ("mean", "sum")
+    costs = [[_cost(rows, kept[kind][layer]) for rows in by_task] for kind, layer, by_task in blocks]
+    totals = [sum(column) for column in zip(*costs, strict=True)]
+    found: tuple[Kept, Kept] = ({}, {})
+    swapped = 0
+    for (kind, layer, by_task), cost in zip(blocks, costs, strict=True):
+        # Rows of all tasks below each other have the sum of the tasks' Fisher information.
+        matrices = [torch.cat(by_task)] if together else by_task
+        information = [matrix.double().T @ matrix.double() for matrix in matrices]
+        elsewhere = None if together else [whole - own for whole, own in zip(totals, cost, strict=True)]
+        stays = rearrange_layer(kept[kind][layer], information, elsewhere)
+        found[kind][layer] = stays
+        swapped += len(set(stays) - set(kept[kind][layer]))
+        after = [_cost(rows, stays) for rows in by_task]
+        totals = [whole - own + new for whole, own, new in zip(totals, cost, after, strict=True)]
+    return found, swapped
+
+
+def _block(gradients: Sequence[Gradients], kind: int, layer: int) -> Tensor:
+    """(rows, parts): derivatives of all rows by the gates of one layer."""
+    return torch.cat([(batch.feed_forward if kind else batch.heads)[layer] for batch in gradients])
+
+
+def _cost(rows: Tensor, kept: Sequence[int]) -> float:
+    gone = torch.ones(rows.shape[1], dtype=torch.bool)
+    gone[list(kept)] = False
+    return float(rows[:, gone].double().sum(1).square().sum())
+
+
+def _total(scores: Scores) -> float:
+    return sum(float(value.sum()) for value in (*scores.heads, *scores.feed_forward))
+
+
+# ---- counting ----
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Multiply-adds for one row of `length` tokens."""
+
+    length: int
+    head: int
+    neuron: int
+
+    def of(self, anatomy: Anatomy) -> int:
+        """Of the layers; norms, and what families compute once for all heads, are left out."""
+        heads = sum(layer.attention.heads for layer in anatomy.layers)
+        return heads * self.head + sum(layer.feed_forward.width for layer in anatomy.layers) * self.neuron
+
+
+def _costs(anatomy: Anatomy, length: int) -> _Costs:
+    """What a head and a neuron cost: their rows and columns of the linear layers, and a head's attention."""
+    head, neuron = 1, 1
+    for layer in anatomy.layers:
+        attention, part = layer.attention, layer.feed_forward
+        # A part that is gone does not know what it cost.
+        if attention.heads:
+            linear = anatomy.hidden_size * (len(attention.projections) * attention.blocks + 1)
+            head = length * attention.head_size * (linear + 2 * length)
+        if part.width:
+            neuron = length * anatomy.hidden_size * (len(part.inputs) * part.blocks + 1)
+    return _Costs(length, head, neuron)
+
+
+def _mean_length(model: PreTrainedModel, encoder: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) -> int:
+    """Tokens or patches of a row that count, on the average."""
+    if not data:
+        raise ValueError("length: expected a number of tokens, or batches to count them in, found neither")
+    if all("attention_mask" in batch for batch in data):
+        return max(round(sum(int(batch["attention_mask"].sum()) for batch in data) / sum(map(_rows, data))), 1)
+    found: list[int] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    hook = find_anatomy(encoder).layers[0].module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**_inputs({key: value[:1] for key, value in data[0].items()}))
+    finally:
+        hook.remove()
+    return found[0]
+
+
+# ---- cutting ----
 
 
 def _cut_and_compare(
     model: PreTrainedModel,
     encoder: PreTrainedModel,
     data: Sequence[Mapping[str, Tensor]],
-    heads: dict[int, list[int]],
-    feed_forward: dict[int, list[int]],
+    heads: Kept,
+    feed_forward: Kept,
 ) -> float:
     """Cut, and make sure on one batch that this equals masking.
 
@@ -234,8 +531,34 @@ def _count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_labels(model: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) -> None:
-    if not any(_tasks(model, batch) for batch in data):
+def _check_arguments(
+    heads: float, feed_forward: float, compute: float, length: int | None, importance: str, rearrange: bool
+) -> None:
+    check_fraction("heads", heads)
+    check_fraction("feed_forward", feed_forward)
+    if not 0.0 <= compute < 1.0:
+        raise ValueError(f"compute: expected a fraction of at least 0 and below 1, found {compute}")
+    if compute and (heads or feed_forward):
+        raise ValueError(
+            f"compute: expected it instead of heads and feed_forward, since it chooses both, found heads {heads} and "
+            f"feed_forward {feed_forward} too; keep one of them"
+        )
+    if length is not None and not compute:
+        raise ValueError(f"length: expected it with compute, which is counted at it, found {length} alone")
+    if length is not None and length < 1:
+        raise ValueError(f"length: expected 1 or more tokens, found {length}")
+    if rearrange and importance != "fisher":
+        raise ValueError(f"rearrange: expected importance 'fisher', whose derivatives it needs, found '{importance}'")
+
+
+def _check_data(
+    model: PreTrainedModel, data: Sequence[Mapping[str, Tensor]], importance: Importance, repair: bool
+) -> None:
+    if repair and not data:
+        raise DataError("expected batches to repair the model on, found none; pass some rows, or leave repair out")
+    if importance == "activation" and not data:
+        raise DataError("expected batches to measure activations on, found none; pass some, or use 'magnitude'")
+    if importance in _ON_LOSSES and not any(_tasks(model, batch) for batch in data):
         wanted = "labels_<task>" if isinstance(model, MultiTaskModel) else "labels"
         raise DataError(
             f"expected batches with '{wanted}' to measure importance on, found "

@@ -247,8 +247,21 @@ def _check_student(student: StudentConfig, path: str, problems: Problems) -> Non
 def _check_prune(
     step: PruneStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
 ) -> None:
-    if not (step.heads or step.feed_forward or step.layers):
-        problems.add(path, "removes nothing; expected heads, feed_forward or layers above 0")
+    if not (step.heads or step.feed_forward or step.layers or step.compute):
+        problems.add(path, "removes nothing; expected heads, feed_forward, layers or compute above 0")
+    if step.compute and (step.heads or step.feed_forward):
+        problems.add(join(path, "compute"), "chooses heads and neurons; expected no heads and feed_forward beside it")
+    if step.length is not None and not step.compute:
+        problems.add(join(path, "length"), "is what compute is counted at; expected compute above 0 beside it")
+    if step.rearrange and step.importance != "fisher":
+        problems.add(
+            join(path, "rearrange"), f"needs the derivatives of importance: fisher, found importance: {step.importance}"
+        )
+    if step.combine != "mean" and step.importance in ("magnitude", "random"):
+        problems.add(
+            join(path, "combine"),
+            f"is about importance that is measured for each task, found importance: {step.importance}; remove the key",
+        )
     if step.recover is None:
         return
     recover = join(path, "recover")

@@ -155,10 +155,11 @@ class PretrainStep(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneStep:
-    """Remove the least important heads, feed-forward neurons and layers, then recover.
+    """Remove the least important heads, feed-forward neurons and layers, then repair and recover.
 
     ```yaml
     - {kind: prune, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
+    - {kind: prune, from: student, compute: 0.5, importance: fisher, rearrange: true, repair: true}
     ```
     """
 
@@ -174,10 +175,23 @@ class PruneStep:
     """Fraction of all feed-forward neurons to remove."""
     layers: int = 0
     """Number of whole layers to remove."""
-    importance: Literal["first_order", "magnitude"] = "first_order"
-    """What counts as important: how much the loss would change (measured on data), or how large the weights are."""
+    compute: float = 0.0
+    """Instead of `heads` and `feed_forward`: fraction of the multiply-adds of the encoder's layers to remove; heads,
+    neurons and `layers` count together."""
+    length: int | None = None
+    """Tokens of a row that `compute` is counted at; default: the mean of the rows that importance is measured on."""
+    importance: Literal["first_order", "fisher", "magnitude", "activation", "random"] = "first_order"
+    """What counts as important: how much the loss would change (on data; `fisher` puts heads and neurons on one
+    scale), how large the weights are, how much flows through a part, or chance."""
+    combine: Literal["mean", "sum", "max", "max_min"] = "mean"
+    """How the tasks' importance becomes one: the mean or largest of their shares, the sum as it is, or so that the task
+    that loses most loses least."""
+    rearrange: bool = False
+    """Swap heads and neurons within each layer where that hurts the losses less; with `importance: fisher`."""
+    repair: bool = False
+    """After the cut, solve the output projections anew so that hidden states stay near those before; no training."""
     rows: int = 512
-    """Training rows that the importance is measured on."""
+    """Training rows that the importance is measured on, and the repair."""
     multiple_of: int = 32
     """Feed-forward widths are rounded to multiples of this, which is what kernels like."""
     recover: FinetuneStep | DistillStep | None = None

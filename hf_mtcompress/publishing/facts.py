@@ -128,9 +128,10 @@ def layers_of(structure: dict[str, Any] | None) -> dict[str, list[dict[str, Any]
 def is_vanilla_shape(record: RunRecord, step: StepRecord) -> bool:
     """Whether the layers of `step` are all alike and lost no single heads, so that stock classes can build them."""
     for ancestor in ancestors(record, step):
-        heads = ancestor.settings.get("heads") if ancestor.kind == "prune" else None
-        if isinstance(heads, int | float) and heads > 0:
-            return False
+        for key in ("heads", "compute"):
+            removed = ancestor.settings.get(key) if ancestor.kind == "prune" else None
+            if isinstance(removed, int | float) and removed > 0:
+                return False
         for layers in layers_of(ancestor.structure).values():
             shapes = [(layer.get("heads"), layer.get("feed_forward"), layer.get("bias_heads")) for layer in layers]
             if any(shape != shapes[0] or shape[2] is not None for shape in shapes):

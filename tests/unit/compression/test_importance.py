@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from hf_mtcompress.compression.importance import Scores, combine, first_order, gated, magnitude
+from hf_mtcompress.compression.importance import (
+    Scores,
+    activation,
+    combine,
+    first_order,
+    gate_gradients,
+    gated,
+    magnitude,
+    random_scores,
+)
 from hf_mtcompress.errors import TrainingError
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.surgery import keep_layers
@@ -95,3 +104,59 @@ def test_magnitude_of_a_silenced_part(family: str) -> None:
     assert (scores.heads[1] == 0).nonzero().flatten().tolist() == [1]
     assert (scores.feed_forward[1] == 0).nonzero().flatten().tolist() == [5]
     assert len(scores.layers) == 3
+
+
+def test_derivatives_of_two_gates_act_together() -> None:
+    """The rearrangement multiplies derivatives of one row: rows that are mixed up would pass every other test."""
+    encoder = tiny_encoder("bert").double()
+    anatomy = find_anatomy(encoder)
+    like = next(encoder.parameters())
+    found = gate_gradients(anatomy, lambda: row_losses(encoder, "bert").mean(), 3, like)
+    step = 1e-4
+    for row in range(3):
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad(), gated(anatomy, 3, like.dtype, like.device) as gates:
+                gates.feed_forward[1][row, 3] += sign * step
+                moved.append(row_losses(encoder, "bert")[row])
+        torch.testing.assert_close(found.feed_forward[1][row, 3], (moved[0] - moved[1]) / (2 * step))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_is_what_a_part_adds(family: str) -> None:
+    """Measured on the wrong slice of the weights, or on padding, it would still look like a score."""
+    encoder = tiny_encoder(family)
+    anatomy = find_anatomy(encoder)
+    inputs = tiny_inputs(family)
+    mask = inputs.get("attention_mask")
+    scores = activation(anatomy, lambda: encoder(**inputs), mask)
+    places = [(anatomy.layers[1].attention, slice(16, 24), scores.heads[1][2])]
+    places += [(anatomy.layers[2].feed_forward, slice(7, 8), scores.feed_forward[2][7])]
+    for part, columns, score in places:
+        seen: list[torch.Tensor] = []
+        hook = part.output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        laws.hidden(encoder, family)
+        hook.remove()
+        added = seen[0][..., columns] @ part.output.weight[:, columns].T
+        counted = added.flatten(0, 1) if mask is None else added[mask.bool()]
+        torch.testing.assert_close(score, counted.detach().double().square().sum(1).mean(), rtol=1e-4, atol=1e-8)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in encoder.modules())
+
+
+def test_random_scores_are_seeded() -> None:
+    anatomy = find_anatomy(tiny_encoder("bert"))
+    one, same, other = (random_scores(anatomy, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.cat(one.heads), torch.cat(same.heads))
+    assert not torch.equal(torch.cat(one.feed_forward), torch.cat(other.feed_forward))
+
+
+def test_ways_to_combine() -> None:
+    one = Scores([torch.tensor([1.0, 3.0])], [torch.tensor([4.0])], torch.tensor([1.0, 1.0]))
+    other = Scores([torch.tensor([30.0, 10.0])], [torch.tensor([0.0])], torch.tensor([0.0, 2.0]))
+    assert combine([one, other], "sum").heads[0].tolist() == [31.0, 13.0]
+    assert combine([one, other], "max").heads[0].tolist() == [0.75, 0.75]
+    # On one scale half of the first task's importance is the neuron's.
+    joint = combine([one, other], "mean", one_scale=True)
+    assert joint.heads[0].tolist() == [(0.125 + 0.75) / 2, (0.375 + 0.25) / 2]
+    assert joint.feed_forward[0].tolist() == [0.25]
+    assert combine([one, other], "max", one_scale=True).layers.tolist() == [0.5, 1.0]

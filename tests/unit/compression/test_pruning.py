@@ -171,6 +171,153 @@ def test_stock_model(uneven: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
 
 
+# ---- every importance, every way to combine, one budget, repair ----
+
+EVERYTHING: dict[str, Any] = {
+    "compute": 0.5,
+    "importance": "fisher",
+    "rearrange": True,
+    "combine": "max_min",
+    "repair": True,
+    "multiple_of": 8,
+    "progress": False,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_of_it_on_every_family(family: str, tmp_path: Path) -> None:
+    """Cut = mask, the budget is met, repair is not worse, the folder gives back the model, the same seed the cut."""
+    model, batches = model_and_batches(family)
+    again = copy.deepcopy(model)
+    report = prune(model, batches, **EVERYTHING)
+    layers = report.after["layers"]
+    assert report.masked_difference < 1e-5
+    assert report.swapped > 0
+    assert report.multiply_adds_before is not None
+    assert report.multiply_adds_after is not None
+    assert 0.4 < report.multiply_adds_after / report.multiply_adds_before <= 0.5
+    assert report.length == (17 if family in IMAGE_FAMILIES else 7)
+    assert all(layer["heads"] >= 1 and layer["feed_forward"] % 8 == 0 and layer["feed_forward"] for layer in layers)
+    assert report.repair is not None
+    assert 0 < report.repair["error_after"] < report.repair["error_before"]
+    assert set(report.lost_importance) == set(report.tasks)
+    assert not any(module._forward_hooks for module in model.modules())
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(answers(AutoModel.from_pretrained(tmp_path), batches[0]), answers(model, batches[0]))
+    second = prune(again, batches, **EVERYTHING)
+    assert second.after == report.after
+    assert torch.equal(answers(again.eval(), batches[0]), answers(model, batches[0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repair_of_nothing_changes_nothing(family: str) -> None:
+    model, batches = model_and_batches(family)
+    before = answers(model.eval(), batches[0])
+    report = prune(model, batches, repair=True, progress=False)
+    torch.testing.assert_close(answers(model, batches[0]), before, rtol=0, atol=1e-5)
+    assert report.repair is not None
+    assert report.repair["error_after"] == 0
+
+
+@pytest.mark.parametrize("importance", ["first_order", "fisher", "activation", "magnitude", "random"])
+def test_importances(importance: Any) -> None:
+    """Each does both ways to say how much, and the same twice."""
+    model, batches = model_and_batches("bert")
+    for wanted in ({"heads": 0.5, "feed_forward": 0.5}, {"compute": 0.5, "length": 16}):
+        structures = []
+        for _ in range(2):
+            copied = copy.deepcopy(model)
+            report = prune(copied, batches, importance=importance, multiple_of=8, progress=False, **wanted)
+            assert report.rows == (0 if importance in ("magnitude", "random") else 6)
+            structures.append((report.after, {name: value.sum() for name, value in copied.state_dict().items()}))
+        assert structures[0] == structures[1]
+
+
+def test_random_follows_its_seed() -> None:
+    model, batches = model_and_batches("bert")
+    found = []
+    for seed in (1, 2):
+        copied = copy.deepcopy(model)
+        prune(copied, batches, heads=0.5, importance="random", seed=seed, progress=False)
+        found.append(answers(copied.eval(), batches[0]))
+    assert not torch.equal(*found)
+
+
+def test_fisher_is_first_order_with_one_scale() -> None:
+    """Where heads and neurons do not compete and nothing is swapped, both are one choice."""
+    model, batches = model_and_batches("vit")
+    other = copy.deepcopy(model)
+    prune(model, batches, heads=0.5, feed_forward=0.5, multiple_of=8, progress=False)
+    prune(other, batches, heads=0.5, feed_forward=0.5, multiple_of=8, importance="fisher", progress=False)
+    assert torch.equal(answers(model.eval(), batches[0]), answers(other.eval(), batches[0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_max_min_is_not_worse_for_the_worst_task(seed: int) -> None:
+    model, batches = model_and_batches("bert")
+    randomize(model, seed)
+    worst = {}
+    for combine in ("mean", "sum", "max", "max_min"):
+        settings: dict[str, Any] = {"compute": 0.5, "combine": combine, "importance": "fisher", "multiple_of": 8}
+        worst[combine] = max(prune(copy.deepcopy(model), batches, progress=False, **settings).lost_importance.values())
+    assert worst["max_min"] <= worst["mean"] + 1e-9
+
+
+def test_layers_count_towards_the_budget() -> None:
+    """A third of the layers is a third of the compute: what is left to remove is another sixth."""
+    model, batches = model_and_batches("bert")
+    report = prune(model, batches, layers=1, compute=0.5, multiple_of=1, progress=False)
+    assert report.multiply_adds_before is not None
+    assert report.multiply_adds_after is not None
+    assert 0.49 < report.multiply_adds_after / report.multiply_adds_before <= 0.5
+    alone, _ = model_and_batches("bert")
+    report = prune(alone, batches, layers=2, compute=0.5, multiple_of=1, progress=False)
+    assert report.after["layers"] == [{"heads": 4, "feed_forward": 64}]
+
+
+def test_multiply_adds_by_hand() -> None:
+    """Of a layer of 32 x 64 at 7 tokens: four projections, scores and sums over values, two linear layers."""
+    model, batches = model_and_batches("bert")
+    report = prune(model, batches, compute=0.5, multiple_of=8, progress=False)
+    assert report.length == 7
+    assert report.multiply_adds_before == 3 * (7 * 4 * 32 * 32 + 2 * 7 * 7 * 32 + 7 * 2 * 32 * 64)
+    gated, batches = model_and_batches("modernbert")
+    report = prune(gated, batches, compute=0.5, length=10, multiple_of=8, progress=False)
+    assert report.multiply_adds_before == 3 * (10 * 4 * 32 * 32 + 2 * 10 * 10 * 32 + 10 * 3 * 32 * 64)
+
+
+def test_repair_makes_up_for_dropped_layers_too() -> None:
+    """By the layers that come after them; nothing comes after the last."""
+    model, batches = model_and_batches("vit")
+    report = prune(model, batches, layers=1, repair=True, progress=False)
+    assert report.removed_layers == [1]
+    assert report.repair is not None
+    assert 0 < report.repair["error_after"] < report.repair["error_before"]
+
+
+def test_stock_model_with_a_budget_and_repair(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_config(tiny_config("distilbert", num_labels=3))
+    assert isinstance(model, PreTrainedModel)
+    randomize(model)
+    batch = {**tiny_inputs("distilbert"), "labels": torch.tensor([0, 1, 2])}
+    report = prune(model, [batch], **EVERYTHING)
+    assert list(report.lost_importance) == ["task"]
+    assert report.repair is not None
+    assert report.repair["error_after"] < report.repair["error_before"]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_activation_needs_no_labels() -> None:
+    model, batches = model_and_batches("vit")
+    unlabelled = [{key: value for key, value in batch.items() if "labels" not in key} for batch in batches]
+    report = prune(model, unlabelled, compute=0.5, importance="activation", multiple_of=8, progress=False)
+    assert report.tasks == []
+    assert report.lost_importance == {}
+
+
 # ---- bad input ----
 
 
@@ -181,6 +328,16 @@ def test_stock_model(uneven: bool, tmp_path: Path) -> None:
         ({"feed_forward": -0.1}, "feed_forward: expected a fraction"),
         ({"layers": 3}, "layers: expected 0 to 2 layers"),
         ({"feed_forward": 0.5, "multiple_of": 0}, "multiple_of: expected 1 or more"),
+        ({"compute": 0.5, "multiple_of": 0}, "multiple_of: expected 1 or more"),
+        ({"compute": 1.0}, "compute: expected a fraction of at least 0 and below 1, found 1.0"),
+        ({"compute": 0.5, "heads": 0.5}, "compute: expected it instead of heads and feed_forward"),
+        (
+            {"compute": 0.9, "multiple_of": 32},
+            r"compute: expected at most 0\.631, since each of 3 layers keeps one head",
+        ),
+        ({"length": 8, "heads": 0.5}, "length: expected it with compute"),
+        ({"compute": 0.5, "length": 0}, "length: expected 1 or more tokens"),
+        ({"heads": 0.5, "rearrange": True}, "rearrange: expected importance 'fisher'.*found 'first_order'"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
@@ -197,6 +354,16 @@ def test_no_labels() -> None:
     unlabelled = {key: value for key, value in batches[0].items() if "labels" not in key}
     with pytest.raises(DataError, match="labels_<task>"):
         prune(model, [unlabelled], heads=0.5, progress=False)
+
+
+def test_no_batches_where_some_are_needed() -> None:
+    model, _ = model_and_batches("bert")
+    with pytest.raises(DataError, match="to repair the model on, found none"):
+        prune(model, [], heads=0.5, importance="magnitude", repair=True, progress=False)
+    with pytest.raises(DataError, match="to measure activations on, found none"):
+        prune(model, [], heads=0.5, importance="activation", progress=False)
+    with pytest.raises(ValueError, match="length: expected a number of tokens, or batches"):
+        prune(model, [], compute=0.5, importance="magnitude", progress=False)
 
 
 def test_broken_model() -> None:
