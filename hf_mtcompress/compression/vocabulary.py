@@ -225,7 +225,7 @@ def trim_tokenizer(
         UnsupportedEncoderError: the tokenizer is of another kind, or does not load with another vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    document = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "no fast tokenizer"}}
+    document: Any = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "no fast tokenizer"}}
     kind = document["model"]["type"]
     if kind not in ("WordPiece", "BPE", "Unigram"):
         raise UnsupportedEncoderError(
@@ -290,7 +290,8 @@ def _characters(piece: str, prefix: str) -> list[str]:
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Merges of a BPE model, lowest rank first; older files hold them as text."""
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    return [(left, right) for left, right in pairs]
 
 
 def _merged(model: Mapping[str, Any], merge: tuple[str, str]) -> str:
@@ -332,11 +333,19 @@ def _choose(has_to_stay: set[str], used: Sequence[str], needs: Callable[[str], s
 def _new_ids(old: Mapping[str, int], kept: set[str], pieces: Collection[str], special: set[str]) -> dict[str, int]:
     """Ids without gaps: the model's pieces first, then tokens that were only added to them."""
     inside = sorted(kept & set(pieces), key=old.__getitem__)
-    held = {old[name]: name for name in inside if name in special and old[name] < len(inside)}
-    others = iter([name for name in inside if held.get(old[name]) != name])
-    order = [held[place] if place in held else next(others) for place in range(len(inside))]
-    order += sorted(kept - set(pieces), key=old.__getitem__)
-    return {name: place for place, name in enumerate(order)}
+    held = [name for name in inside if name in special and old[name] < len(inside)]
+    # One that stays must not overtake one that has no room: CLIP looks for the largest id in a text.
+    while (order := [name for name in _arranged(inside, held, old) if name in special]) != sorted(order, key=old.__getitem__):
+        held.pop()
+    names = _arranged(inside, held, old) + sorted(kept - set(pieces), key=old.__getitem__)
+    return {name: place for place, name in enumerate(names)}
+
+
+def _arranged(names: Sequence[str], held: Collection[str], old: Mapping[str, int]) -> list[str]:
+    """The names in their order, with some at the places of their old ids."""
+    places = {old[name]: name for name in held}
+    others = iter([name for name in names if name not in held])
+    return [places[place] if place in places else next(others) for place in range(len(names))]
 
 
 def _rewritten(document: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
