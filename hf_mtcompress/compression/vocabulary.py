@@ -335,7 +335,9 @@ def _new_ids(old: Mapping[str, int], kept: set[str], pieces: Collection[str], sp
     inside = sorted(kept & set(pieces), key=old.__getitem__)
     held = [name for name in inside if name in special and old[name] < len(inside)]
     # One that stays must not overtake one that has no room: CLIP looks for the largest id in a text.
-    while (order := [name for name in _arranged(inside, held, old) if name in special]) != sorted(order, key=old.__getitem__):
+    while (order := [name for name in _arranged(inside, held, old) if name in special]) != sorted(
+        order, key=old.__getitem__
+    ):
         held.pop()
     names = _arranged(inside, held, old) + sorted(kept - set(pieces), key=old.__getitem__)
     return {name: place for place, name in enumerate(names)}

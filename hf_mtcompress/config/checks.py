@@ -417,7 +417,8 @@ def check_vocabulary(recipe: Recipe, problems: Problems) -> None:
         for step in recipe.steps:
             if isinstance(step, TrimVocabularyStep):
                 problems.add(
-                    f"steps.{step.name}", "expected a task with texts, whose tokens are kept, found images only; remove it"
+                    f"steps.{step.name}",
+                    "expected a task with texts, whose tokens are kept, found images only; remove it",
                 )
 
 
