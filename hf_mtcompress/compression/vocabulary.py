@@ -45,9 +45,9 @@ class VocabularyReport:
     tokens_after: int
     used: int
     """Different tokens that the texts use, `minimum_count` times at least."""
-    megabytes_before: float
-    """10**6 bytes of word embeddings."""
-    megabytes_after: float
+    embedding_bytes_before: int
+    """Of the word embeddings in memory."""
+    embedding_bytes_after: int
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ def trim_vocabulary(
         tokens_before=len(tokenizer),
         tokens_after=len(trimmed.rows),
         used=sum(count >= minimum_count for count in counts.values()),
-        megabytes_before=before / 1e6,
-        megabytes_after=_embedding_bytes(encoder) / 1e6,
+        embedding_bytes_before=before,
+        embedding_bytes_after=_embedding_bytes(encoder),
     )
     return trimmed.tokenizer, report
 
 
 def _embedding_bytes(encoder: PreTrainedModel) -> int:
-    weight = find_anatomy(encoder).word_embedding
-    return 0 if weight is None else weight.weight.numel() * weight.weight.element_size()
+    table = find_anatomy(encoder).word_embedding
+    return 0 if table is None else table.weight.numel() * table.weight.element_size()
 
 
 # ---- what texts use ----
