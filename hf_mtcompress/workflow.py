@@ -53,7 +53,15 @@ from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
-from hf_mtcompress.steps import Bench, check_steps_fit, load_processor, probe_batch, probe_samples, run_step
+from hf_mtcompress.steps import (
+    Bench,
+    check_steps_fit,
+    load_processor,
+    probe_batch,
+    probe_samples,
+    run_step,
+    texts_to_keep,
+)
 from hf_mtcompress.steps import ask_teacher as steps_ask_teacher
 
 logger = logging.getLogger(__name__)
@@ -190,6 +198,7 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
         "fusion": _chosen(recipe.fusion),
         "training": _chosen(recipe.training),
         **({"branches": [recipe.branches, recipe.branch_layers]} if recipe.branches else {}),
+        **({"corpus": _corpus_digest(step, bench)} if isinstance(step, TrimVocabularyStep) and step.corpus else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -203,6 +212,11 @@ def _chosen(section: Any) -> dict[str, Any]:
         if value != default:
             chosen[item.name] = _plain(value)
     return chosen
+
+
+def _corpus_digest(step: TrimVocabularyStep, bench: Bench) -> str:
+    """Digest of the texts whose tokens a step keeps, where they are not the tasks' own."""
+    return hashlib.sha256(repr(texts_to_keep(step, bench)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _folder_digest(folder: Path) -> str | None:
