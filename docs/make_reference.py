@@ -43,6 +43,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "embedding": (config.EmbeddingCriterionConfig, None),
     "feature_map": (config.FeatureMapCriterionConfig, None),
     "prune": (config.PruneStep, None),
+    "trim_vocabulary": (config.TrimVocabularyStep, None),
     "quantize": (config.QuantizeStep, None),
     "export": (config.ExportStep, None),
     "budget": (config.BudgetConfig, None),

@@ -5,6 +5,7 @@ Importing the package makes `AutoConfig`, `AutoModel`, `AutoModelFor...` and `pi
 
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.errors import MTCompressError
@@ -66,6 +67,7 @@ __all__ = [
     "render_card",
     "run_recipe",
     "student_of",
+    "trim_vocabulary",
 ]
 
 register()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from hf_mtcompress.compression.vocabulary import count_tokens, trim_tokenizer
 from hf_mtcompress.config import (
     DistillStep,
     ExportStep,
@@ -17,20 +18,22 @@ from hf_mtcompress.config import (
     QuantizeStep,
     Recipe,
     StepConfig,
+    TrimVocabularyStep,
     teachers_of,
 )
 from hf_mtcompress.data.preprocessing import group_tasks
-from hf_mtcompress.data.sources import load_sources
-from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.data.sources import Sources, load_sources
+from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.model.anatomy import find_anatomy
-from hf_mtcompress.steps import merged_training
+from hf_mtcompress.steps import Bench, load_processor, merged_training, texts_to_keep
 
 
 def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[str, Any]:
     """The plan of a recipe as plain values.
 
     Sizes are estimates from shapes alone: four bytes a parameter in float32; with onnxruntime one byte; with
-    bitsandbytes one or half a byte for linear layers and four for the rest. Measured sizes are in the record.
+    bitsandbytes one or half a byte for linear layers and four for the rest. Measured sizes are in the record. The
+    tokens that a vocabulary is cut to are counted, with the tokenizer of the recipe's encoder.
 
     Args:
         recipe: what is wanted.
@@ -50,7 +53,10 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     steps = []
     for step, source in zip(recipe.steps, step_sources, strict=True):
         start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
-        shape = start.after(step, recipe.encoder.path)
+        if isinstance(step, TrimVocabularyStep):
+            shape = start.with_tokens(min(start.tokens, _tokens_left(step, recipe, sources)))
+        else:
+            shape = start.after(step, recipe.encoder.path)
         shapes[step.name] = shape
         steps.append(
             {
@@ -60,6 +66,7 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
                 "layers": shape.layers,
                 "parameters": round(shape.parameters),
                 "estimated_mb": round(shape.megabytes(step), 1),
+                **({"tokens": shape.tokens} if isinstance(step, TrimVocabularyStep) else {}),
                 **_training_size(step, recipe, rows),
             }
         )
@@ -73,8 +80,11 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
 class _Shape:
     """Parameter counts of an encoder by part."""
 
-    def __init__(self, layers: int, attention: float, feed_forward: float, embedding: float, rest: float) -> None:
+    def __init__(
+        self, layers: int, attention: float, feed_forward: float, embedding: float, rest: float, tokens: int
+    ) -> None:
         self.layers = layers
+        self.tokens = tokens
         self.attention = attention
         self.feed_forward = feed_forward
         self.embedding = embedding
@@ -86,12 +96,18 @@ class _Shape:
 
     def with_layers(self, layers: int) -> "_Shape":
         share = layers / self.layers
-        return _Shape(layers, self.attention * share, self.feed_forward * share, self.embedding, self.rest)
+        kept = self.attention * share, self.feed_forward * share
+        return _Shape(layers, *kept, self.embedding, self.rest, self.tokens)
 
     def narrower(self, heads: float, feed_forward: float) -> "_Shape":
         """Without a fraction of the heads and of the feed-forward neurons."""
         kept = self.attention * (1 - heads), self.feed_forward * (1 - feed_forward)
-        return _Shape(self.layers, *kept, self.embedding, self.rest)
+        return _Shape(self.layers, *kept, self.embedding, self.rest, self.tokens)
+
+    def with_tokens(self, tokens: int) -> "_Shape":
+        """With a smaller vocabulary."""
+        embedding = self.embedding * tokens / self.tokens
+        return _Shape(self.layers, self.attention, self.feed_forward, embedding, self.rest, tokens)
 
     def after(self, step: StepConfig, path: str) -> "_Shape":
         """What a step makes of it; `path` is the recipe's encoder."""
@@ -137,7 +153,9 @@ def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None) -> _Shap
         encoder: PreTrainedModel = AutoModel.from_config(config)
     anatomy = find_anatomy(encoder)
     table = encoder.get_input_embeddings()
-    embedding = table.weight.numel() if isinstance(table, torch.nn.Embedding) else 0
+    embedding, tokens = (
+        (table.weight.numel(), table.num_embeddings) if isinstance(table, torch.nn.Embedding) else (0, 0)
+    )
     total = sum(parameter.numel() for parameter in encoder.parameters())
     layers = sum(parameter.numel() for layer in anatomy.layers for parameter in layer.module.parameters())
     feed_forward = sum(
@@ -146,7 +164,19 @@ def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None) -> _Shap
         for part in (*layer.feed_forward.inputs.values(), layer.feed_forward.output)
         for parameter in part.parameters()
     )
-    return _Shape(len(anatomy.layers), layers - feed_forward, feed_forward, embedding, total - layers - embedding)
+    return _Shape(
+        len(anatomy.layers), layers - feed_forward, feed_forward, embedding, total - layers - embedding, tokens
+    )
+
+
+def _tokens_left(step: TrimVocabularyStep, recipe: Recipe, sources: Sources) -> int:
+    tokenizer = load_processor(recipe)
+    texts = texts_to_keep(step, Bench(recipe, Path(), sources, tokenizer))
+    counts = count_tokens(tokenizer, texts)
+    try:
+        return len(trim_tokenizer(tokenizer, counts, minimum_count=step.minimum_count, size=step.size).rows)
+    except DataError as error:
+        raise RecipeError(f"steps.{step.name}.{error}") from error
 
 
 def _teacher_or(source: str | None, step: StepConfig) -> str | None:
@@ -179,9 +209,10 @@ def plan_text(plan: dict[str, Any], output: Path) -> str:
         training = (
             f", {step['optimizer_steps']:,} steps of {step['batch_size']} rows" if "optimizer_steps" in step else ""
         )
+        tokens = f"{step['tokens']:,} tokens, " if "tokens" in step else ""
         lines.append(
             f"  {number}. {step['step']} ({step['kind']}{' from ' + step['from'] if step['from'] else ''}): "
-            f"{step['layers']} layers, about {step['parameters'] / 1e6:.1f} M parameters, "
+            f"{step['layers']} layers, {tokens}about {step['parameters'] / 1e6:.1f} M parameters, "
             f"{step['estimated_mb']:.1f} MB{training}"
         )
     return "\n".join(lines)

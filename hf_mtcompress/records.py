@@ -118,6 +118,8 @@ class StepRecord:
     """Steps, epochs, final losses; the log history as a list of rows."""
     interference: dict[str, Any] | None = None
     """How the tasks' gradients got along in training, as `losses.interference.interference_report` returns it."""
+    vocabulary: dict[str, Any] | None = None
+    """Tokens and size of the word embedding before and after, and how each split is read, where a step cut it."""
 
 
 @dataclass(kw_only=True)

@@ -36,6 +36,7 @@ from hf_mtcompress.artifacts import ONNX, ONNX_SETTINGS, VANILLA, WORK, whole_fo
 from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.vocabulary import Text, compare_readings, trim_vocabulary
 from hf_mtcompress.config import (
     DistillStep,
     ExportStep,
@@ -44,12 +45,15 @@ from hf_mtcompress.config import (
     PruneStep,
     QuantizeStep,
     Recipe,
+    Role,
     StepConfig,
     StudentConfig,
     TrainingConfig,
+    TrimVocabularyStep,
     WeightSchedule,
     teachers_of,
 )
+from hf_mtcompress.data.alignment import columns_of_rows
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.load import load_unlabelled
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
@@ -75,10 +79,11 @@ from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.student import fresh_student_of, student_of
 from hf_mtcompress.model.surgery import describe_structure
 from hf_mtcompress.records import Artefact
+from hf_mtcompress.tasks import Task
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
-from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
+from hf_mtcompress.trainers.teachers import TeacherModel, Teachers, same_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +102,7 @@ class Bench:
         recipe: what is wanted.
         output: folder of the run.
         sources: tasks with labels and rows.
-        processor: tokenizer or image processor of the encoder.
+        processor: tokenizer or image processor of the recipe's encoder; see `processor_of`.
     """
 
     recipe: Recipe
@@ -125,6 +130,13 @@ class Bench:
             )
         return model
 
+    def processor_of(self, name: str | None) -> Any:
+        """Tokenizer or image processor that a step saved; that of the recipe's encoder for None."""
+        if name is None or not any(isinstance(step, TrimVocabularyStep) for step in self.recipe.steps):
+            return self.processor
+        found = read_processor(self.step_folder(name))
+        return self.processor if same_tokenizer(found, self.processor) else found
+
     @property
     def max_length(self) -> int | None:
         """Longest input in tokens; None for images."""
@@ -138,9 +150,12 @@ class StepOutcome:
     """What a step leaves: its artefacts (folders relative to the step), the shape of the model, how it was trained."""
 
     artefacts: list[Artefact]
+    processor: Any
+    """What the model reads with, for the inputs of the probes."""
     structure: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     interference: dict[str, Any] | None = None
+    vocabulary: dict[str, Any] | None = None
     probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """By artefact folder: logits by task of the model in memory, for the check that it reloads."""
 
@@ -165,6 +180,8 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
             return _distill(step, source, bench, folder, work)
         case PruneStep():
             return _prune(step, source, bench, folder, work)
+        case TrimVocabularyStep():
+            return _trim_vocabulary(step, source, bench, folder)
         case QuantizeStep():
             return _quantize(step, source, bench, folder, work)
         case ExportStep():
@@ -175,22 +192,34 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
 
 
 def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    model = _start_model(source, bench)
+    start = _start(source, bench)
     if step.adapters is not None:
-        model.add_adapters(**dataclasses.asdict(step.adapters))
-    return _save_trained(model, bench, folder, _train_finetune(step, model, bench, work))
+        start.model.add_adapters(**dataclasses.asdict(step.adapters))
+    return _save_trained(start, bench, folder, _train_finetune(step, start, bench, work))
 
 
 def _distill(step: DistillStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     faculty = _load_faculty(step, bench)
-    model = _start_model(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
-    return _save_trained(model, bench, folder, _train_distill(step, model, faculty, bench, work))
+    start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
+    return _save_trained(start, bench, folder, _train_distill(step, start, faculty, bench, work))
 
 
 def _pretrain(step: PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     faculty = _load_encoding_teacher(step, bench)
-    model = _start_model(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
-    return _save_trained(model, bench, folder, _train_pretrain(step, model, faculty, bench, work))
+    start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
+    return _save_trained(start, bench, folder, _train_pretrain(step, start, faculty, bench, work))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a step works on: a model, and the tokenizer or image processor that it reads with."""
+
+    model: MultiTaskModel
+    processor: Any
+
+
+def _start(source: str | None, bench: Bench) -> _Start:
+    return _Start(_start_model(source, bench), bench.processor_of(source))
 
 
 def _start_model(source: str | None, bench: Bench) -> MultiTaskModel:
@@ -226,7 +255,7 @@ class _Faculty:
 
     Attributes:
         teachers: one model, one for each task, or pairs of model and weight.
-        processors: by identity of a model: its own tokenizer or image processor; None where it reads the student's.
+        processors: by identity of a model: its own tokenizer or image processor.
         trusted: whether all of them were scored in this run, so that nobody has to look at what they know.
     """
 
@@ -246,16 +275,20 @@ class _Faculty:
                 first = self.teachers[0]
                 return first[0] if isinstance(first, tuple) else first
 
-    @property
-    def processing_classes(self) -> Any:
-        """As `DistillationTrainer` takes them."""
+    def processing_classes(self, students: Any) -> Any:
+        """As `DistillationTrainer` takes them: None for a teacher that reads what the student's processor makes."""
+
+        def own(model: TeacherModel) -> Any:
+            processor = self.processors[id(model)]
+            return None if processor is students else processor
+
         match self.teachers:
             case Mapping():
-                return {name: self.processors[id(model)] for name, model in self.teachers.items()}
+                return {name: own(model) for name, model in self.teachers.items()}
             case PreTrainedModel() | Runtime():
-                return self.processors[id(self.teachers)]
+                return own(self.teachers)
             case _:
-                return [self.processors[id(item[0] if isinstance(item, tuple) else item)] for item in self.teachers]
+                return [own(item[0] if isinstance(item, tuple) else item) for item in self.teachers]
 
 
 def _load_faculty(step: DistillStep, bench: Bench) -> _Faculty:
@@ -263,7 +296,8 @@ def _load_faculty(step: DistillStep, bench: Bench) -> _Faculty:
     steps = [other.name for other in bench.recipe.steps]
     models = {place: load_teacher(place, bench) for place in teachers_of(step)}
     processors = {
-        id(model): None if place in steps else _own_processor(place, bench) for place, model in models.items()
+        id(model): bench.processor_of(place) if place in steps else _own_processor(place, bench)
+        for place, model in models.items()
     }
     trusted = all(place in steps for place in models)
     match step.teachers:
@@ -285,7 +319,8 @@ def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> _Faculty:
         teacher = MultiTaskModel.from_encoder(
             teacher.encoder, list(bench.sources.tasks.values()), **(teacher.config.preprocessing or {}).get("main", {})
         )
-    return _Faculty(teacher, {id(teacher): None if own else _own_processor(step.teacher, bench)})
+    processor = bench.processor_of(step.teacher) if own else _own_processor(step.teacher, bench)
+    return _Faculty(teacher, {id(teacher): processor})
 
 
 def _own_processor(place: str, bench: Bench) -> Any:
@@ -312,23 +347,22 @@ def _as_encoder(path: str, bench: Bench) -> MultiTaskModel:
     return MultiTaskModel.from_pretrained(path) if saved else new_model(path, bench)
 
 
-def _student(
-    wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: _Faculty, bench: Bench
-) -> MultiTaskModel:
-    """Make the student that a step asks for."""
+def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: _Faculty, bench: Bench) -> _Start:
+    """Make the student that a step asks for; one made of its teacher reads as that does."""
     if wanted.path is not None:
-        return new_model(wanted.path, bench)
+        return _Start(new_model(wanted.path, bench), bench.processor)
     teacher = faculty.first
+    processor = faculty.processors[id(teacher)]
     if not isinstance(teacher, MultiTaskModel):
         raise RecipeError(
             f"steps.{step.name}.student: expected a multi-task teacher to make a student of, found a "
             f"{type(teacher).__name__}; give student.path instead"
         )
     if wanted.config is not None:
-        return fresh_student_of(teacher, wanted.config)
+        return _Start(fresh_student_of(teacher, wanted.config), processor)
     assert wanted.layers is not None
     if wanted.choose == "redundancy" and isinstance(wanted.layers, int):
-        rows = [_inputs(batch) for batch in calibration_batches(teacher, bench, _INFLUENCE_ROWS)]
+        rows = [_inputs(batch) for batch in calibration_batches(_Start(teacher, processor), bench, _INFLUENCE_ROWS)]
         influence = block_influence(teacher.encoder, rows)
         student = student_of(teacher, influence.argsort(descending=True)[: wanted.layers].tolist())
     else:
@@ -336,7 +370,7 @@ def _student(
         student = student_of(teacher, wanted.layers, choose=choose)
     if wanted.heads or wanted.feed_forward:
         prune(student, [], heads=wanted.heads, feed_forward=wanted.feed_forward, importance="magnitude")
-    return student
+    return _Start(student, processor)
 
 
 def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -376,31 +410,31 @@ class Fit:
     interference: dict[str, Any] | None
 
 
-def _train_finetune(step: FinetuneStep, model: MultiTaskModel, bench: Bench, work: Path) -> Fit:
+def _train_finetune(step: FinetuneStep, start: _Start, bench: Bench, work: Path) -> Fit:
     config = merged_training(step, bench.recipe.training)
     arguments = training_arguments(MultiTaskTrainingArguments, config, bench, work)
     trainer = MultiTaskTrainer(
-        model=model,
+        model=start.model,
         args=arguments,
         train_dataset=bench.sources.role("train"),
         eval_dataset=bench.sources.role("validation"),
-        processing_class=bench.processor,
+        processing_class=start.processor,
         callbacks=[MarkComplete()],
     )
     return _fit(trainer, work)
 
 
-def _train_distill(step: DistillStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
-    return _fit(_distiller(step, model, faculty, bench, work, _cache_folder(step, bench)), work)
+def _train_distill(step: DistillStep, start: _Start, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+    return _fit(_distiller(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
 
 
-def _train_pretrain(step: PretrainStep, model: MultiTaskModel, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
-    return _fit(_pretrainer(step, model, faculty, bench, work, _cache_folder(step, bench)), work)
+def _train_pretrain(step: PretrainStep, start: _Start, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+    return _fit(_pretrainer(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
 
 
 def _distiller(
     step: DistillStep,
-    model: MultiTaskModel,
+    start: _Start,
     faculty: _Faculty,
     bench: Bench,
     work: Path,
@@ -414,9 +448,9 @@ def _distiller(
     if step.unlabelled:
         rows = _with_unlabelled(rows, bench.sources)
     return DistillationTrainer(
-        model=model,
+        model=start.model,
         teacher=faculty.teachers,
-        teacher_processing_class=faculty.processing_classes,
+        teacher_processing_class=faculty.processing_classes(start.processor),
         args=arguments,
         criteria=_criteria(step),
         label_weight=_weight(step.label_weight),
@@ -424,14 +458,14 @@ def _distiller(
         probe_rows=0 if faculty.trusted else None,
         train_dataset=rows,
         eval_dataset=bench.sources.role("validation"),
-        processing_class=bench.processor,
+        processing_class=start.processor,
         callbacks=[MarkComplete()],
     )
 
 
 def _pretrainer(
     step: PretrainStep,
-    model: MultiTaskModel,
+    start: _Start,
     faculty: _Faculty,
     bench: Bench,
     work: Path,
@@ -443,16 +477,16 @@ def _pretrainer(
     arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
     arguments.cache_precision = step.cache_precision
     return DistillationTrainer(
-        model=model,
+        model=start.model,
         teacher=faculty.teachers,
-        teacher_processing_class=faculty.processing_classes,
+        teacher_processing_class=faculty.processing_classes(start.processor),
         args=arguments,
         criteria=_criteria(step),
         label_weight=0.0,
         teacher_cache=cache,
         probe_rows=0,
         train_dataset=_rows_to_pretrain_on(step, bench),
-        processing_class=bench.processor,
+        processing_class=start.processor,
         callbacks=[MarkComplete()],
     )
 
@@ -489,20 +523,12 @@ def ask_teacher(
         match step:
             case DistillStep():
                 faculty = _load_faculty(step, bench)
-                model = (
-                    _start_model(source, bench)
-                    if step.student is None
-                    else _student(step.student, step, faculty, bench)
-                )
-                trainer = _distiller(step, model, faculty, bench, Path(scratch), False)
+                start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
+                trainer = _distiller(step, start, faculty, bench, Path(scratch), False)
             case PretrainStep():
                 faculty = _load_encoding_teacher(step, bench)
-                model = (
-                    _start_model(source, bench)
-                    if step.student is None
-                    else _student(step.student, step, faculty, bench)
-                )
-                trainer = _pretrainer(step, model, faculty, bench, Path(scratch), False)
+                start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
+                trainer = _pretrainer(step, start, faculty, bench, Path(scratch), False)
         return trainer.ask_teachers(folder, part)
 
 
@@ -693,14 +719,16 @@ def last_checkpoint(work: Path) -> str | None:
     return str(newest)
 
 
-def _save_trained(model: MultiTaskModel, bench: Bench, folder: Path, fit: Fit | None) -> StepOutcome:
+def _save_trained(made: _Start, bench: Bench, folder: Path, fit: Fit | None) -> StepOutcome:
+    model = made.model
     torch.nn.Module.to(model, "cpu")
     model.eval()
-    probes = {".": probe(model, bench)}
+    probes = {".": probe(model, bench, made.processor)}
     model.save_pretrained(folder)
-    bench.processor.save_pretrained(folder)
+    made.processor.save_pretrained(folder)
     return StepOutcome(
         artefacts=[Artefact(form="torch", folder=".", precision="float32")],
+        processor=made.processor,
         structure=structure_of(model),
         training=fit.training if fit else None,
         interference=fit.interference if fit else None,
@@ -717,13 +745,13 @@ def structure_of(model: MultiTaskModel) -> dict[str, Any]:
 
 
 def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    cut = work / "cut"
+    cut, processor = work / "cut", bench.processor_of(source)
     if not cut.exists():
         model = _start_model(source, bench)
         try:
             report = prune(
                 model,
-                calibration_batches(model, bench, step.rows),
+                calibration_batches(_Start(model, processor), bench, step.rows),
                 heads=step.heads,
                 feed_forward=step.feed_forward,
                 layers=step.layers,
@@ -758,18 +786,73 @@ def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work
     model = MultiTaskModel.from_pretrained(cut)
     for name, task in bench.sources.tasks.items():
         model.tasks[name] = task
-    fit = None
+    start, fit = _Start(model, processor), None
     if isinstance(step.recover, FinetuneStep):
-        fit = _train_finetune(step.recover, model, bench, work)
+        fit = _train_finetune(step.recover, start, bench, work)
     elif isinstance(step.recover, DistillStep):
-        fit = _train_distill(step.recover, model, _load_faculty(step.recover, bench), bench, work)
-    return _save_trained(model, bench, folder, fit)
+        fit = _train_distill(step.recover, start, _load_faculty(step.recover, bench), bench, work)
+    return _save_trained(start, bench, folder, fit)
 
 
-def calibration_batches(model: MultiTaskModel, bench: Bench, rows: int) -> list[dict[str, torch.Tensor]]:
+def _trim_vocabulary(step: TrimVocabularyStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
+    start = _start(source, bench)
+    try:
+        trimmed, report = trim_vocabulary(
+            start.model,
+            start.processor,
+            texts_to_keep(step, bench),
+            minimum_count=step.minimum_count,
+            size=step.size,
+        )
+    except DataError as error:
+        raise RecipeError(f"steps.{step.name}.{error}") from error
+    outcome = _save_trained(_Start(start.model, trimmed), bench, folder, None)
+    roles: list[Role] = ["train", "validation", "test"]
+    outcome.vocabulary = {
+        **dataclasses.asdict(report),
+        "splits": {
+            role: dataclasses.asdict(compare_readings(start.processor, trimmed, texts_of(bench.sources, [role])))
+            for role in roles
+            if bench.sources.role(role)
+        },
+    }
+    return outcome
+
+
+def texts_to_keep(step: TrimVocabularyStep, bench: Bench) -> list[list[Text]]:
+    """Columns of texts whose tokens stay: of the step's corpus, else of the training and validation rows.
+
+    Raises:
+        RecipeError: the corpus cannot be read.
+    """
+    if step.corpus is None:
+        return texts_of(bench.sources, ["train", "validation"])
+    try:
+        rows = load_unlabelled(step.corpus, [step.column], Path.cwd(), bench.recipe.seed, f"steps.{step.name}.corpus")
+    except DataError as error:
+        raise RecipeError(str(error)) from error
+    return columns_of_rows(rows[:], [step.column], split=False)
+
+
+def texts_of(sources: Sources, roles: Sequence[Role]) -> list[list[Text]]:
+    """Columns of texts that the tasks read in some splits, each once, split into words where a task reads words."""
+    found: dict[tuple[str, bool], list[Text]] = {}
+    for role in roles:
+        for name, rows in sources.role(role).items():
+            task = sources.tasks[name]
+            split = task.problem == "token_classification"
+            for column in task.input_columns:
+                key = (f"{rows._fingerprint} {column}", split or not isinstance(rows[0][column], str))
+                if key not in found:
+                    (found[key],) = columns_of_rows(rows[:], [column], split=key[1])
+    return list(found.values())
+
+
+def calibration_batches(start: _Start, bench: Bench, rows: int) -> list[dict[str, torch.Tensor]]:
     """About `rows` training rows in batches of one source each, with the labels of all its tasks."""
+    model, processor = start.model, start.processor
     groups = encode_groups(
-        model.tasks, bench.sources.role("train"), bench.processor, bench.recipe.encoder.max_length, "train"
+        model.tasks, bench.sources.role("train"), processor, bench.recipe.encoder.max_length, "train"
     )
     shares = [math.ceil(rows * len(group.dataset) / sum(len(group.dataset) for group in groups)) for group in groups]
     generator = np.random.default_rng(bench.recipe.seed)
@@ -781,51 +864,54 @@ def calibration_batches(model: MultiTaskModel, bench: Bench, rows: int) -> list[
     loader: DataLoader[Any] = DataLoader(
         MixedDataset([group.dataset for group in chosen]),
         batch_sampler=sampler,
-        collate_fn=MultiTaskCollator(model.tasks, bench.processor if bench.max_length is not None else None),
+        collate_fn=MultiTaskCollator(model.tasks, processor if bench.max_length is not None else None),
     )
     return list(loader)
 
 
 def _quantize(step: QuantizeStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     assert source is not None
-    model = bench.load(source).eval()
+    model, processor = bench.load(source).eval(), bench.processor_of(source)
     match step.backend:
         case "bitsandbytes":
             quantized = quantize_bitsandbytes(model, step.bits)
             assert isinstance(quantized, MultiTaskModel)
-            probes = {".": probe(quantized, bench)}
+            probes = {".": probe(quantized, bench, processor)}
             quantized.save_pretrained(folder)
-            bench.processor.save_pretrained(folder)
+            processor.save_pretrained(folder)
             precision = (
                 "int8 linear layers, float32 embeddings" if step.bits == 8 else "nf4 linear layers, float32 embeddings"
             )
             artefact = Artefact(form="bitsandbytes", folder=".", precision=precision)
-            return StepOutcome([artefact], structure_of(model), probes=probes)
+            return StepOutcome([artefact], processor, structure_of(model), probes=probes)
         case "onnxruntime":
             with whole_folder(work / "float32") as scratch:
-                export_onnx(model, bench.processor, scratch)
+                export_onnx(model, processor, scratch)
             quantize_onnx(work / "float32", folder, bits=step.bits)
             artefact = Artefact(form="onnx", folder=".", precision=f"int{step.bits}, dynamic, per channel")
             # There is no model in memory with these weights: the graph is held against itself in another process.
-            answers = load_predictor(folder).logits(probe_batch(bench)[0])
-            return StepOutcome([artefact], structure_of(model), probes={".": answers})
+            answers = load_predictor(folder).logits(probe_batch(bench, processor))
+            return StepOutcome([artefact], processor, structure_of(model), probes={".": answers})
 
 
 def _export(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
     assert source is not None
-    model = bench.load(source).eval()
-    outcome = StepOutcome([], structure_of(model))
+    model, processor = bench.load(source).eval(), bench.processor_of(source)
+    outcome = StepOutcome([], processor, structure_of(model))
     for form in step.formats:
         match form:
             case "vanilla":
                 for name in model.tasks:
-                    model.export_task(name, folder / VANILLA / name, bench.processor)
+                    model.export_task(name, folder / VANILLA / name, processor)
                 outcome.artefacts.append(Artefact(form="vanilla", folder=VANILLA, precision="float32"))
-                outcome.probes[VANILLA] = {**probe(model, bench), **_probe_merged(model, bench)}
+                outcome.probes[VANILLA] = {
+                    **probe(model, bench, processor),
+                    **_probe_merged(model, bench, processor),
+                }
             case "onnx":
-                export_onnx(model, bench.processor, folder / ONNX)
+                export_onnx(model, processor, folder / ONNX)
                 outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
-                outcome.probes[ONNX] = probe(model, bench)
+                outcome.probes[ONNX] = probe(model, bench, processor)
     return outcome
 
 
@@ -860,32 +946,41 @@ def load_processor(recipe: Recipe) -> Any:
     return processor
 
 
-def probe_batch(bench: Bench) -> tuple[dict[str, np.ndarray], list[Any]]:
-    """Model inputs of a few rows, and the rows themselves: what every saved form is asked before and after."""
+def probe_samples(bench: Bench) -> list[Any]:
+    """A few rows as they are given to a pipeline: what every saved form is asked before and after."""
+    _, inputs = _probe_inputs(bench)
+    return list(inputs[0]) if len(inputs) == 1 else list(zip(*inputs, strict=True))
+
+
+def probe_batch(bench: Bench, processor: Any) -> dict[str, np.ndarray]:
+    """The same rows as model inputs."""
+    task, inputs = _probe_inputs(bench)
+    encoded = task.encode(inputs, processor, bench.max_length)
+    encoded.pop("word_ids", None)
+    batch = MultiTaskCollator({}, processor)(
+        [{key: values[index] for key, values in encoded.items()} for index in range(len(inputs[0]))]
+    )
+    return {key: value.numpy() for key, value in batch.items()}
+
+
+def _probe_inputs(bench: Bench) -> tuple[Task, list[list[Any]]]:
     task = next(iter(bench.sources.tasks.values()))
     rows: Dataset = next(iter(bench.sources.splits[task.name].values()))
     rows = rows.select(range(min(_PROBE_ROWS, len(rows))))
-    inputs = [list(rows[column]) for column in task.input_columns]
-    encoded = task.encode(inputs, bench.processor, bench.max_length)
-    encoded.pop("word_ids", None)
-    batch = MultiTaskCollator({}, bench.processor)(
-        [{key: values[index] for key, values in encoded.items()} for index in range(len(rows))]
-    )
-    samples: Sequence[Any] = inputs[0] if len(inputs) == 1 else list(zip(*inputs, strict=True))
-    return {key: value.numpy() for key, value in batch.items()}, list(samples)
+    return task, [list(rows[column]) for column in task.input_columns]
 
 
-def probe(model: MultiTaskModel, bench: Bench) -> dict[str, np.ndarray]:
+def probe(model: MultiTaskModel, bench: Bench, processor: Any) -> dict[str, np.ndarray]:
     """Logits by task of the model in memory on the probe rows."""
-    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench)[0].items()}
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench, processor).items()}
     with torch.inference_mode():
         outputs = model.eval()(**batch)
     return {name: outputs[f"logits_{name}"].float().numpy() for name in model.tasks}
 
 
-def _probe_merged(model: MultiTaskModel, bench: Bench) -> dict[str, np.ndarray]:
+def _probe_merged(model: MultiTaskModel, bench: Bench, processor: Any) -> dict[str, np.ndarray]:
     """Logits of tasks with an adapter as their plain models give them, since a sum of weights rounds otherwise."""
-    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench)[0].items()}
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench, processor).items()}
     found = {}
     for name in model.config.adapters or {}:
         stock = model.to_stock(name).eval()

@@ -31,6 +31,7 @@ from hf_mtcompress.config import (
     Recipe,
     Role,
     StepConfig,
+    TrimVocabularyStep,
     teachers_of,
 )
 from hf_mtcompress.config.load import dump_recipe
@@ -53,7 +54,15 @@ from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
-from hf_mtcompress.steps import Bench, check_steps_fit, load_processor, probe_batch, run_step
+from hf_mtcompress.steps import (
+    Bench,
+    check_steps_fit,
+    load_processor,
+    probe_batch,
+    probe_samples,
+    run_step,
+    texts_to_keep,
+)
 from hf_mtcompress.steps import ask_teacher as steps_ask_teacher
 
 logger = logging.getLogger(__name__)
@@ -118,7 +127,7 @@ def step_sources(recipe: Recipe) -> list[str | None]:
         fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
         sources.append(None if fresh else step.source or latest)
         match step:
-            case FinetuneStep() | PretrainStep() | DistillStep() | PruneStep():
+            case FinetuneStep() | PretrainStep() | DistillStep() | PruneStep() | TrimVocabularyStep():
                 latest = step.name
             case QuantizeStep() | ExportStep():
                 if latest is None and step.source is None:
@@ -160,11 +169,12 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             structure=outcome.structure,
             training=outcome.training,
             interference=outcome.interference,
+            vocabulary=outcome.vocabulary,
         )
         for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):
             artefact.size = measure_size(scratch / made.folder)
             artefact.scores["validation"] = score_folder(bench, scratch / made.folder, "validation")
-        save_probes(scratch, probe_batch(bench)[0], outcome.probes)
+        save_probes(scratch, probe_batch(bench, outcome.processor), outcome.probes)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))
     shutil.rmtree(work, ignore_errors=True)
@@ -190,6 +200,7 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
         "fusion": _chosen(recipe.fusion),
         "training": _chosen(recipe.training),
         **({"branches": [recipe.branches, recipe.branch_layers]} if recipe.branches else {}),
+        **({"corpus": _corpus_digest(step, bench)} if isinstance(step, TrimVocabularyStep) and step.corpus else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -227,6 +238,11 @@ def _chosen(section: Any) -> dict[str, Any]:
         if value != default:
             chosen[item.name] = _plain(value)
     return chosen
+
+
+def _corpus_digest(step: TrimVocabularyStep, bench: Bench) -> str:
+    """Digest of the texts whose tokens a step keeps, where they are not the tasks' own."""
+    return hashlib.sha256(repr(texts_to_keep(step, bench)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _folder_digest(folder: Path) -> str | None:
@@ -277,7 +293,7 @@ def _measure(bench: Bench, steps: list[StepRecord]) -> RunRecord:
     known = _keep_measured(steps, last)
     fresh = [step for step in steps if step.name not in known]
     if fresh:
-        _check_reloads(bench.output, fresh, probe_batch(bench)[1])
+        _check_reloads(bench.output, fresh, probe_samples(bench))
     if bench.sources.role("test"):
         for artefact in (artefact for step in fresh for artefact in step.artefacts):
             artefact.scores["test"] = score_folder(bench, bench.output / artefact.folder, "test")
@@ -340,7 +356,7 @@ def _check_reloads(output: Path, steps: Sequence[StepRecord], samples: Sequence[
 def _time_artefacts(bench: Bench, record: RunRecord, config: BenchmarkConfig) -> None:
     artefacts = {artefact.folder: artefact for step in record.steps for artefact in step.artefacts}
     reference = next(step for step in record.steps if step.name == record.reference).artefacts[0].folder
-    _, samples = probe_batch(bench)
+    samples = probe_samples(bench)
     result = benchmark(
         {label: bench.output / label for label in artefacts}, reference=reference, config=config, samples=samples
     )

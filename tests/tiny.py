@@ -20,8 +20,11 @@ from transformers import (
     CLIPImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
+    RobertaTokenizer,
     ViTImageProcessorPil,
+    XLMRobertaTokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.image_processing_utils import BaseImageProcessor
 
 TEXT_FAMILIES = ["bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert", "clip_text"]
@@ -162,6 +165,53 @@ def tiny_tokenizer(family: str = "bert") -> BertTokenizer:
         model_max_length=MAX_LENGTH,
         model_input_names=names if family in _WITH_TOKEN_TYPES else [name for name in names if "type" not in name],
     )
+
+
+@cache
+def tiny_bpe_tokenizer() -> RobertaTokenizer:
+    """A fast byte-level BPE tokenizer of the same sentences, with ids of special tokens as `tiny_config` has them.
+
+    Merges are written out, too: of each word from the left, then of some words from the right, so that ways to the same
+    token compete.
+    """
+    words = sorted({word for sentence, *_ in _sentences(400, random.Random(0)) for word in sentence})
+    merges: dict[tuple[str, str], None] = {}
+    for index, word in enumerate(words):
+        spaced = f"\u0120{word}"
+        merges |= dict.fromkeys((spaced[:end], spaced[end]) for end in range(1, len(spaced) if index % 3 else 3))
+    for word in words[::3]:
+        merges |= dict.fromkeys((word[start], word[start + 1 :]) for start in range(len(word) - 2, 1, -1))
+    pieces = ["<unk>", "<pad>", "<s>", "</s>", "<mask>", *bytes_to_unicode().values()]
+    pieces = list(dict.fromkeys([*pieces, *(left + right for left, right in merges)]))
+    return RobertaTokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=list(merges),
+        model_max_length=MAX_LENGTH,
+        add_prefix_space=True,
+    )
+
+
+@cache
+def tiny_unigram_tokenizer() -> XLMRobertaTokenizer:
+    """A fast Unigram tokenizer of the same sentences; the class has the unknown token built in at id 3.
+
+    Letters, parts of words and words have scores of their own; some letters stand in no piece by themselves.
+    """
+    words = sorted({word for sentence, *_ in _sentences(400, random.Random(0)) for word in sentence})
+    letters = [letter for letter in sorted(set("".join(words))) if letter not in "gw"]
+    parts = [word[start : start + 3] for word in words for start in range(len(word) - 2)]
+    pieces = [
+        "\u2581",
+        *letters,
+        *parts,
+        *(f"\u2581{word}" for word in words),
+        *(f"\u2581{word[:2]}" for word in words),
+    ]
+    pieces = list(dict.fromkeys(pieces))
+    generator = random.Random(1)
+    scored = [(piece, round(-9.0 + 0.7 * len(piece) - generator.random(), 3)) for piece in pieces]
+    special = [(piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>")]
+    return XLMRobertaTokenizer(vocab=[*special, *scored, ("<mask>", 0.0)], model_max_length=MAX_LENGTH)
 
 
 def tiny_image_processor(family: str = "vit") -> BaseImageProcessor:

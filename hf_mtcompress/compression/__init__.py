@@ -1,6 +1,7 @@
-"""Makes a trained model smaller: whole heads, neurons and layers cut, weights in fewer bits."""
+"""Makes a trained model smaller: whole heads, neurons, layers and tokens cut, weights in fewer bits."""
 
 from hf_mtcompress.compression.pruning import PruneReport, prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.vocabulary import VocabularyReport, trim_vocabulary
 
-__all__ = ["PruneReport", "prune", "quantize_bitsandbytes"]
+__all__ = ["PruneReport", "VocabularyReport", "prune", "quantize_bitsandbytes", "trim_vocabulary"]

@@ -28,6 +28,7 @@ from hf_mtcompress.config.steps import (
     StepConfig,
     StudentConfig,
     TeacherConfig,
+    TrimVocabularyStep,
     teachers_of,
 )
 from hf_mtcompress.config.tasks import (
@@ -76,6 +77,7 @@ __all__ = [
     "TeacherConfig",
     "TokenClassificationConfig",
     "TrainingConfig",
+    "TrimVocabularyStep",
     "WeightSchedule",
     "teachers_of",
 ]

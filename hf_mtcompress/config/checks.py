@@ -18,6 +18,7 @@ from hf_mtcompress.config.steps import (
     QuantizeStep,
     StepConfig,
     StudentConfig,
+    TrimVocabularyStep,
     teachers_of,
 )
 from hf_mtcompress.config.tasks import (
@@ -164,6 +165,9 @@ def check_steps(
                     )
             case PruneStep():
                 _check_prune(step, path, earlier, names, problems)
+            case TrimVocabularyStep():
+                if step.corpus is None and step.column != "text":
+                    problems.add(join(path, "column"), "names a column of 'corpus', which is not there; remove the key")
             case QuantizeStep():
                 if step.bits == 4 and step.backend != "bitsandbytes":
                     problems.add(
@@ -375,6 +379,9 @@ def check_adapters(recipe: Recipe, problems: Problems) -> None:
                     place = join(path, "recover")
                     taught = any(teacher in adapted for teacher in teachers_of(recover))
                     _check_distilled_adapters(recover, False, taught, place, problems)
+            case TrimVocabularyStep():
+                if source in adapted:
+                    adapted.add(step.name)
             case QuantizeStep() | ExportStep():
                 continue
         latest = step.name
@@ -415,6 +422,17 @@ def _check_distilled_adapters(
             join(path, "criteria"),
             f"expected [logits] with adapters, found {', '.join(states)} too; every task has states of its own then",
         )
+
+
+def check_vocabulary(recipe: Recipe, problems: Problems) -> None:
+    """A vocabulary is cut where there is one."""
+    if all(isinstance(task, ImageClassificationConfig) for task in recipe.tasks.values()):
+        for step in recipe.steps:
+            if isinstance(step, TrimVocabularyStep):
+                problems.add(
+                    f"steps.{step.name}",
+                    "expected a task with texts, whose tokens are kept, found images only; remove it",
+                )
 
 
 def check_benchmark(benchmark: BenchmarkConfig, problems: Problems) -> None:

@@ -158,8 +158,9 @@ def _step(step: dict[str, Any], names: set[str], base_dir: Path) -> dict[str, An
             pass
     if isinstance(step.get("teacher_cache"), str):
         step["teacher_cache"] = _absolute(step["teacher_cache"], base_dir)
-    if isinstance(step.get("data"), dict):
-        step["data"] = _data(step["data"], base_dir)
+    for key in ("data", "corpus"):
+        if isinstance(step.get(key), dict):
+            step[key] = _data(step[key], base_dir)
     if isinstance(step.get("recover"), dict):
         step["recover"] = _step(step["recover"], names, base_dir)
     return step

@@ -199,6 +199,31 @@ class PruneStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrimVocabularyStep:
+    """Keep the tokens that texts use, in tokenizer and word embedding alike; on such texts no answer changes.
+
+    ```yaml
+    - {kind: trim_vocabulary, from: student, minimum_count: 2}
+    ```
+    """
+
+    kind: Literal["trim_vocabulary"] = "trim_vocabulary"
+    """Always `trim_vocabulary`."""
+    name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
+    source: str | None = None
+    """The step to start from; default: the latest float model, else the recipe's encoder."""
+    minimum_count: int = 1
+    """Tokens that are used less often are cut; special tokens and single characters always stay."""
+    size: int | None = None
+    """At most so many tokens, the most frequent ones."""
+    corpus: DataConfig | None = None
+    """Texts whose tokens are kept, their train split; default: training and validation texts of all tasks."""
+    column: str = "text"
+    """Column of `corpus` with the texts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeStep:
     """Store weights in 8 or 4 bits.
 
@@ -238,7 +263,7 @@ class ExportStep:
     """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads."""
 
 
-StepConfig = FinetuneStep | PretrainStep | DistillStep | PruneStep | QuantizeStep | ExportStep
+StepConfig = FinetuneStep | PretrainStep | DistillStep | PruneStep | TrimVocabularyStep | QuantizeStep | ExportStep
 """Every step of a recipe, told apart by `kind`."""
 
 
@@ -257,5 +282,5 @@ def teachers_of(step: StepConfig) -> tuple[str, ...]:
             return ()
 
 
-FLOAT_STEPS = ("finetune", "pretrain", "distill", "prune")
+FLOAT_STEPS = ("finetune", "pretrain", "distill", "prune", "trim_vocabulary")
 """Kinds of steps that leave a model in float, from which others may start; quantized and exported ones are leaves."""

@@ -155,6 +155,96 @@ def keep_layers(encoder: PreTrainedModel, indices: Sequence[int]) -> None:
     _mark(encoder)
 
 
+def cut_vocabulary(model: PreTrainedModel, rows: Sequence[int]) -> None:
+    """Keep rows of the word embeddings in every encoder of `model`, in place; the new ids are places in `rows`.
+
+    What is tied to an embedding (the output layer of a masked language model) follows, and so do the vocabulary size
+    and the ids of special tokens wherever a config or a module holds them. The tokenizer has to give the new ids; see
+    `hf_mtcompress.compression.vocabulary`.
+
+    Args:
+        model: an encoder, a stock model with a head, or a `MultiTaskModel`.
+        rows: present ids by new id.
+
+    Raises:
+        ValueError: an id is out of range or given twice, or that of a special token in a config is missing.
+        UnsupportedEncoderError: there is no word embedding, its weights are quantized, or the encoder counts positions
+            from the id of the padding, which would change.
+    """
+    encoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and _reads_words(part)]
+    tables = {encoder: _word_embedding(encoder) for encoder in encoders}
+    sizes = {table.num_embeddings for table in tables.values()}
+    if not sizes:
+        raise UnsupportedEncoderError(
+            f"{type(model).__name__}: expected an encoder with a word embedding to cut, found none; a vocabulary "
+            "can be cut from text encoders only"
+        )
+    size, new = min(sizes), {old: place for place, old in enumerate(rows)}
+    if len(sizes) > 1 or not rows or len(new) < len(rows) or not set(new) <= set(range(size)):
+        raise ValueError(
+            f"expected one or more different ids of one vocabulary of {' or '.join(map(str, sorted(sizes)))} tokens, "
+            f"found {len(rows)} ids, {len(rows) - len(new)} of them twice, the largest being {max(rows, default=None)}"
+        )
+    for encoder, embedding in tables.items():
+        _refuse_moved_padding(encoder, embedding, new)
+    # Heads and other parts may have copies of the encoder's config, and modules copies of what stands there.
+    parts = [part.__dict__ for part in model.modules()]
+    configs = {id(part["config"]): part["config"] for part in parts if isinstance(part.get("config"), PreTrainedConfig)}
+    holders = [*parts, *(config.__dict__ for config in configs.values())]
+    moved = [_moved_ids(holder, new, size) for holder in holders]
+    for embedding in tables.values():
+        tied = [part for part in model.modules() if isinstance(part, nn.Linear) and part.weight is embedding.weight]
+        _select(embedding.weight, 0, list(rows))
+        embedding.num_embeddings = len(rows)
+        if embedding.padding_idx is not None:
+            embedding.padding_idx = new[embedding.padding_idx]
+        for linear in tied:
+            if linear.bias is not None and linear.bias.shape[0] == size:
+                _select(linear.bias, 0, list(rows))
+            linear.out_features = len(rows)
+    for holder, ids in zip(holders, moved, strict=True):
+        holder.update(ids)
+    for config in configs.values():
+        if config.__dict__.get("vocab_size") == size:
+            config.__dict__["vocab_size"] = len(rows)
+
+
+def _reads_words(part: PreTrainedModel) -> bool:
+    return part.base_model is part and "vocab_size" in part.config.to_dict()
+
+
+def _word_embedding(encoder: PreTrainedModel) -> nn.Embedding:
+    embedding = find_anatomy(encoder).word_embedding
+    if embedding is None or not embedding.weight.is_floating_point():
+        found = "none" if embedding is None else str(embedding.weight.dtype)
+        raise UnsupportedEncoderError(
+            f"{type(encoder).__name__}: expected a word embedding of config.vocab_size float rows, found {found}; "
+            "cut the vocabulary first, then quantize"
+        )
+    return embedding
+
+
+def _refuse_moved_padding(encoder: PreTrainedModel, embedding: nn.Embedding, new: Mapping[int, int]) -> None:
+    """RoBERTa and its kin number positions from the id of the padding on; no other part has to know that id."""
+    for part in encoder.modules():
+        padding = part.__dict__.get("padding_idx")
+        if part is not embedding and isinstance(padding, int) and new.get(padding) != padding:
+            raise UnsupportedEncoderError(
+                f"{type(encoder).__name__}: expected the padding to keep its id {padding}, from which this family "
+                f"numbers positions, found {new.get(padding, 'none')} after the cut; keep at least {padding + 1} tokens"
+            )
+
+
+def _moved_ids(holder: Mapping[str, Any], new: Mapping[int, int], size: int) -> dict[str, int]:
+    """Ids of special tokens among the attributes of a config or a module, as they are after the cut."""
+    ids = {key: value for key, value in holder.items() if key.endswith("_token_id")}
+    ids = {key: value for key, value in ids.items() if isinstance(value, int) and 0 <= value < size}
+    missing = {key: value for key, value in ids.items() if value not in new}
+    if missing:
+        raise ValueError(f"expected the ids of special tokens among those to keep, found {missing} without a place")
+    return {key: new[value] for key, value in ids.items()}
+
+
 def is_vanilla(encoder: PreTrainedModel) -> bool:
     """Whether the encoder's own config rebuilds it, so that plain transformers loads it."""
     stock = _stock(encoder)

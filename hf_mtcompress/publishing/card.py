@@ -24,10 +24,11 @@ from hf_mtcompress.publishing.facts import (
     parent_of,
     reference_artefact,
     short_precision,
+    vocabulary_of,
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
 from hf_mtcompress.publishing.portable import portable, portable_recipe
-from hf_mtcompress.publishing.report import lineage, markdown, task_scores
+from hf_mtcompress.publishing.report import lineage, markdown, task_scores, vocabulary_lines
 from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
@@ -64,6 +65,8 @@ HUB_METRICS = {
     "token_accuracy": "accuracy",
 }
 """Names of the Hub for our metrics, where they differ."""
+MADE = {"distill": "distilled", "prune": "pruned", "trim_vocabulary": "cut to a smaller vocabulary"}
+"""What a kind of step does to a model, in words."""
 KIND_TAGS = {"distill": "distillation", "prune": "pruned", "quantize": "quantized"}
 
 _SEAL = "<!-- written by hf_mtcompress from the record, {} -->"
@@ -252,7 +255,7 @@ class _Page:
         """One or two sentences with the numbers that matter."""
         record, n = self.record, self.n
         kinds = {step.kind for step in ancestors(record, self.step)}
-        made = [word for kind, word in (("distill", "distilled"), ("prune", "pruned")) if kind in kinds]
+        made = [word for kind, word in MADE.items() if kind in kinds]
         if "quantize" in kinds:
             made.append(f"quantized to {n.text(short_precision(self.artefact))}")
         layers = [len(part) for step in ancestors(record, self.step) for part in layers_of(step.structure).values()]
@@ -430,7 +433,8 @@ class _Page:
     def steps(self) -> list[list[str]]:
         """What every step left behind."""
         n = self.n
-        rows = [["step", "kind", "from", "layers", "heads a layer", "feed-forward width", "parameters", "weights"]]
+        rows = [["step", "kind", "from", "layers", "heads a layer", "feed-forward width", "tokens"]]
+        rows[0] += ["parameters", "weights"]
         rows[0] += ["validation average", "test average", "kept", "time"]
         for step in self.record.steps:
             artefact = step.artefacts[0] if step.artefacts else None
@@ -446,6 +450,7 @@ class _Page:
                     step.kind,
                     f"`{source.name}`" if source else "encoder",
                     *self._shape(step),
+                    n.count(tokens) if (tokens := vocabulary_of(self.record, step)) is not None else NOT_MEASURED,
                     n.parameters(size.parameters if size else None),
                     n.megabytes(size.weights_bytes if size else None),
                     n.score(validation.average if validation else None),
@@ -455,6 +460,10 @@ class _Page:
                 ]
             )
         return _without_empty_columns(rows)
+
+    def vocabulary(self) -> list[str]:
+        """What steps that cut the vocabulary left of it."""
+        return vocabulary_lines(self.record, self.n)
 
     def _shape(self, step: StepRecord) -> list[str]:
         shapes = list(layers_of(step.structure).values())

@@ -102,6 +102,17 @@ def root_artefact(record: RunRecord) -> tuple[StepRecord, Artefact] | None:
     return None
 
 
+def vocabulary_of(record: RunRecord, step: StepRecord) -> int | None:
+    """Tokens that the model of `step` knows, or None where no step on the way to it cut the vocabulary."""
+    cuts = [ancestor.vocabulary for ancestor in ancestors(record, step) if ancestor.vocabulary is not None]
+    return cuts[0]["tokens_after"] if cuts else None
+
+
+def vocabulary_cuts(record: RunRecord) -> list[StepRecord]:
+    """Steps that cut the vocabulary."""
+    return [step for step in record.steps if step.vocabulary is not None]
+
+
 def shipped_artefact(record: RunRecord, form: LoadableForm) -> tuple[StepRecord, Artefact] | None:
     """The artefact of one form that goes into the repository: the delivered one, else the last of that form."""
     delivered = delivered_step(record)

@@ -15,6 +15,7 @@ from hf_mtcompress.publishing.facts import (
     latency_of,
     parent_of,
     short_precision,
+    vocabulary_cuts,
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, Figures
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
@@ -29,8 +30,9 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
         Objects with `step`, `kind`, `from`, `split`, `rows`, `average`, `retention`, `retention_above_chance`,
         `worst_task_retention`, `worst_task`, `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
         weights and graph), `latency_b1_ratio` and `latency_b32_ratio` (minimum over minimum of the reference), the same
-        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `seconds`, `delivered`, and `artefacts`: the same of
-        every saved form, with `form`, `folder` and `precision`. A step's own numbers are its first artefact's.
+        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `vocabulary` (where the step cut it), `seconds`,
+        `delivered`, and `artefacts`: the same of every saved form, with `form`, `folder` and `precision`. A step's own
+        numbers are its first artefact's.
     """
     delivered = delivered_step(record).name if any(step.artefacts for step in record.steps) else None
     return [
@@ -39,6 +41,7 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
             "kind": step.kind,
             "from": step.source,
             **_measured(record, step.artefacts[0] if step.artefacts else None),
+            **({"vocabulary": step.vocabulary} if step.vocabulary is not None else {}),
             "seconds": step.seconds,
             "delivered": step.name == delivered,
             "artefacts": [
@@ -114,6 +117,7 @@ def report_table(record: RunRecord) -> str:
         else "No step has saved anything yet.",
         f"Metrics: {metrics}." if metrics else "",
     ]
+    notes += vocabulary_lines(record, figures)
     if record.budget:
         notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
     cells = [[cell.replace(NOT_MEASURED, "-") for cell in row] for row in [header, *rows]]
@@ -157,6 +161,25 @@ def budget_lines(record: RunRecord, figures: Figures) -> list[str]:
                 f"found {'nothing measured' if found is None else figures.plain(found)})"
             )
     return phrases
+
+
+def vocabulary_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """One sentence for each step that cut the vocabulary: what is left, and how much became unknown."""
+    lines = []
+    for step in vocabulary_cuts(record):
+        cut = step.vocabulary or {}
+        unknown = [
+            f"{figures.text(role)} {figures.percent(reading['unknown_after'])} "
+            f"({figures.percent(reading['unknown_before'])} before)"
+            for role, reading in cut["splits"].items()
+        ]
+        lines.append(
+            f"Step {step.name} kept {figures.count(cut['tokens_after'])} of {figures.count(cut['tokens_before'])} "
+            f"tokens, {figures.megabytes(cut['embedding_bytes_after'])} of "
+            f"{figures.megabytes(cut['embedding_bytes_before'])} of word embeddings. "
+            f"Unknown tokens: {', '.join(unknown)}."
+        )
+    return lines
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
