@@ -160,13 +160,14 @@ def compare_readings(before: Any, after: Any, texts: Iterable[Sequence[Text]]) -
     columns = list(texts)
     same = total = 0
     tokens, unknown = [0, 0], [0, 0]
-    names = {after.convert_tokens_to_ids(token): old for token, old in before.get_vocab().items()}
+    ids = before.get_vocab()
+    before_of = {new: ids[token] for token, new in after.get_vocab().items()}
     for old, new in zip(_encoded(before, columns), _encoded(after, columns), strict=True):
         total += 1
-        same += old == [names[token] for token in new]
-        for place, (tokenizer, ids) in enumerate(((before, old), (after, new))):
-            tokens[place] += len(ids)
-            unknown[place] += ids.count(tokenizer.unk_token_id)
+        same += old == [before_of[token] for token in new]
+        for place, (tokenizer, read) in enumerate(((before, old), (after, new))):
+            tokens[place] += len(read)
+            unknown[place] += read.count(tokenizer.unk_token_id)
     return Reading(
         texts=total,
         same=_share(same, total),

@@ -95,6 +95,7 @@ def test_kept_texts_are_read_as_before(kind: str, seed: int) -> None:
     unknown = tokenizer.unk_token
     for text in [*TEXTS[:100], *odd]:
         assert tokens(trimmed, text).count(unknown) <= tokens(tokenizer, text).count(unknown)
+    assert compare_readings(tokenizer, trimmed, [texts]).same == 1  # unknown characters in both included
     reading = compare_readings(tokenizer, trimmed, [TEXTS])
     assert reading.unknown_after == reading.unknown_before
     assert 0 < float(reading.same or 0) < 1
