@@ -27,7 +27,15 @@ def train(
     return json.loads((folder / "result.json").read_text()), load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("modes", [("find",), ("touch", "mixed"), ("touch", "adapters"), ("find", "distill")])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ("touch", "mixed"),
+        ("find", "distill"),
+        pytest.param(("find",), marks=pytest.mark.slow),
+        pytest.param(("touch", "adapters"), marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, modes: tuple[str, ...]) -> None:
     """Counts are summed over ranks, heads without rows do not stop DDP, whether it looks for them or not.
 
