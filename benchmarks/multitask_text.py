@@ -29,6 +29,7 @@ FOLDERS = {
     "pos": "ud_ewt_pos",
 }
 ARMS = {
+    "unscaled": "fusion.normalize=none",
     "product": "fusion.kind=product",
     "uncertainty": "fusion.kind=uncertainty",
     "gradient-norm": "fusion.kind=gradient_norm",
