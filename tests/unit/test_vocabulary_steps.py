@@ -75,6 +75,7 @@ def tokenizer_with_spare_words() -> BertTokenizer:
     )
 
 
+@pytest.mark.slow
 def test_the_cut_changes_no_score(finished: tuple[Path, RunRecord]) -> None:
     """All training and validation tokens are kept, so validation answers are the same bits."""
     output, record = finished
@@ -101,6 +102,7 @@ def test_the_cut_changes_no_score(finished: tuple[Path, RunRecord]) -> None:
     assert torch.equal(one.logits_mood, other.logits_mood)
 
 
+@pytest.mark.slow
 def test_later_steps_read_what_their_source_saved(finished: tuple[Path, RunRecord]) -> None:
     """One that read the recipe's tokenizer would look up the rows of other tokens, and only quality would tell."""
     output, record = finished
@@ -129,6 +131,7 @@ def test_later_steps_read_what_their_source_saved(finished: tuple[Path, RunRecor
     assert torch_answer["strength"] == pytest.approx(graph_answer["strength"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_artefact_reloads(finished: tuple[Path, RunRecord]) -> None:
     for step in finished[1].steps:
         for artefact in step.artefacts:
@@ -138,6 +141,7 @@ def test_every_artefact_reloads(finished: tuple[Path, RunRecord]) -> None:
                 assert artefact.reload["max_difference"] == 0.0, artefact.folder
 
 
+@pytest.mark.slow
 def test_figures_stand_in_card_and_report(finished: tuple[Path, RunRecord]) -> None:
     output, record = finished
     loaded = load_record(output)

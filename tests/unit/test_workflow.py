@@ -173,6 +173,7 @@ def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: st
     assert (fingerprint(override) == fingerprint()) == same
 
 
+@pytest.mark.slow
 def test_a_branch_runs_from_recipe_to_int8(tmp_path: Path) -> None:
     """One task reads a branch of its own: trained, exported as plain folders and as a graph, all reload."""
     steps = [
@@ -190,6 +191,7 @@ def test_a_branch_runs_from_recipe_to_int8(tmp_path: Path) -> None:
     assert [task["encoder"] for task in saved["tasks"]] == ["main", "side"]
 
 
+@pytest.mark.slow
 def test_adapters_run_from_recipe_to_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A frozen encoder with an adapter for each task: trained on, exported, quantized in two ways; all reload."""
     steps = [
