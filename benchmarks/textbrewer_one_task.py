@@ -1,6 +1,6 @@
 """One task, one teacher, one student: this package beside TextBrewer 0.2.1 at the same optimizer steps.
 
-Command: pip install --no-deps textbrewer==0.2.1
+Command: pip install --no-deps textbrewer==0.2.1 && pip install tensorboard
          python benchmarks/textbrewer_one_task.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--task sst2] [--seeds 3]
 
 For each seed the encoder is fine-tuned on the task as a stock model; students of three of its layers are then trained
