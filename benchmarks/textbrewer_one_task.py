@@ -110,7 +110,7 @@ def by_textbrewer(student: PreTrainedModel, teacher: PreTrainedModel, rows: Data
         temperature=TEMPERATURE, hard_label_weight=0.5, kd_loss_weight=0.5, intermediate_matches=matches
     )
     set_seed(seed)
-    loader = DataLoader(rows, batch_size=BATCH, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    loader = DataLoader(rows, batch_size=BATCH, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]  # a Dataset of datasets has what is needed of torch's
     steps = len(loader) * EPOCHS
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
     student.config.output_hidden_states = teacher.config.output_hidden_states = True

@@ -174,10 +174,8 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
     match step:
         case FinetuneStep():
             return _finetune(step, source, bench, folder, work)
-        case PretrainStep():
-            return _pretrain(step, source, bench, folder, work)
-        case DistillStep():
-            return _distill(step, source, bench, folder, work)
+        case PretrainStep() | DistillStep():
+            return _teach(step, source, bench, folder, work)
         case PruneStep():
             return _prune(step, source, bench, folder, work)
         case TrimVocabularyStep():
@@ -198,16 +196,17 @@ def _finetune(step: FinetuneStep, source: str | None, bench: Bench, folder: Path
     return _save_trained(start, bench, folder, _train_finetune(step, start, bench, work))
 
 
-def _distill(step: DistillStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    faculty = _load_faculty(step, bench)
-    start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
-    return _save_trained(start, bench, folder, _train_distill(step, start, faculty, bench, work))
+def _teach(step: DistillStep | PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    faculty, start = _teacher_and_student(step, source, bench)
+    return _save_trained(start, bench, folder, _train_taught(step, start, faculty, bench, work))
 
 
-def _pretrain(step: PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    faculty = _load_encoding_teacher(step, bench)
-    start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
-    return _save_trained(start, bench, folder, _train_pretrain(step, start, faculty, bench, work))
+def _teacher_and_student(
+    step: DistillStep | PretrainStep, source: str | None, bench: Bench
+) -> "tuple[_Faculty, _Start]":
+    faculty = _load_faculty(step, bench) if isinstance(step, DistillStep) else _load_encoding_teacher(step, bench)
+    student = step.student
+    return faculty, _start(source, bench) if student is None else _student(student, step, faculty, bench)
 
 
 @dataclass(frozen=True)
@@ -424,68 +423,41 @@ def _train_finetune(step: FinetuneStep, start: _Start, bench: Bench, work: Path)
     return _fit(trainer, work)
 
 
-def _train_distill(step: DistillStep, start: _Start, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
-    return _fit(_distiller(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
+def _train_taught(step: DistillStep | PretrainStep, start: _Start, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
+    return _fit(_taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
 
 
-def _train_pretrain(step: PretrainStep, start: _Start, faculty: _Faculty, bench: Bench, work: Path) -> Fit:
-    return _fit(_pretrainer(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
-
-
-def _distiller(
-    step: DistillStep,
+def _taught_trainer(
+    step: DistillStep | PretrainStep,
     start: _Start,
     faculty: _Faculty,
     bench: Bench,
     work: Path,
     cache: Path | Literal[False] | None,
 ) -> DistillationTrainer:
-    """The trainer of a distill step."""
+    """The trainer of a step with a teacher; a pretrain step has no labels, so none to score or to keep weights by."""
     config = merged_training(step, bench.recipe.training)
+    match step:
+        case DistillStep():
+            rows, scored = bench.sources.role("train"), bench.sources.role("validation")
+            rows = _with_unlabelled(rows, bench.sources) if step.unlabelled else rows
+            label_weight = _weight(step.label_weight)
+        case PretrainStep():
+            rows, scored = _rows_to_pretrain_on(step, bench), None
+            config, label_weight = dataclasses.replace(config, keep="last"), 0.0
     arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
     arguments.cache_precision = step.cache_precision
-    rows = bench.sources.role("train")
-    if step.unlabelled:
-        rows = _with_unlabelled(rows, bench.sources)
     return DistillationTrainer(
         model=start.model,
         teacher=faculty.teachers,
         teacher_processing_class=faculty.processing_classes(start.processor),
         args=arguments,
         criteria=_criteria(step),
-        label_weight=_weight(step.label_weight),
+        label_weight=label_weight,
         teacher_cache=cache,
         probe_rows=0 if faculty.trusted else None,
         train_dataset=rows,
-        eval_dataset=bench.sources.role("validation"),
-        processing_class=start.processor,
-        callbacks=[MarkComplete()],
-    )
-
-
-def _pretrainer(
-    step: PretrainStep,
-    start: _Start,
-    faculty: _Faculty,
-    bench: Bench,
-    work: Path,
-    cache: Path | Literal[False] | None,
-) -> DistillationTrainer:
-    """The trainer of a pretrain step."""
-    # Without labels there is no score to keep the best weights by.
-    config = dataclasses.replace(merged_training(step, bench.recipe.training), keep="last")
-    arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
-    arguments.cache_precision = step.cache_precision
-    return DistillationTrainer(
-        model=start.model,
-        teacher=faculty.teachers,
-        teacher_processing_class=faculty.processing_classes(start.processor),
-        args=arguments,
-        criteria=_criteria(step),
-        label_weight=0.0,
-        teacher_cache=cache,
-        probe_rows=0,
-        train_dataset=_rows_to_pretrain_on(step, bench),
+        eval_dataset=scored,
         processing_class=start.processor,
         callbacks=[MarkComplete()],
     )
@@ -520,15 +492,8 @@ def ask_teacher(
             )
     set_seed(bench.recipe.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        match step:
-            case DistillStep():
-                faculty = _load_faculty(step, bench)
-                start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
-                trainer = _distiller(step, start, faculty, bench, Path(scratch), False)
-            case PretrainStep():
-                faculty = _load_encoding_teacher(step, bench)
-                start = _start(source, bench) if step.student is None else _student(step.student, step, faculty, bench)
-                trainer = _pretrainer(step, start, faculty, bench, Path(scratch), False)
+        faculty, start = _teacher_and_student(step, source, bench)
+        trainer = _taught_trainer(step, start, faculty, bench, Path(scratch), False)
         return trainer.ask_teachers(folder, part)
 
 
@@ -790,7 +755,7 @@ def _prune(step: PruneStep, source: str | None, bench: Bench, folder: Path, work
     if isinstance(step.recover, FinetuneStep):
         fit = _train_finetune(step.recover, start, bench, work)
     elif isinstance(step.recover, DistillStep):
-        fit = _train_distill(step.recover, start, _load_faculty(step.recover, bench), bench, work)
+        fit = _train_taught(step.recover, start, _load_faculty(step.recover, bench), bench, work)
     return _save_trained(start, bench, folder, fit)
 
 

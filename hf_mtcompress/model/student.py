@@ -70,7 +70,7 @@ def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> Mul
     config = type(config).from_dict({**config.to_dict(), **changes})
     encoder = AutoModel.from_config(config)
     own, theirs = encoder.get_input_embeddings(), teacher.encoder.get_input_embeddings()
-    if own is not None and theirs is not None and own.weight.shape == theirs.weight.shape:  # type: ignore[union-attr]
+    if own is not None and theirs is not None and own.weight.shape == theirs.weight.shape:  # type: ignore[union-attr]  # embeddings
         with torch.no_grad():
             own.weight.copy_(theirs.weight)  # type: ignore[arg-type]  # a tensor
     preprocessing = (teacher.config.preprocessing or {}).get("main", {})
