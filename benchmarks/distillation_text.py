@@ -32,7 +32,7 @@ from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import Sources, load_sources, task_of
 from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps import Bench, load_processor
+from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.workflow import do_step, prepare_output, score_folder, step_sources
 
 HERE = Path(__file__).parent

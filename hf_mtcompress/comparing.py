@@ -48,7 +48,8 @@ from hf_mtcompress.records import (
     TaskComparisonRecord,
     TaskDifference,
 )
-from hf_mtcompress.steps import Bench, load_processor, merged_training
+from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.steps.training import merged_training
 from hf_mtcompress.workflow import do_step, prepare_output, read_step, score_folder
 
 logger = logging.getLogger(__name__)

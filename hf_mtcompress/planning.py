@@ -25,7 +25,9 @@ from hf_mtcompress.data.preprocessing import group_tasks
 from hf_mtcompress.data.sources import Sources, load_sources
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.model.anatomy import find_anatomy
-from hf_mtcompress.steps import Bench, load_processor, merged_training, texts_to_keep
+from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.steps.rows import texts_to_keep
+from hf_mtcompress.steps.training import merged_training
 
 
 def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[str, Any]:

@@ -54,16 +54,10 @@ from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
-from hf_mtcompress.steps import (
-    Bench,
-    check_steps_fit,
-    load_processor,
-    probe_batch,
-    probe_samples,
-    run_step,
-    texts_to_keep,
-)
-from hf_mtcompress.steps import ask_teacher as steps_ask_teacher
+from hf_mtcompress.steps.bench import Bench, load_processor, probe_batch, probe_samples
+from hf_mtcompress.steps.rows import texts_to_keep
+from hf_mtcompress.steps.run import check_steps_fit, run_step
+from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
 
 logger = logging.getLogger(__name__)
 

@@ -312,7 +312,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     assert (output / "together" / "seed-5" / "step.json").exists()
     stamp = (output / "together" / "seed-5" / "step.json").stat().st_mtime_ns
     assert not (output / "compare.json").exists()
-    caplog.set_level("INFO", "hf_mtcompress.steps")
+    caplog.set_level("INFO", "hf_mtcompress.steps.training")
     assert main([*words, "--json"]) == 0
     assert "going on from checkpoint-" in caplog.text
     record = json.loads(capsys.readouterr().out)

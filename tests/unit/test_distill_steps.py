@@ -12,7 +12,7 @@ from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data import teacher_cache
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.steps import Bench, load_processor
+from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.workflow import do_step, prepare_output, step_sources
 from tests.tiny import tiny_text_rows
 from tests.tiny_recipe import write_tiny_recipe

@@ -19,7 +19,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.records import RunRecord
-from hf_mtcompress.steps import Bench, load_processor
+from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.workflow import do_step, load_record, prepare_output, run, step_sources
 from tests.tiny import tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe

@@ -20,7 +20,7 @@ from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.records import RunRecord
-from hf_mtcompress.steps import Bench
+from hf_mtcompress.steps.bench import Bench
 from hf_mtcompress.workflow import load_record, run, step_fingerprint
 from tests.tiny_recipe import write_tiny_recipe
 

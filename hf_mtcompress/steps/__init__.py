@@ -1,0 +1,1 @@
+"""What each step of a recipe does, one module a kind of step; `run` picks it."""

@@ -1,0 +1,53 @@
+"""Export steps."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hf_mtcompress.artifacts import ONNX, VANILLA
+from hf_mtcompress.config import ExportStep
+from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.records import Artefact
+from hf_mtcompress.steps.bench import Bench, StepOutcome, probe, probe_batch, structure_of
+
+
+def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
+    """The same weights in other forms: plain folders, one a task, or one ONNX graph."""
+    assert source is not None
+    model, processor = bench.load(source).eval(), bench.processor_of(source)
+    outcome = StepOutcome([], processor, structure_of(model))
+    for form in step.formats:
+        match form:
+            case "vanilla":
+                for name in model.tasks:
+                    model.export_task(name, folder / VANILLA / name, processor)
+                outcome.artefacts.append(Artefact(form="vanilla", folder=VANILLA, precision="float32"))
+                outcome.probes[VANILLA] = {
+                    **probe(model, bench, processor),
+                    **_probe_merged(model, bench, processor),
+                }
+            case "onnx":
+                export_onnx(model, processor, folder / ONNX)
+                outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
+                outcome.probes[ONNX] = probe(model, bench, processor)
+    return outcome
+
+
+def _probe_merged(model: MultiTaskModel, bench: Bench, processor: Any) -> dict[str, np.ndarray]:
+    """Logits of tasks with an adapter as their plain models give them, since a sum of weights rounds otherwise."""
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench, processor).items()}
+    found = {}
+    for name in model.config.adapters or {}:
+        stock = model.to_stock(name).eval()
+        known = {key: value for key, value in batch.items() if key != "token_type_ids" or _has_token_types(stock)}
+        with torch.inference_mode():
+            found[name] = stock(**known).logits.float().numpy()
+    return found
+
+
+def _has_token_types(model: PreTrainedModel) -> bool:
+    return "type_vocab_size" in model.config.to_dict()

@@ -1,0 +1,119 @@
+"""The rows that a step reads besides those it is trained on: for calibration, for a vocabulary, without labels."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader
+
+from hf_mtcompress.compression.vocabulary import Text
+from hf_mtcompress.config import PretrainStep, Role, TrimVocabularyStep
+from hf_mtcompress.data.alignment import columns_of_rows
+from hf_mtcompress.data.collator import MultiTaskCollator
+from hf_mtcompress.data.load import load_unlabelled
+from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
+from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
+from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
+from hf_mtcompress.errors import DataError, RecipeError
+from hf_mtcompress.steps.bench import Bench, Start
+
+
+def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch without labels."""
+    return {key: value for key, value in batch.items() if not key.startswith(("labels_", "rows_"))}
+
+
+def calibration_batches(start: Start, bench: Bench, rows: int) -> list[dict[str, torch.Tensor]]:
+    """About `rows` training rows in batches of one source each, with the labels of all its tasks."""
+    model, processor = start.model, start.processor
+    groups = encode_groups(
+        model.tasks, bench.sources.role("train"), processor, bench.recipe.encoder.max_length, "train"
+    )
+    shares = [math.ceil(rows * len(group.dataset) / sum(len(group.dataset) for group in groups)) for group in groups]
+    generator = np.random.default_rng(bench.recipe.seed)
+    chosen = []
+    for group, share in zip(groups, shares, strict=True):
+        order = generator.permutation(len(group.dataset))[:share]
+        chosen.append(EncodedGroup(group.tasks, group.dataset.select(sorted(order.tolist()))))
+    sampler = MixingSampler([len(group.dataset) for group in chosen], 16, seed=bench.recipe.seed)
+    loader: DataLoader[Any] = DataLoader(
+        MixedDataset([group.dataset for group in chosen]),
+        batch_sampler=sampler,
+        collate_fn=MultiTaskCollator(model.tasks, processor if bench.max_length is not None else None),
+    )
+    return list(loader)
+
+
+def texts_to_keep(step: TrimVocabularyStep, bench: Bench) -> list[list[Text]]:
+    """Columns of texts whose tokens stay: of the step's corpus, else of the training and validation rows.
+
+    Raises:
+        RecipeError: the corpus cannot be read.
+    """
+    if step.corpus is None:
+        return texts_of(bench.sources, ["train", "validation"])
+    try:
+        rows = load_unlabelled(step.corpus, [step.column], Path.cwd(), bench.recipe.seed, f"steps.{step.name}.corpus")
+    except DataError as error:
+        raise RecipeError(str(error)) from error
+    return columns_of_rows(rows[:], [step.column], split=False)
+
+
+def texts_of(sources: Sources, roles: Sequence[Role]) -> list[list[Text]]:
+    """Columns of texts that the tasks read in some splits, each once, split into words where a task reads words."""
+    found: dict[tuple[str, bool], list[Text]] = {}
+    for role in roles:
+        for name, rows in sources.role(role).items():
+            task = sources.tasks[name]
+            split = task.problem == "token_classification"
+            for column in task.input_columns:
+                key = (f"{rows._fingerprint} {column}", split or not isinstance(rows[0][column], str))
+                if key not in found:
+                    (found[key],) = columns_of_rows(rows[:], [column], split=key[1])
+    return list(found.values())
+
+
+def rows_with_unlabelled(rows: Mapping[str, Dataset], sources: Sources) -> dict[str, Dataset]:
+    """Training rows, with those without labels after them; tasks that share rows still share them."""
+    made: dict[int, Dataset] = {}
+    for name in rows:
+        more = sources.unlabelled.get(name)
+        if more is not None and id(more) not in made:
+            sharing = [task for other, task in sources.tasks.items() if sources.unlabelled.get(other) is more]
+            made[id(more)] = with_unlabelled(rows[name], more, sharing)
+    return {
+        name: made[id(sources.unlabelled[name])] if name in sources.unlabelled else own for name, own in rows.items()
+    }
+
+
+def rows_to_pretrain_on(step: PretrainStep, bench: Bench) -> dict[str, Dataset]:
+    """Inputs by task, labels left open: rows of the step's own, else those of all tasks."""
+    tasks = bench.sources.tasks
+    if step.data is not None:
+        task = next((task for task in tasks.values() if len(task.input_columns) == 1), None)
+        if task is None:
+            raise RecipeError(
+                f"steps.{step.name}.data: expected a task with one input column to read it like, found "
+                f"{ {name: task.input_columns for name, task in tasks.items()} }; leave data out to train on their rows"
+            )
+        what = f"steps.{step.name}.data"
+        try:
+            rows = load_unlabelled(step.data, [step.column], Path.cwd(), bench.recipe.seed, what)
+        except DataError as error:
+            raise RecipeError(str(error)) from error
+        if step.column != task.input_columns[0]:
+            rows = rows.rename_column(step.column, task.input_columns[0])
+        return {task.name: without_labels(rows, [task])}
+    rows = bench.sources.role("train")
+    made: dict[int, Dataset] = {}
+    for name, own in rows.items():
+        if id(own) not in made:
+            sharing = [tasks[other] for other in rows if rows[other] is own]
+            plain = without_labels(own, sharing)
+            more = bench.sources.unlabelled.get(name)
+            made[id(own)] = plain if more is None else concatenate_datasets([plain, without_labels(more, sharing)])
+    return {name: made[id(own)] for name, own in rows.items()}

@@ -1,0 +1,93 @@
+"""What each step of a recipe does: take a saved model, write the next one.
+
+Every step gets a `Bench` and an empty folder that the workflow moves into place when the step is done, and returns a
+`StepOutcome`. Half-done training lies in the step's work folder, from where a killed run goes on.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from hf_mtcompress.config import (
+    DistillStep,
+    ExportStep,
+    FinetuneStep,
+    PretrainStep,
+    PruneStep,
+    QuantizeStep,
+    Recipe,
+    StepConfig,
+    TrimVocabularyStep,
+)
+from hf_mtcompress.environment import require_extra
+from hf_mtcompress.errors import MissingExtraError, RecipeError
+from hf_mtcompress.steps.bench import Bench, StepOutcome
+from hf_mtcompress.steps.compressing import prune_step, quantize_step, trim_vocabulary_step
+from hf_mtcompress.steps.exporting import export_step
+from hf_mtcompress.steps.teaching import teach_step
+from hf_mtcompress.steps.training import finetune_step
+
+
+def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    """Do one step.
+
+    Args:
+        step: what is wanted.
+        source: name of the step to start from; None for the recipe's encoder.
+        bench: the run.
+        folder: empty, for the result.
+        work: for checkpoints; kept when the run is killed.
+    """
+    set_seed(bench.recipe.seed)
+    match step:
+        case FinetuneStep():
+            return finetune_step(step, source, bench, folder, work)
+        case PretrainStep() | DistillStep():
+            return teach_step(step, source, bench, folder, work)
+        case PruneStep():
+            return prune_step(step, source, bench, folder, work)
+        case TrimVocabularyStep():
+            return trim_vocabulary_step(step, source, bench, folder)
+        case QuantizeStep():
+            return quantize_step(step, source, bench, folder, work)
+        case ExportStep():
+            return export_step(step, source, bench, folder)
+
+
+def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
+    """Look for what would stop a run late: exports that a head cannot take, packages that are not there.
+
+    Raises:
+        RecipeError: one line for each.
+    """
+    problems = []
+    for extra in _extras_of(recipe):
+        try:
+            require_extra(extra)
+        except MissingExtraError as error:
+            problems.append(str(error))
+    problems += [
+        f"steps.{step.name}: a plain transformers folder needs a stock head, but task '{name}' has head '{task.head}'"
+        for step in recipe.steps
+        if isinstance(step, ExportStep) and "vanilla" in step.formats
+        for name, task in tasks.items()
+        if task.head != "stock"
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _extras_of(recipe: Recipe) -> list[str]:
+    """The extras that a recipe needs."""
+    needed = ["surgery"] if recipe.fusion.combination not in (None, "mean") else []
+    for step in recipe.steps:
+        match step:
+            case QuantizeStep():
+                needed.append("onnx" if step.backend == "onnxruntime" else "bitsandbytes")
+            case ExportStep() if "onnx" in step.formats:
+                needed.append("onnx")
+            case _:
+                pass
+    return list(dict.fromkeys(needed))

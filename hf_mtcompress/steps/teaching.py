@@ -1,0 +1,295 @@
+"""Distill and pretrain steps: teachers, the students made of them, and the answers that are kept."""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
+
+from hf_mtcompress.artifacts import ONNX_SETTINGS, WORK
+from hf_mtcompress.compression.importance import block_influence
+from hf_mtcompress.compression.pruning import prune
+from hf_mtcompress.config import DistillStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
+from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.inference.runtimes import Runtime, open_runtime
+from hf_mtcompress.inference.runtimes import load_processor as read_processor
+from hf_mtcompress.losses.criteria import Criterion, criterion_of
+from hf_mtcompress.losses.fusion import Weight
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.student import fresh_student_of, student_of
+from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, new_model, start_of
+from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
+from hf_mtcompress.steps.training import Fit, MarkComplete, fit_of, merged_training, save_trained, training_arguments
+from hf_mtcompress.trainers.arguments import DistillationTrainingArguments
+from hf_mtcompress.trainers.distillation import DistillationTrainer
+from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
+
+logger = logging.getLogger(__name__)
+_INFLUENCE_ROWS = 256
+"""Rows on which the change that each layer makes is measured."""
+
+
+@dataclass(frozen=True)
+class Faculty:
+    """Who teaches in a step.
+
+    Attributes:
+        teachers: one model, one for each task, or pairs of model and weight.
+        processors: by identity of a model: its own tokenizer or image processor.
+        trusted: whether all of them were scored in this run, so that nobody has to look at what they know.
+    """
+
+    teachers: Teachers
+    processors: dict[int, Any]
+    trusted: bool = True
+
+    @property
+    def first(self) -> TeacherModel:
+        """The one whose layers a student is made of."""
+        match self.teachers:
+            case Mapping():
+                return next(iter(self.teachers.values()))
+            case PreTrainedModel() | Runtime():
+                return self.teachers
+            case _:
+                first = self.teachers[0]
+                return first[0] if isinstance(first, tuple) else first
+
+    def processing_classes(self, students: Any) -> Any:
+        """As `DistillationTrainer` takes them: None for a teacher that reads what the student's processor makes."""
+
+        def own(model: TeacherModel) -> Any:
+            processor = self.processors[id(model)]
+            return None if processor is students else processor
+
+        match self.teachers:
+            case Mapping():
+                return {name: own(model) for name, model in self.teachers.items()}
+            case PreTrainedModel() | Runtime():
+                return own(self.teachers)
+            case _:
+                return [own(item[0] if isinstance(item, tuple) else item) for item in self.teachers]
+
+
+def teach_step(
+    step: DistillStep | PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path
+) -> StepOutcome:
+    """Train a student on what its teachers answer or hold."""
+    faculty, start = _teacher_and_student(step, source, bench)
+    return save_trained(start, bench, folder, train_taught(step, start, faculty, bench, work))
+
+
+def ask_teacher(
+    step: DistillStep | PretrainStep, source: str | None, bench: Bench, part: tuple[int, int]
+) -> tuple[int, int]:
+    """Ask the teacher of a step about its training rows, or a part of them, and keep the answers for the step.
+
+    Args:
+        step: with `teacher_cache`.
+        source: the step that it starts from, if any.
+        bench: the run, with the steps before this one done.
+        part: (number, of), counted from 0.
+
+    Returns:
+        Files of answers that are there, and files that there must be.
+
+    Raises:
+        RecipeError: the step keeps no cache.
+        ArtifactError: a step that it needs is not done.
+    """
+    folder = _cache_folder(step, bench)
+    if folder is None:
+        raise RecipeError(f"steps.{step.name}.teacher_cache: expected true or a folder to keep answers in, found false")
+    own = [other.name for other in bench.recipe.steps]
+    for needed in (*teachers_of(step), *([source] if source else [])):
+        if needed in own and not bench.step_folder(needed).is_dir():
+            raise ArtifactError(
+                f"expected the step '{needed}' to be done before its answers are asked for; run it first"
+            )
+    set_seed(bench.recipe.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        faculty, start = _teacher_and_student(step, source, bench)
+        trainer = _taught_trainer(step, start, faculty, bench, Path(scratch), False)
+        return trainer.ask_teachers(folder, part)
+
+
+def train_taught(step: DistillStep | PretrainStep, start: Start, faculty: Faculty, bench: Bench, work: Path) -> Fit:
+    """Train a model on the answers of teachers; a killed training goes on."""
+    return fit_of(_taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
+
+
+def _taught_trainer(
+    step: DistillStep | PretrainStep,
+    start: Start,
+    faculty: Faculty,
+    bench: Bench,
+    work: Path,
+    cache: Path | Literal[False] | None,
+) -> DistillationTrainer:
+    """The trainer of a step with a teacher; a pretrain step has no labels, so none to score or to keep weights by."""
+    config = merged_training(step, bench.recipe.training)
+    match step:
+        case DistillStep():
+            rows, scored = bench.sources.role("train"), bench.sources.role("validation")
+            rows = rows_with_unlabelled(rows, bench.sources) if step.unlabelled else rows
+            label_weight = _weight(step.label_weight)
+        case PretrainStep():
+            rows, scored = rows_to_pretrain_on(step, bench), None
+            config, label_weight = dataclasses.replace(config, keep="last"), 0.0
+    arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
+    arguments.cache_precision = step.cache_precision
+    return DistillationTrainer(
+        model=start.model,
+        teacher=faculty.teachers,
+        teacher_processing_class=faculty.processing_classes(start.processor),
+        args=arguments,
+        criteria=_criteria(step),
+        label_weight=label_weight,
+        teacher_cache=cache,
+        probe_rows=0 if faculty.trusted else None,
+        train_dataset=rows,
+        eval_dataset=scored,
+        processing_class=start.processor,
+        callbacks=[MarkComplete()],
+    )
+
+
+def _cache_folder(step: DistillStep | PretrainStep, bench: Bench) -> Path | None:
+    match step.teacher_cache:
+        case bool():
+            return bench.output / WORK / "teacher_cache" if step.teacher_cache else None
+        case str():
+            return Path(step.teacher_cache)
+
+
+def _criteria(step: DistillStep | PretrainStep) -> list[Criterion]:
+    """The criteria of a step as objects; a section's fields are the arguments of its criterion."""
+    found = []
+    for section in step.criteria:
+        options = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
+        options["weight"] = _weight(options["weight"])
+        found.append(criterion_of(options.pop("kind"), **options))
+    return found
+
+
+def _weight(value: float | WeightSchedule) -> Weight:
+    return (value.source, value.to) if isinstance(value, WeightSchedule) else value
+
+
+def _teacher_and_student(step: DistillStep | PretrainStep, source: str | None, bench: Bench) -> tuple[Faculty, Start]:
+    faculty = load_faculty(step, bench) if isinstance(step, DistillStep) else _load_encoding_teacher(step, bench)
+    student = step.student
+    return faculty, start_of(source, bench) if student is None else _student(student, step, faculty, bench)
+
+
+def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
+    """Load every teacher of a step once."""
+    steps = [other.name for other in bench.recipe.steps]
+    models = {place: load_teacher(place, bench) for place in teachers_of(step)}
+    processors = {
+        id(model): bench.processor_of(place) if place in steps else _own_processor(place, bench)
+        for place, model in models.items()
+    }
+    trusted = all(place in steps for place in models)
+    match step.teachers:
+        case dict() as by_task:
+            return Faculty({task: models[place] for task, place in by_task.items()}, processors, trusted)
+        case tuple() as averaged:
+            return Faculty([(models[item.path], item.weight) for item in averaged], processors, trusted)
+        case _:
+            return Faculty(models[str(step.teacher)], processors, trusted)
+
+
+def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> Faculty:
+    """The teacher of a pretrain step, whose answers nobody asks for; with the tasks of the run, for its students."""
+    own = any(other.name == step.teacher for other in bench.recipe.steps)
+    teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
+    if {name: task.labels for name, task in teacher.tasks.items()} != {
+        name: task.labels for name, task in bench.sources.tasks.items()
+    }:
+        teacher = MultiTaskModel.from_encoder(
+            teacher.encoder, list(bench.sources.tasks.values()), **(teacher.config.preprocessing or {}).get("main", {})
+        )
+    processor = bench.processor_of(step.teacher) if own else _own_processor(step.teacher, bench)
+    return Faculty(teacher, {id(teacher): processor})
+
+
+def _own_processor(place: str, bench: Bench) -> Any:
+    """The tokenizer or image processor that a saved teacher reads with; the run's own where it has none."""
+    folder = Path(place)
+    try:
+        if folder.is_dir():
+            return read_processor(folder)
+        return (AutoImageProcessor if bench.max_length is None else AutoTokenizer).from_pretrained(place)
+    except (ArtifactError, OSError, ValueError):
+        logger.warning("teacher '%s' has no tokenizer or image processor of its own: it reads the run's", place)
+        return bench.processor
+
+
+def _as_encoder(path: str, bench: Bench) -> MultiTaskModel:
+    """A saved multi-task model, or a pretrained encoder with heads that nobody asks."""
+    try:
+        saved = AutoConfig.from_pretrained(path).model_type == MultiTaskConfig.model_type
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            "teacher: expected a step of this recipe, a saved multi-task model or a pretrained encoder, found "
+            f"'{path}' ({str(error).splitlines()[0]})"
+        ) from error
+    return MultiTaskModel.from_pretrained(path) if saved else new_model(path, bench)
+
+
+def load_teacher(name: str, bench: Bench) -> TeacherModel:
+    """The teacher: a step of this run, or a saved multi-task, stock or ONNX model.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    if any(step.name == name for step in bench.recipe.steps):
+        return bench.load(name)
+    if (Path(name) / ONNX_SETTINGS).is_file():
+        return open_runtime(Path(name))
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type == MultiTaskConfig.model_type:
+            return MultiTaskModel.from_pretrained(name)
+        import transformers
+
+        stock = getattr(transformers, (config.architectures or [""])[0])
+        return stock.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"teacher: expected a step of this recipe or a saved model with a head, found '{name}' "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: Faculty, bench: Bench) -> Start:
+    """Make the student that a step asks for; one made of its teacher reads as that does."""
+    if wanted.path is not None:
+        return Start(new_model(wanted.path, bench), bench.processor)
+    teacher = faculty.first
+    processor = faculty.processors[id(teacher)]
+    if not isinstance(teacher, MultiTaskModel):
+        raise RecipeError(
+            f"steps.{step.name}.student: expected a multi-task teacher to make a student of, found a "
+            f"{type(teacher).__name__}; give student.path instead"
+        )
+    if wanted.config is not None:
+        return Start(fresh_student_of(teacher, wanted.config), processor)
+    assert wanted.layers is not None
+    if wanted.choose == "redundancy" and isinstance(wanted.layers, int):
+        rows = [inputs_of(batch) for batch in calibration_batches(Start(teacher, processor), bench, _INFLUENCE_ROWS)]
+        influence = block_influence(teacher.encoder, rows)
+        student = student_of(teacher, influence.argsort(descending=True)[: wanted.layers].tolist())
+    else:
+        choose = "spaced" if wanted.choose == "redundancy" else wanted.choose
+        student = student_of(teacher, wanted.layers, choose=choose)
+    if wanted.heads or wanted.feed_forward:
+        prune(student, [], heads=wanted.heads, feed_forward=wanted.feed_forward, importance="magnitude")
+    return Start(student, processor)
