@@ -34,8 +34,8 @@ ARMS = {
     "uncertainty": "fusion.kind=uncertainty",
     "gradient-norm": "fusion.kind=gradient_norm",
     # Surgery needs several tasks in a step, so it is compared with a plain sum over the same kind of batches.
-    "mixed": "mixing.batches=mixed,training.arguments={}",
-    "upgrad": "mixing.batches=mixed,training.arguments={},fusion.combination=upgrad",
+    "mixed": "mixing.batches=mixed",
+    "upgrad": "mixing.batches=mixed,fusion.combination=upgrad",
 }
 TEMPERATURE = {"temperature": "mixing.strategy=temperature"}
 """In `small` every source has the same number of rows, so this arm says something in `full` only."""

@@ -140,8 +140,9 @@ class MixingSampler(Sampler[list[Index]]):
         mixed: whether a batch holds rows of several sources.
         seed: of the order.
         num_processes: ranks that share the batches.
-        lengths: tokens of each row, by source. When given, rows of like length share a batch, which saves padding: a
-            shuffled source is cut into blocks, each sorted by length, and its batches are shuffled again.
+        lengths: tokens of each row, by source. When given, rows of like length share a batch, which saves padding:
+            shuffled rows (of one source, or of all with `mixed`) are cut into blocks, each sorted by length, and the
+            batches are shuffled again.
 
     Raises:
         DataError: a source is empty, or settings exclude each other.
@@ -170,10 +171,8 @@ class MixingSampler(Sampler[list[Index]]):
             raise DataError(
                 f"expected weights of at least 0, not all 0, with mixing strategy 'weights', found {weights}"
             )
-        if mixed and (lengths is not None or strategy == "round_robin"):
-            raise DataError(
-                "expected batches of one source with group_by_length or round_robin, found mixed ones; use one of both"
-            )
+        if mixed and strategy == "round_robin":
+            raise DataError("expected batches of one source with round_robin, found mixed ones; use one of both")
         self.rows = list(rows)
         # Not called batch_size: accelerate would hold back every group whose last batch is shorter than that.
         self.rows_per_batch = batch_size
@@ -265,7 +264,11 @@ class MixingSampler(Sampler[list[Index]]):
             for group in range(share)
             for row in self._rows_of(source, group)
         ]
-        order = np.random.default_rng([self.seed, self.epoch, 2]).permutation(len(rows))
+        generator = np.random.default_rng([self.seed, self.epoch, 2])
+        order = generator.permutation(len(rows))
+        if self.lengths is not None:
+            lengths = np.asarray([self.lengths[source][row] for source, row in rows])
+            order = self._by_length(order, lengths, generator)
         for start in range(0, len(rows), self.group_size):
             yield [rows[place] for place in order[start : start + self.group_size]]
 
@@ -308,12 +311,15 @@ class MixingSampler(Sampler[list[Index]]):
     def _new_permutation(self, source: int, number: int) -> np.ndarray:
         generator = np.random.default_rng([self.seed, source, number, 1])
         order = generator.permutation(self.rows[source])
-        if self.lengths is None:
+        if self.lengths is None or self.mixed:
             return order
+        return self._by_length(order, self.lengths[source], generator)
+
+    def _by_length(self, order: np.ndarray, lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The same rows in groups of like length, the groups in random order."""
         size = self.group_size
         block = size * _BATCHES_IN_A_BLOCK
         blocks = [order[start : start + block] for start in range(0, len(order), block)]
-        lengths = self.lengths[source]
         batches = [
             rows[start : start + size]
             for rows in (part[np.argsort(lengths[part], kind="stable")] for part in blocks)

@@ -70,6 +70,24 @@ def test_grouping_by_length_keeps_every_row_once_and_saves_padding() -> None:
     assert firsts != sorted(firsts)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mixed_batches_group_rows_by_length_over_all_sources(processes: int) -> None:
+    """A long row of one source would stretch the short ones of all others."""
+    rows = [704, 304]
+    lengths = [[(7 * row) % 64 + 1 for row in range(count)] for count in rows]
+
+    def padded(sampler: MixingSampler) -> int:
+        return sum(max(lengths[source][row] for source, row in batch) * len(batch) for batch in sampler)
+
+    grouped = MixingSampler(rows, 8, mixed=True, num_processes=processes, lengths=lengths)
+    drawn = Counter(index for batch in grouped for index in batch)
+    assert drawn.keys() == {(source, row) for source, count in enumerate(rows) for row in range(count)}
+    assert set(drawn.values()) == {1}
+    assert sum(len({source for source, _ in batch}) > 1 for batch in grouped) > len(grouped) // 2
+    assert padded(grouped) < 0.7 * padded(MixingSampler(rows, 8, mixed=True, num_processes=processes))
+    assert list(grouped) == list(MixingSampler(rows, 8, mixed=True, num_processes=processes, lengths=lengths))
+
+
 def shares(rows: list[int], size: int, **settings: Any) -> list[list[int]]:
     """Batches of each source in the first three epochs."""
     sampler = MixingSampler(rows, size, epochs=3, **settings)
