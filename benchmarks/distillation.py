@@ -1,13 +1,17 @@
-"""What a small student keeps of its teacher on eleven text tasks, by what it imitates; same steps for every arm.
+"""What a small student keeps of its teacher, by what it imitates; the same optimizer steps for every arm.
 
-Command: python benchmarks/distillation_text.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--size small] [--seeds 3]
+Command: python benchmarks/distillation.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--suite text] [--size small]
+         [--seeds 3]
+
+text: eleven tasks, the recipe beside this file; small is at most 1,000 training and 500 test rows a task.
+vision: two tasks on the same pictures, from a folder with train/CLASS and test/CLASS of CIFAR-10.
 
 For each seed a teacher (the encoder fine-tuned on all tasks), then for each arm a student of `--layers` of its layers:
 
   plain        labels alone
   logits       labels and the teacher's answers
-  hidden       and its hidden states
-  relations    and the relations of its queries, keys and values
+  hidden       labels, answers and its hidden states
+  relations    labels, answers and the relations of its queries, keys and values
   two-phase    relations first, without labels, then labels and answers (a third of the steps, then two thirds)
   born-again   labels and the answers of one teacher for each task, each trained alone
 
@@ -27,7 +31,7 @@ from typing import Any
 from multitask_text import FOLDERS, RECIPE
 from transformers.utils import logging as transformers_logging
 
-from hf_mtcompress.artifacts import STEP_RECORD, share_work, write_text
+from hf_mtcompress.artifacts import STEP_RECORD, share_work, whole_folder, write_text
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import Sources, load_sources, task_of
 from hf_mtcompress.evaluation.statistics import paired_difference
@@ -36,6 +40,8 @@ from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.workflow import do_step, prepare_output, score_folder, step_sources
 
 HERE = Path(__file__).parent
+VISION = HERE / "distillation_vision.yaml"
+ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 EPOCHS = {"small": 4.0, "full": 3.0}
 ANSWERS: list[Any] = ["logits"]
 
@@ -62,6 +68,26 @@ def steps_of(arm: str, layers: int, epochs: float, cache: Path, alone: dict[str,
             raise ValueError(arm)
 
 
+def labelled_pictures(source: Path, target: Path) -> Path:
+    """The pictures of one folder a class, with both labels in a table beside them."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(target) as scratch:
+            for split in ("train", "test"):
+                (scratch / split).mkdir()
+                rows = []
+                for number, picture in enumerate(sorted((source / split).glob("*/*.jpg"))):
+                    name, folder = f"{number}.jpg", picture.parent.name
+                    (scratch / split / name).symlink_to(picture.resolve())
+                    rows.append(
+                        {"file_name": name, "class": folder, "kind": "animal" if folder in ANIMALS else "vehicle"}
+                    )
+                table = "".join(json.dumps(row) + "\n" for row in rows)
+                (scratch / split / "metadata.jsonl").write_text(table, encoding="utf-8")
+    return target
+
+
+LAYERS = {"text": 3, "vision": 6}
 ARMS = ("plain", "logits", "hidden", "relations", "two-phase", "born-again")
 
 
@@ -70,15 +96,21 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.results = HERE / "results" / f"distillation_text_{options.size}"
-        self.work = Path(options.work) / f"distillation_text_{options.size}"
+        name = f"distillation_text_{options.size}" if options.suite == "text" else "distillation_vision"
+        if options.layers != LAYERS[options.suite]:
+            name += f"_{options.layers}_layers"
+        self.results = HERE / "results" / name
+        self.work = Path(options.work) / name
         self.epochs = options.epochs or EPOCHS[options.size]
-        data = Path(options.data)
-        self.overrides = [f"tasks.{task}.data.data_dir={data / folder}" for task, folder in FOLDERS.items()]
+        self.recipe = RECIPE if options.suite == "text" else VISION
+        if options.suite == "text":
+            self.overrides = [f"tasks.{task}.data.data_dir={options.data / folder}" for task, folder in FOLDERS.items()]
+            if options.size == "full":
+                self.overrides += [f"tasks.{task}.data.max_rows=null" for task in FOLDERS]
+        else:
+            self.overrides = [f"tasks.class.data.data_dir={labelled_pictures(options.data, self.work / 'pictures')}"]
         self.overrides += [f"encoder.path={options.encoder}", "training.bf16=true", *options.overrides]
-        if options.size == "full":
-            self.overrides += [f"tasks.{task}.data.max_rows=null" for task in FOLDERS]
-        base = load_recipe(RECIPE, self.overrides)
+        base = load_recipe(self.recipe, self.overrides)
         self.sources = load_sources(base.tasks, base.seed)
         self.processor = load_processor(base)
 
@@ -103,7 +135,7 @@ class Benchmark:
         if (self.results / "born-again" / f"seed-{seed}.json").exists():
             return
         step = {"kind": "finetune", "name": name, "epochs": self.epochs}
-        recipe = load_recipe(RECIPE, [*self.overrides, f"steps={json.dumps([step])}"])
+        recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([step])}"])
         own = dataclasses.replace(recipe.tasks[task], data=self.sources.configs[task])
         recipe = dataclasses.replace(recipe, seed=seed, tasks={task: own})
         labels = self.sources.tasks[task].labels
@@ -126,7 +158,7 @@ class Benchmark:
         alone = {task: str(folder / f"alone-{task}") for task in self.sources.tasks}
         cache = self.work / "cache"
         steps = [] if arm == "teacher" else steps_of(arm, self.options.layers, self.epochs, cache, alone)
-        recipe = load_recipe(RECIPE, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
+        recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
         # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
         recipe = dataclasses.replace(recipe, seed=seed)
         bench = Bench(recipe, folder, self.sources, self.processor)
@@ -199,14 +231,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--encoder", required=True, help="folder or Hub id of the pretrained encoder")
+    parser.add_argument("--suite", choices=tuple(LAYERS), default="text")
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="of the student; default: half of the encoder's")
     parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")
     parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
     options = parser.parse_args()
+    options.layers = options.layers or LAYERS[options.suite]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
     benchmark = Benchmark(options)
