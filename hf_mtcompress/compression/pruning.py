@@ -24,6 +24,7 @@ from hf_mtcompress.compression.importance import (
     shares,
 )
 from hf_mtcompress.compression.importance import combine as combine_tasks
+from hf_mtcompress.compression.latency import LatencyTable, block_costs
 from hf_mtcompress.compression.repair import repair as repair_outputs
 from hf_mtcompress.compression.selection import (
     Kept,
@@ -33,6 +34,7 @@ from hf_mtcompress.compression.selection import (
     select_layers,
     select_neurons,
     select_within_budget,
+    select_within_time,
 )
 from hf_mtcompress.compression.selection import rearrange as rearrange_layer
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
@@ -55,6 +57,21 @@ _ON_LOSSES = ("first_order", "fisher")
 _ON_DATA = (*_ON_LOSSES, "activation")
 
 _Choice = TypeVar("_Choice")
+
+
+@dataclass(frozen=True)
+class TimeBudget:
+    """How much faster a model shall become.
+
+    Attributes:
+        table: times of its blocks; see `measure_latency`.
+        batch_size: rows in a call, one that the table has.
+        remove: fraction of the predicted time of a call to remove, 0..1.
+    """
+
+    table: LatencyTable
+    batch_size: int
+    remove: float
 
 
 @dataclass(kw_only=True)
@@ -81,6 +98,9 @@ class PruneReport:
     multiply_adds_before: int | None = None
     """Of the encoder's layers for one row of `length` tokens; where `compute` was asked for."""
     multiply_adds_after: int | None = None
+    milliseconds_before: float | None = None
+    """Predicted time of a call; where `latency` was asked for."""
+    milliseconds_after: float | None = None
     length: int | None = None
     swapped: int = 0
     """Heads and neurons that the rearrangement swapped for others."""
@@ -97,6 +117,7 @@ def prune(
     layers: int = 0,
     compute: float = 0.0,
     length: int | None = None,
+    latency: TimeBudget | None = None,
     importance: Importance = "first_order",
     combine: Combine = "mean",
     rearrange: bool = False,
@@ -119,6 +140,8 @@ def prune(
         compute: instead of `heads` and `feed_forward`, the fraction of the multiply-adds of the encoder's layers to
             remove, layers that go included; heads and neurons are weighed against each other.
         length: tokens of a row that multiply-adds are counted at; default: the mean of `batches`.
+        latency: instead of `heads`, `feed_forward` and `compute`, the time of a call to remove, by a table of this
+            machine; heads and neurons are weighed against each other, and whole blocks may go.
         importance: `first_order` or `fisher` (of the loss; `fisher` has heads and neurons on one scale), `activation`
             (of what flows through a part), `magnitude` (of weights) or `random`.
         combine: `mean`, `sum`, `max` of the tasks' importance, or `max_min`: the task that loses the largest share of
@@ -142,7 +165,7 @@ def prune(
         refuse_sub_models(model, "pruning")
         refuse_adapters(model, "pruning")
     start = time.monotonic()
-    _check_arguments(heads, feed_forward, compute, length, importance, rearrange)
+    _check_arguments(heads, feed_forward, compute, length, latency, importance, rearrange)
     encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
@@ -162,7 +185,8 @@ def prune(
         if compute:
             costs = _costs(find_anatomy(encoder), length or _mean_length(model, encoder, data))
             total = costs.of(find_anatomy(encoder))
-        one_scale = importance == "fisher" or compute > 0
+        milliseconds = None if latency is None else latency.table.milliseconds(_shape(encoder), latency.batch_size)
+        one_scale = importance == "fisher" or compute > 0 or latency is not None
         measured = _measure(model, encoder, data, importance, rearrange and not layers, seed, progress)
         if layers:
             kept_layers, layer_scores = _choose(
@@ -173,17 +197,19 @@ def prune(
                 lambda kept, share: 1.0 - float(share.layers[kept].sum()),
             )
             keep_layers(encoder, kept_layers)
-            if heads or feed_forward or compute:
+            if heads or feed_forward or compute or latency:
                 measured = _measure(model, encoder, data, importance, rearrange, seed, progress)
         else:
             layer_scores = _combined(measured, "mean" if combine == "max_min" else combine, one_scale)
 
         def select(scores: Scores) -> tuple[Kept, Kept]:
+            if latency is not None and milliseconds is not None:
+                return _select_time(scores, latency, milliseconds, multiple_of)
             if costs is None or total is None:
                 return select_heads(scores.heads, heads), select_neurons(scores.feed_forward, feed_forward, multiple_of)
             return _select_compute(scores, find_anatomy(encoder), costs, compute, total, multiple_of)
 
-        if heads or feed_forward or compute:
+        if heads or feed_forward or compute or latency:
             kept, scores = _choose(measured, combine, one_scale, select, _lost)
             if rearrange:
                 kept, swapped = _rearrange(kept, measured, combine)
@@ -216,6 +242,8 @@ def prune(
         lost_importance={task: share for task, share in lost.items() if task},
         multiply_adds_before=total,
         multiply_adds_after=None if costs is None else costs.of(find_anatomy(encoder)),
+        milliseconds_before=milliseconds,
+        milliseconds_after=None if latency is None else latency.table.milliseconds(_shape(encoder), latency.batch_size),
         length=None if costs is None else costs.length,
         swapped=swapped,
         repair=repaired,
@@ -347,6 +375,32 @@ def _select_compute(
         budget=(1.0 - compute) * total,
         multiple_of=multiple_of,
     )
+
+
+def _select_time(scores: Scores, latency: TimeBudget, milliseconds: float, multiple_of: int) -> tuple[Kept, Kept]:
+    """Heads and neurons to keep in all but a fraction of the milliseconds that a call takes."""
+    times = latency.table.batches[latency.batch_size]
+    fixed = times.rest + times.layer * len(scores.heads)
+    budget = (1.0 - latency.remove) * milliseconds
+    if budget < fixed:
+        raise ValueError(
+            f"latency: expected to remove at most {1.0 - fixed / milliseconds:.3f} of the time, since embeddings, task "
+            f"heads and the rest of {len(scores.heads)} layers take {fixed:.3g} of {milliseconds:.3g} ms, found "
+            f"{latency.remove}; remove layers too"
+        )
+    heads_cost, feed_forward_cost = block_costs(times, max(map(len, scores.heads)), max(map(len, scores.feed_forward)))
+    return select_within_time(
+        scores.heads,
+        scores.feed_forward,
+        heads_cost=heads_cost,
+        feed_forward_cost=feed_forward_cost,
+        budget=budget - fixed,
+        multiple_of=multiple_of,
+    )
+
+
+def _shape(encoder: PreTrainedModel) -> list[tuple[int, int]]:
+    return [(layer.attention.heads, layer.feed_forward.width) for layer in find_anatomy(encoder).layers]
 
 
 def _rearrange(kept: tuple[Kept, Kept], measured: _Measured, how: Combine) -> tuple[tuple[Kept, Kept], int]:
@@ -532,7 +586,13 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _check_arguments(
-    heads: float, feed_forward: float, compute: float, length: int | None, importance: str, rearrange: bool
+    heads: float,
+    feed_forward: float,
+    compute: float,
+    length: int | None,
+    latency: TimeBudget | None,
+    importance: str,
+    rearrange: bool,
 ) -> None:
     check_fraction("heads", heads)
     check_fraction("feed_forward", feed_forward)
@@ -542,6 +602,13 @@ def _check_arguments(
         raise ValueError(
             f"compute: expected it instead of heads and feed_forward, since it chooses both, found heads {heads} and "
             f"feed_forward {feed_forward} too; keep one of them"
+        )
+    if latency is not None and not 0.0 < latency.remove < 1.0:
+        raise ValueError(f"latency: expected a fraction above 0 and below 1 to remove, found {latency.remove}")
+    if latency is not None and (heads or feed_forward or compute):
+        raise ValueError(
+            f"latency: expected it instead of heads, feed_forward and compute, since it chooses both, found heads "
+            f"{heads}, feed_forward {feed_forward} and compute {compute} too; keep one of them"
         )
     if length is not None and not compute:
         raise ValueError(f"length: expected it with compute, which is counted at it, found {length} alone")

@@ -9,14 +9,21 @@ References:
     each removed part once.
     Freund and Schapire: Adaptive Game Playing Using Multiplicative Weights. Games and Economic Behavior 1999.
     `protect_weakest` plays the game of tasks against selections in this way.
+    Kurtic et al.: ZipLM: Inference-Aware Structured Pruning of Language Models. NeurIPS 2023, and Shen et al.:
+    Structural Pruning via Latency-Saliency Knapsack. NeurIPS 2022. `select_within_time` solves the same knapsack, in
+    which each block has one size and costs what that size was measured to take.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_TIME_STEPS = 20_000
+"""Parts of a budget that times are rounded to."""
 
 Kept = dict[int, list[int]]
 """Parts that stay, by layer."""
@@ -179,6 +186,76 @@ def select_within_budget(
     for _, layer, group in more_neurons[: choice[1]]:
         kept_neurons[layer] += group
     return _in_order(kept_heads), _in_order(kept_neurons)
+
+
+def select_within_time(
+    heads: Sequence[Tensor],
+    feed_forward: Sequence[Tensor],
+    *,
+    heads_cost: Callable[[int], float],
+    feed_forward_cost: Callable[[int], float],
+    budget: float,
+    multiple_of: int = 1,
+) -> tuple[Kept, Kept]:
+    """Heads and feed-forward neurons to keep, by layer, so that the sum of their scores is largest within a time.
+
+    Each block gets one of its sizes, from nothing to all, and of that size its best parts. Costs need not grow evenly:
+    the best choice of all is found (times are rounded up to a part in 20,000 of the budget).
+
+    Args:
+        heads: scores by layer, of shape (heads,), at least 0.
+        feed_forward: scores by layer, of shape (width,), at least 0, on the same scale.
+        heads_cost: what an attention block with so many heads costs, at least 0, and 0 for none.
+        feed_forward_cost: what a feed-forward block with so many neurons costs.
+        budget: what all blocks may cost together.
+        multiple_of: feed-forward widths are multiples of this, or all that a layer has.
+
+    Raises:
+        ValueError: the budget is below 0, or `multiple_of` is out of range.
+    """
+    _check_multiple(multiple_of)
+    if not budget >= 0:
+        raise ValueError(f"budget: expected at least 0 for heads and neurons, found {budget:.6g}; remove less")
+    blocks: list[tuple[list[int], list[int], list[float], list[float]]] = []
+    # Of parts that are alike the same stay as in the functions above: the last heads, the first neurons.
+    for scores, cost, step, sign in ((heads, heads_cost, 1, -1), (feed_forward, feed_forward_cost, multiple_of, 1)):
+        for values in scores:
+            numbers = values.tolist()
+            ranked = [
+                part for _, _, part in sorted((-number, sign * part, part) for part, number in enumerate(numbers))
+            ]
+            sizes = sorted({*range(0, len(ranked) + 1, step), len(ranked)})
+            gained = np.concatenate([[0.0], np.cumsum([numbers[part] for part in ranked])])
+            blocks.append((ranked, sizes, [float(gained[size]) for size in sizes], [cost(size) for size in sizes]))
+    if sum(costs[-1] for *_, costs in blocks) <= budget:
+        chosen = [sizes[-1] for _, sizes, _, _ in blocks]
+    else:
+        chosen = _knapsack([(sizes, values, costs) for _, sizes, values, costs in blocks], budget)
+    kept = [sorted(ranked[:size]) for (ranked, *_), size in zip(blocks, chosen, strict=True)]
+    return dict(enumerate(kept[: len(heads)])), dict(enumerate(kept[len(heads) :]))
+
+
+def _knapsack(blocks: Sequence[tuple[list[int], list[float], list[float]]], budget: float) -> list[int]:
+    """One size for each block, so that values add up to most while costs stay within the budget."""
+    best = np.zeros(_TIME_STEPS + 1)
+    choices = []
+    for _, values, costs in blocks:
+        places = [
+            math.inf if budget == 0 < cost else math.ceil(cost / max(budget, 1e-300) * _TIME_STEPS - 1e-9)
+            for cost in costs
+        ]
+        options = np.full((len(places), len(best)), -np.inf)
+        for row, value, place in zip(options, values, places, strict=True):
+            if place <= _TIME_STEPS:
+                row[int(place) :] = best[: len(best) - int(place)] + value
+        choices.append((places, options.argmax(0)))
+        best = options.max(0)
+    left, found = _TIME_STEPS, []
+    for (sizes, _, _), (places, choice) in zip(reversed(blocks), reversed(choices), strict=True):
+        option = int(choice[left])
+        found.append(sizes[option])
+        left -= int(places[option])
+    return found[::-1]
 
 
 def rearrange(kept: Sequence[int], blocks: Sequence[Tensor], elsewhere: Sequence[float] | None = None) -> list[int]:

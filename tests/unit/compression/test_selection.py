@@ -11,6 +11,7 @@ from hf_mtcompress.compression.selection import (
     select_layers,
     select_neurons,
     select_within_budget,
+    select_within_time,
 )
 
 HEADS = [torch.tensor([4.0, 1.0, 3.0]), torch.tensor([0.5, 0.2, 0.1])]
@@ -258,3 +259,45 @@ def test_weakest_task_by_hand() -> None:
     kept = protect_weakest(2, select, lambda kept: [1 - sum(share[part] for part in kept) for share in shares])
     assert kept == [1, 2, 3]
     assert protect_weakest(1, lambda weights: weights, lambda found: [1.0]) == [1.0]
+
+
+def time_of(count: int) -> float:
+    """Uneven, as kernels are: the first two parts cost little more than nothing, the third much."""
+    return [0.0, 1.0, 1.1, 2.5, 2.6][count]
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.05, 2.05, 3.3, 4.75, 6.15, 9.0])
+def test_choice_within_a_time_is_the_best_of_all(budget: float) -> None:
+    """Taking parts one by one would stop at a step of the kernel that a whole block pays for."""
+    generator = torch.Generator().manual_seed(3)
+    heads = [torch.rand(3, generator=generator) for _ in range(2)]
+    feed_forward = [torch.rand(4, generator=generator) for _ in range(2)]
+    kept = select_within_time(
+        heads, feed_forward, heads_cost=time_of, feed_forward_cost=time_of, budget=budget, multiple_of=1
+    )
+    layers = [*kept[0].values(), *kept[1].values()]
+    blocks = [*heads, *feed_forward]
+    assert sum(time_of(len(parts)) for parts in layers) <= budget + 1e-9
+    found = sum(float(block[parts].sum()) for block, parts in zip(blocks, layers, strict=True))
+    best = max(
+        sum(float(block.sort(descending=True).values[:size].sum()) for block, size in zip(blocks, sizes, strict=True))
+        for sizes in product(range(4), range(4), range(5), range(5))
+        if sum(map(time_of, sizes)) <= budget
+    )
+    assert found == pytest.approx(best, abs=1e-6)
+
+
+def test_time_for_everything_keeps_everything() -> None:
+    kept = select_within_time(
+        HEADS, [torch.ones(6)] * 2, heads_cost=float, feed_forward_cost=float, budget=18.0, multiple_of=4
+    )
+    assert kept == ({0: [0, 1, 2], 1: [0, 1, 2]}, {0: list(range(6)), 1: list(range(6))})
+    less = select_within_time(
+        HEADS, [torch.ones(6)] * 2, heads_cost=float, feed_forward_cost=float, budget=17.9, multiple_of=4
+    )
+    assert less == ({0: [0, 1, 2], 1: [0, 1]}, kept[1])
+
+
+def test_time_below_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="budget: expected at least 0 for heads and neurons, found -1"):
+        select_within_time(HEADS, HEADS, heads_cost=float, feed_forward_cost=float, budget=-1.0)
