@@ -97,10 +97,10 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         name = f"distillation_text_{options.size}" if options.suite == "text" else "distillation_vision"
-        if options.layers != LAYERS[options.suite]:
-            name += f"_{options.layers}_layers"
-        self.results = HERE / "results" / name
-        self.work = Path(options.work) / name
+        # Teachers and their answers serve students of any depth.
+        self.work = options.work / name
+        same = options.layers == LAYERS[options.suite]
+        self.results = HERE / "results" / (name if same else f"{name}_{options.layers}_layers")
         self.epochs = options.epochs or EPOCHS[options.size]
         self.recipe = RECIPE if options.suite == "text" else VISION
         if options.suite == "text":
