@@ -243,6 +243,57 @@ class TaskComparisonRecord:
     differences: list[TaskDifference]
 
 
+@dataclass(kw_only=True)
+class Candidate:
+    """One member of the family that a search made; scores are of validation rows."""
+
+    steps: list[str]
+    """That lead to it from what the recipe's own steps made, in order."""
+    folder: str
+    """Of the artefact, relative to the run."""
+    form: str
+    share: float | None
+    """Of the starting model's time that it was cut to, as predicted; None where nothing was cut."""
+    size_mb: float | None
+    """10**6 bytes of weights and graph."""
+    ratios: dict[str, float | None]
+    """Minimum time as a fraction of that of the reference in torch float32, by batch size."""
+    measured_ms: dict[str, float]
+    predicted_ms: dict[str, float]
+    """By the table of block times; batch sizes that the table has."""
+    average: float | None
+    retention: float | None
+    worst_task_retention: float | None
+    limits: dict[str, Any]
+    """By limit of the budget: `limit`, `found`, `met`."""
+    missed: float | None
+    """Sum over limits of how far each is missed, as a fraction of it; 0 where all are met, None where unknown."""
+    on_front: bool = False
+    """Whether no other is at least as good in size, every time and retention, and better in one of them."""
+
+
+@dataclass(kw_only=True)
+class SearchRecord:
+    """A family of checkpoints and the one that was chosen from it: `search.json`."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    created: str
+    environment: dict[str, Any]
+    reference: str
+    """Folder of the artefact that everything is compared with."""
+    runtime: str
+    """What the family was made for."""
+    budget: dict[str, float]
+    candidates: list[Candidate]
+    chosen: str
+    """Folder of the delivered artefact."""
+    met: bool
+    """Whether it meets the whole budget on validation rows."""
+    conditions: dict[str, Any]
+    """Of the times."""
+
+
 def to_json(record: Any) -> str:
     """The record as JSON text; numbers that are not finite become null."""
     return json.dumps(_finite(dataclasses.asdict(record)), indent=2, allow_nan=False) + "\n"

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.branches import refuse_sub_models
+from hf_mtcompress.model.marking import write_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import keep_layers
 
@@ -68,6 +69,8 @@ def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> Mul
             f"expected fields of {type(config).__name__}, found {unknown}; see the config.json of the teacher"
         )
     config = type(config).from_dict({**config.to_dict(), **changes})
+    # The fresh encoder is whole, whatever was cut from the teacher's.
+    write_mark(config, None)
     encoder = AutoModel.from_config(config)
     own, theirs = encoder.get_input_embeddings(), teacher.encoder.get_input_embeddings()
     if own is not None and theirs is not None and own.weight.shape == theirs.weight.shape:  # type: ignore[union-attr]  # embeddings

@@ -1,0 +1,33 @@
+"""What a search tries on its way to the smallest checkpoint that the budget allows."""
+
+from dataclasses import dataclass, field
+
+from hf_mtcompress.config.steps import PruneStep, TrimVocabularyStep
+from hf_mtcompress.config.timing import TimingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig:
+    """A family of checkpoints from one model, each cut from the one before; see `hf-mtcompress search`.
+
+    ```yaml
+    budget: {size_mb: 8, latency_b1_ratio: 0.12, retention: 0.97}
+    search:
+      from: teacher
+      vocabulary: {minimum_count: 1}
+      prune: {importance: fisher, recover: {kind: distill, teacher: teacher, epochs: 2}}
+    ```
+    """
+
+    source: str | None = None
+    """The float step that the family starts from; default: the reference."""
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    """What the family is made for: it is quantized and timed for this runtime."""
+    points: int = 4
+    """Stages of the family. The last one is a little faster than the budget asks for; the others are evenly spaced."""
+    shares: tuple[float, ...] | None = None
+    """Instead of `points`: shares of the starting model's time that each stage keeps, falling."""
+    prune: PruneStep | None = None
+    """How each stage is cut and recovered; `latency`, `timing`, `heads`, `feed_forward` and `compute` are the search's."""
+    vocabulary: TrimVocabularyStep | None = None
+    """Cut the vocabulary first."""

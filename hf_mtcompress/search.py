@@ -1,0 +1,216 @@
+"""Search for the smallest checkpoint that a budget allows: a family from one trajectory, its front, and the choice.
+
+The starting model is cut in stages by the clock of this machine, each stage from the one before and recovered, and
+every stage is quantized where the runtime is. Sizes, times (in turns, side by side) and validation scores make the
+front; of what meets the budget the smallest is delivered, else what comes nearest. Its test scores, card and record are
+made by an ordinary run of the steps that lead to it. Finished stages are skipped, as in every run.
+"""
+
+import dataclasses
+import datetime
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_mtcompress import records
+from hf_mtcompress.artifacts import ASSETS, write_text
+from hf_mtcompress.compression.latency import LatencyTable, shape_of
+from hf_mtcompress.config import (
+    BudgetConfig,
+    ExportStep,
+    PruneStep,
+    QuantizeStep,
+    Recipe,
+    SearchConfig,
+    StepConfig,
+)
+from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.environment import environment_facts
+from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.evaluation.benchmark import BenchmarkResult, benchmark
+from hf_mtcompress.evaluation.compare import MEGABYTE, check_budget, compare
+from hf_mtcompress.publishing.family import draw_family, family_csv
+from hf_mtcompress.records import Artefact, Candidate, SearchRecord, StepRecord
+from hf_mtcompress.steps.bench import Bench, load_processor, probe_samples
+from hf_mtcompress.steps.compressing import latency_table
+from hf_mtcompress.steps.run import check_steps_fit
+from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources, task_record
+
+logger = logging.getLogger(__name__)
+
+_BEYOND = 0.8
+"""The last stage is this much faster than the budget asks for, since a prediction may miss."""
+_SMALLEST_SHARE = 0.15
+"""Share of the time that the last stage keeps where no limit of the budget is about time."""
+
+
+def search(recipe: Recipe, output: Path) -> SearchRecord:
+    """Find the smallest checkpoint within the recipe's budget.
+
+    Args:
+        recipe: with `budget` and `search`; its steps make the reference and what the family starts from.
+        output: folder of the run; made when it is not there. `search.json`, `search.csv` and `assets/front.png` show
+            the family, `record.json` and the card are about the delivered one.
+
+    Raises:
+        RecipeError: there is no section `search` or `budget`.
+        ArtifactError: the folder cannot be written, or something saved does not reload.
+    """
+    settings, budget = recipe.search, recipe.budget
+    if settings is None or budget is None:
+        missing = "search" if settings is None else "budget"
+        raise RecipeError(f"{missing}: expected the section that says what is searched for, found none; add it")
+    sources = load_sources(recipe.tasks, recipe.seed)
+    check_steps_fit(recipe, sources.tasks)
+    bench = Bench(recipe, output, sources, load_processor(recipe))
+    prepare_output(output)
+    done: dict[str, StepRecord] = {}
+    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
+        done[str(step.name)] = do_step(step, source, done, bench)
+    reference = done[recipe.reference or str(recipe.steps[0].name)].artefacts[0]
+    start = settings.source or recipe.reference or str(recipe.steps[0].name)
+    table = latency_table(settings.timing, bench, start)
+    shares = settings.shares or shares_for(budget, table, shape_of(bench.load(start)), settings.points)
+    family = [(_path(settings, start, shares[:count]), shares[count - 1] if count else None)
+              for count in range(len(shares) + 1)]
+    for path, _ in family:
+        for step in path:
+            done[str(step.name)] = do_step(step, step.source, done, bench)
+    artefacts = [done[str(path[-1].name) if path else start].artefacts[0] for path, _ in family]
+    timed = _time(reference, artefacts, bench)
+    tasks = {name: task_record(name, bench) for name in sources.tasks}
+    candidates = []
+    for (path, share), artefact in zip(family, artefacts, strict=True):
+        comparison = compare(tasks, reference, artefact, step="", split="validation")
+        limits = check_budget(budget, artefact, comparison)
+        limits.pop("artefact")
+        scores = artefact.scores.get("validation")
+        floats = [str(step.name) for step in path if not isinstance(step, ExportStep | QuantizeStep)]
+        shape = shape_of(bench.load(floats[-1] if floats else start))
+        missed = sum(_missed(row) for row in limits.values())
+        candidates.append(
+            Candidate(
+                steps=[str(step.name) for step in path],
+                folder=artefact.folder,
+                form=f"{artefact.form} {artefact.precision}",
+                share=share,
+                size_mb=None if artefact.size is None else artefact.size.weights_bytes / MEGABYTE,
+                ratios={str(row.batch_size): row.ratio_minimum for row in artefact.latency},
+                measured_ms={str(row.batch_size): row.minimum_ms for row in artefact.latency},
+                predicted_ms={str(size): table.milliseconds(shape, size) for size in table.batches},
+                average=None if scores is None else scores.average,
+                retention=comparison.retention,
+                worst_task_retention=comparison.worst_task_retention,
+                limits=limits,
+                missed=missed if math.isfinite(missed) else None,
+            )
+        )
+    mark_front(candidates)
+    chosen = choose(candidates)
+    record = SearchRecord(
+        name=recipe.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        environment=environment_facts(),
+        reference=reference.folder,
+        runtime=settings.timing.runtime,
+        budget={key: value for key, value in dataclasses.asdict(budget).items() if value is not None},
+        candidates=candidates,
+        chosen=chosen.folder,
+        met=chosen.missed == 0,
+        conditions=timed.conditions,
+    )
+    (output / ASSETS).mkdir(exist_ok=True)
+    write_text(output / "search.json", records.to_json(record))
+    write_text(output / ASSETS / "front.csv", family_csv(record))
+    draw_family(record, output / ASSETS / "front.png")
+    # What leads to the chosen one is done already: this measures it on test rows and writes record and card.
+    path = family[candidates.index(chosen)][0]
+    run(dataclasses.replace(recipe, steps=(*recipe.steps, *path), search=None), output)
+    return record
+
+
+def _time(reference: Artefact, artefacts: Sequence[Artefact], bench: Bench) -> BenchmarkResult:
+    """Time the family and the reference in turns, and put the times into the artefacts."""
+    every = {artefact.folder: artefact for artefact in (reference, *artefacts)}
+    folders = {folder: bench.output / folder for folder in every}
+    config = bench.recipe.benchmark
+    timed = benchmark(folders, reference=reference.folder, config=config, samples=probe_samples(bench))
+    for folder, artefact in every.items():
+        artefact.latency = timed.latency[folder]
+    return timed
+
+
+# ---- the family ----
+
+
+def shares_for(budget: BudgetConfig, table: LatencyTable, shape: Sequence[tuple[int, int]], points: int) -> list[float]:
+    """Shares of the starting model's time for each stage, evenly spaced as ratios.
+
+    The last one is a little faster than the tightest limit on time; see `_BEYOND`. Limits are ratios to the reference
+    in torch float32, which the table holds beside the times of the runtime.
+    """
+    targets = []
+    for size, ratio in ((1, budget.latency_b1_ratio), (32, budget.latency_b32_ratio)):
+        if ratio is not None and size in table.batches:
+            targets.append(ratio * table.batches[size].reference / table.milliseconds(shape, size))
+    last = min(targets, default=_SMALLEST_SHARE / _BEYOND) * _BEYOND
+    # What is not in the layers cannot be cut.
+    least = max(times.of([(0, 0)] * len(shape)) / times.of(shape) for times in table.batches.values())
+    last = min(max(last, 1.1 * least, 0.02), 0.9)
+    return [last ** (number / points) for number in range(1, points + 1)]
+
+
+def _path(settings: SearchConfig, start: str, shares: Sequence[float]) -> tuple[StepConfig, ...]:
+    """Steps from the starting model to the form that is deployed, through one cut for each share."""
+    path: list[StepConfig] = []
+    source, spent = start, 1.0
+    if settings.vocabulary is not None:
+        path.append(dataclasses.replace(settings.vocabulary, name="vocabulary", source=source))
+        source = "vocabulary"
+    for share in shares:
+        name = f"cut-{round(1000 * share):03d}"
+        timing = dataclasses.replace(settings.timing, remove=1.0 - share / spent)
+        path.append(dataclasses.replace(settings.prune or PruneStep(), name=name, source=source, latency=timing))
+        source, spent = name, share
+    match settings.timing.runtime:
+        case "torch":
+            pass
+        case "onnx":
+            path.append(ExportStep(name=f"{source}-onnx", source=source, formats=("onnx",)))
+        case "onnx_int8":
+            path.append(QuantizeStep(name=f"{source}-int8", source=source, backend="onnxruntime", bits=8))
+    return tuple(path)
+
+
+# ---- the choice ----
+
+
+def _missed(row: dict[str, Any]) -> float:
+    """How far a limit is missed, as a fraction of it."""
+    if row["met"]:
+        return 0.0
+    return math.inf if row["found"] is None else abs(row["found"] - row["limit"]) / row["limit"]
+
+
+def mark_front(candidates: Sequence[Candidate]) -> None:
+    """Mark those that no other beats: at least as good in size, every time and retention, and better in one."""
+
+    def costs(item: Candidate) -> list[float]:
+        found = [item.size_mb, *item.ratios.values(), None if item.retention is None else -item.retention]
+        return [math.inf if value is None else value for value in found]
+
+    for item in candidates:
+        own = costs(item)
+        item.on_front = not any(
+            other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in map(costs, candidates)
+        )
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate:
+    """The smallest that meets the budget; where none does, the one that misses it least."""
+    within = [item for item in candidates if item.missed == 0]
+    if within:
+        return min(within, key=lambda item: (item.size_mb or math.inf, -(item.retention or 0.0)))
+    return min(candidates, key=lambda item: math.inf if item.missed is None else item.missed)

@@ -1,0 +1,52 @@
+"""The times of blocks on this machine, by which prune steps and searches choose."""
+
+import hashlib
+import json
+import logging
+
+from hf_mtcompress.artifacts import WORK
+from hf_mtcompress.compression.latency import LatencyTable, measure_latency
+from hf_mtcompress.config import TimingConfig
+from hf_mtcompress.environment import environment_facts
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.model.student import fresh_student_of
+from hf_mtcompress.steps.bench import Bench, probe_samples
+
+logger = logging.getLogger(__name__)
+
+
+def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTable:
+    """Times of the blocks of a step's encoder as they were before any of its heads and neurons went.
+
+    Measured once for an architecture, a runtime and a machine, and kept in the run.
+    """
+    saved = bench.load(source)
+    whole = fresh_student_of(saved, {})
+    facts = {
+        "timing": [timing.runtime, timing.tokens, timing.threads, timing.repetitions, sorted(timing.batch_sizes)],
+        "encoder": whole.encoder.config.to_diff_dict(),
+        "tasks": [[task.name, task.num_outputs] for task in whole.tasks.values()],
+        "machine": environment_facts(),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    path = bench.output / WORK / f"latency-{digest[:12]}.json"
+    if path.exists():
+        try:
+            return LatencyTable.load(path)
+        except ArtifactError as error:
+            logger.warning("%s", error)
+    logger.warning("timing the blocks of the encoder, %s", timing.runtime)
+    table = measure_latency(
+        whole,
+        bench.processor_of(source),
+        probe_samples(bench),
+        runtime=timing.runtime,
+        tokens=timing.tokens,
+        batch_sizes=timing.batch_sizes,
+        threads=timing.threads,
+        repetitions=timing.repetitions,
+    )
+    for size, times in table.batches.items():
+        logger.info("batch size %d: the sum of blocks misses by at most %.1f %%", size, 100 * times.largest_error)
+    table.save(path)
+    return table
