@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--keep-models", action="store_true", help="keep the weights after scoring")
     compare.add_argument("--json", action="store_true", help="as JSON")
 
+    search = verb("search", "find the smallest checkpoint within the recipe's budget", _search)
+    with_recipe(search)
+    search.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
+    search.add_argument("--json", action="store_true", help="as JSON")
+
     ask = verb("ask-teacher", "fill the cache of a step's teacher, or a part of it, before the step runs", _ask_teacher)
     with_recipe(ask)
     ask.add_argument("--step", required=True, help="a distill or pretrain step with teacher_cache")
@@ -189,6 +194,16 @@ def _compare_tasks(options: argparse.Namespace) -> str:
     output = (options.output or Path("runs") / f"{comparison.recipe.name}-compare").absolute()
     record = compare_tasks(comparison, output, keep_models=options.keep_models)
     return to_json(record) if options.json else f"{comparison_table(record)}\nRecord and picture: {output}"
+
+
+def _search(options: argparse.Namespace) -> str:
+    from hf_mtcompress.publishing.family import family_table
+    from hf_mtcompress.records import to_json
+    from hf_mtcompress.search import search
+
+    recipe = _recipe(options)
+    record = search(recipe, _output(options, recipe))
+    return to_json(record).rstrip() if options.json else family_table(record).rstrip()
 
 
 def _ask_teacher(options: argparse.Namespace) -> str:

@@ -128,6 +128,9 @@ class _Shape:
                     # Layers that go count towards it; what else goes of which kind is not known beforehand.
                     further = max(1 - (1 - step.compute) * self.layers / less.layers, 0.0)
                     return less.narrower(further, further)
+                if step.latency:
+                    # What goes is known when blocks are timed; if all parts take their share of it, as much as this.
+                    return less.narrower(step.latency, step.latency)
                 return less.narrower(step.heads, step.feed_forward)
             case _:
                 return self

@@ -34,8 +34,8 @@ from hf_mtcompress.evaluation.compare import MEGABYTE, check_budget, compare
 from hf_mtcompress.publishing.family import draw_family, family_csv
 from hf_mtcompress.records import Artefact, Candidate, SearchRecord, StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor, probe_samples
-from hf_mtcompress.steps.compressing import latency_table
 from hf_mtcompress.steps.run import check_steps_fit
+from hf_mtcompress.steps.timing import latency_table
 from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources, task_record
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,10 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     start = settings.source or recipe.reference or str(recipe.steps[0].name)
     table = latency_table(settings.timing, bench, start)
     shares = settings.shares or shares_for(budget, table, shape_of(bench.load(start)), settings.points)
-    family = [(_path(settings, start, shares[:count]), shares[count - 1] if count else None)
-              for count in range(len(shares) + 1)]
+    family = [
+        (_path(settings, start, shares[:count]), shares[count - 1] if count else None)
+        for count in range(len(shares) + 1)
+    ]
     for path, _ in family:
         for step in path:
             done[str(step.name)] = do_step(step, step.source, done, bench)
@@ -171,8 +173,10 @@ def _path(settings: SearchConfig, start: str, shares: Sequence[float]) -> tuple[
         source = "vocabulary"
     for share in shares:
         name = f"cut-{round(1000 * share):03d}"
-        timing = dataclasses.replace(settings.timing, remove=1.0 - share / spent)
-        path.append(dataclasses.replace(settings.prune or PruneStep(), name=name, source=source, latency=timing))
+        prune = settings.prune or PruneStep()
+        path.append(
+            dataclasses.replace(prune, name=name, source=source, latency=1.0 - share / spent, timing=settings.timing)
+        )
         source, spent = name, share
     match settings.timing.runtime:
         case "torch":

@@ -279,7 +279,7 @@ def _measure(bench: Bench, steps: list[StepRecord]) -> RunRecord:
         seed=recipe.seed,
         environment=environment_facts(),
         encoder=_encoder_facts(bench),
-        tasks={name: _task_record(name, bench) for name in bench.sources.tasks},
+        tasks={name: task_record(name, bench) for name in bench.sources.tasks},
         reference=reference,
         steps=steps,
     )
@@ -385,7 +385,8 @@ def _write_results(bench: Bench, record: RunRecord) -> None:
     write_text(bench.output / CARD, render_card(record, recipe))
 
 
-def _task_record(name: str, bench: Bench) -> TaskRecord:
+def task_record(name: str, bench: Bench) -> TaskRecord:
+    """Rows, labels and baselines of a task, as the record holds them."""
     task = bench.sources.tasks[name]
     source = bench.sources.configs[name]
     labelled: dict[str, int] = {}

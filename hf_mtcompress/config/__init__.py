@@ -16,6 +16,7 @@ from hf_mtcompress.config.recipe import (
     PublishConfig,
     Recipe,
 )
+from hf_mtcompress.config.search import SearchConfig
 from hf_mtcompress.config.steps import (
     AdapterConfig,
     AdapterTargets,
@@ -40,6 +41,7 @@ from hf_mtcompress.config.tasks import (
     TokenClassificationConfig,
     WeightSchedule,
 )
+from hf_mtcompress.config.timing import TimingConfig
 from hf_mtcompress.config.training import EncoderConfig, FusionConfig, MixingConfig, TrainingConfig
 
 __all__ = [
@@ -69,12 +71,14 @@ __all__ = [
     "Recipe",
     "RelationsCriterionConfig",
     "Role",
+    "SearchConfig",
     "SequenceClassificationConfig",
     "StepConfig",
     "StudentConfig",
     "TaskConfig",
     "TaskRole",
     "TeacherConfig",
+    "TimingConfig",
     "TokenClassificationConfig",
     "TrainingConfig",
     "TrimVocabularyStep",

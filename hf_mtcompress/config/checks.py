@@ -1,13 +1,15 @@
 """Mistakes that no single value shows: names that nothing has, settings that exclude each other."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.config.data import DataConfig
-from hf_mtcompress.config.recipe import BenchmarkConfig, PublishConfig, Recipe
-from hf_mtcompress.config.sections import Problems, join, near
+from hf_mtcompress.config.recipe import BenchmarkConfig, BudgetConfig, PublishConfig, Recipe
+from hf_mtcompress.config.search import SearchConfig
+from hf_mtcompress.config.sections import WRITTEN_AS, Problems, join, near
 from hf_mtcompress.config.steps import (
     FLOAT_STEPS,
     DistillStep,
@@ -30,6 +32,7 @@ from hf_mtcompress.config.tasks import (
     TokenClassificationConfig,
     WeightSchedule,
 )
+from hf_mtcompress.config.timing import TimingConfig
 from hf_mtcompress.config.training import FusionConfig, MixingConfig
 
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -251,10 +254,17 @@ def _check_student(student: StudentConfig, path: str, problems: Problems) -> Non
 def _check_prune(
     step: PruneStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
 ) -> None:
-    if not (step.heads or step.feed_forward or step.layers or step.compute):
-        problems.add(path, "removes nothing; expected heads, feed_forward, layers or compute above 0")
-    if step.compute and (step.heads or step.feed_forward):
-        problems.add(join(path, "compute"), "chooses heads and neurons; expected no heads and feed_forward beside it")
+    if not (step.heads or step.feed_forward or step.layers or step.compute or step.latency):
+        problems.add(path, "removes nothing; expected heads, feed_forward, layers, compute or latency above 0")
+    for key in ("compute", "latency"):
+        if getattr(step, key) and (step.heads or step.feed_forward):
+            problems.add(join(path, key), "chooses heads and neurons; expected no heads and feed_forward beside it")
+    if step.compute and step.latency:
+        problems.add(join(path, "latency"), "chooses by the clock what compute chooses by counting; keep one of both")
+    if step.timing != TimingConfig() and not step.latency:
+        problems.add(join(path, "timing"), "is what latency is measured on; expected latency above 0 beside it")
+    if not step.timing.batch_sizes:
+        problems.add(join(path, "timing.batch_sizes"), "expected at least one number of rows, found none")
     if step.length is not None and not step.compute:
         problems.add(join(path, "length"), "is what compute is counted at; expected compute above 0 beside it")
     if step.rearrange and step.importance != "fisher":
@@ -310,6 +320,47 @@ def check_mixing(mixing: MixingConfig, fusion: FusionConfig, tasks: Sequence[str
         if getattr(fusion, key) is not None and key not in FUSION_OPTIONS.get(fusion.kind, ()):
             owners = " and ".join(kind for kind, options in FUSION_OPTIONS.items() if key in options)
             problems.add(f"fusion.{key}", f"used by {owners} only, found kind: {fusion.kind}")
+
+
+def check_search(
+    search: SearchConfig,
+    budget: BudgetConfig | None,
+    names: Sequence[str],
+    kinds: Sequence[Any],
+    problems: Problems,
+) -> None:
+    """A search starts from a float step, has a budget, and decides itself how much goes."""
+    if budget is None or not any(value is not None for value in dataclasses.asdict(budget).values()):
+        problems.add("budget", "expected at least one limit for the search to stay within, such as size_mb, found none")
+    if search.source is not None:
+        _check_earlier(search.source, "search.from", dict(zip(names, kinds, strict=True)), names, problems)
+    if search.shares is not None and (
+        not search.shares or list(search.shares) != sorted(set(search.shares), reverse=True)
+    ):
+        problems.add("search.shares", f"expected at least one share and each below the last, found {search.shares}")
+    if not search.timing.batch_sizes:
+        problems.add("search.timing.batch_sizes", "expected at least one number of rows, found none")
+    for section, default, keys in (
+        (search.prune, PruneStep(), ("name", "source", "heads", "feed_forward", "compute", "latency", "timing")),
+        (search.vocabulary, TrimVocabularyStep(), ("name", "source")),
+    ):
+        if section is None:
+            continue
+        part = "prune" if isinstance(section, PruneStep) else "vocabulary"
+        for key in keys:
+            if getattr(section, key) != getattr(default, key):
+                written = WRITTEN_AS.get(key, key)
+                problems.add(f"search.{part}.{written}", "is chosen by the search itself; remove the key")
+    if search.prune is not None:
+        whole = dataclasses.replace(search.prune, name=None, source=None, latency=0.5, timing=search.timing)
+        earlier = dict(zip(names, kinds, strict=True))
+        _check_prune(
+            dataclasses.replace(whole, heads=0.0, feed_forward=0.0, compute=0.0),
+            "search.prune",
+            earlier,
+            names,
+            problems,
+        )
 
 
 def check_branches(recipe: Recipe, problems: Problems) -> None:

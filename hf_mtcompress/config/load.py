@@ -171,6 +171,10 @@ def _check_sections(data: Mapping[str, Any], recipe: Recipe | None, problems: Pr
         checks.check_adapters(recipe, problems)
         checks.check_vocabulary(recipe, problems)
         checks.check_mixing(recipe.mixing, recipe.fusion, list(recipe.tasks), problems)
+        if recipe.search is not None:
+            step_kinds = [step.kind for step in recipe.steps]
+            names = [str(step.name) for step in recipe.steps]
+            checks.check_search(recipe.search, recipe.budget, names, step_kinds, problems)
         if recipe.publish is not None:
             checks.check_publish(recipe.publish, problems)
 

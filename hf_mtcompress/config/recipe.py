@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_mtcompress.config.search import SearchConfig
 from hf_mtcompress.config.steps import StepConfig
 from hf_mtcompress.config.tasks import TaskConfig
 from hf_mtcompress.config.training import EncoderConfig, FusionConfig, MixingConfig, TrainingConfig
@@ -86,6 +87,8 @@ class Recipe:
     """The step that everything is compared with; default: the first one."""
     budget: BudgetConfig | None = None
     """What the device allows; the last artefact is checked against it."""
+    search: SearchConfig | None = None
+    """What `hf-mtcompress search` tries to stay within the budget; no other command looks at it."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     """How latency is measured at the end."""
     publish: PublishConfig | None = None

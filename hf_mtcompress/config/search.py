@@ -28,6 +28,7 @@ class SearchConfig:
     shares: tuple[float, ...] | None = None
     """Instead of `points`: shares of the starting model's time that each stage keeps, falling."""
     prune: PruneStep | None = None
-    """How each stage is cut and recovered; `latency`, `timing`, `heads`, `feed_forward` and `compute` are the search's."""
+    """How each stage is cut and recovered. How much goes is the search's affair: no `heads`, `feed_forward`, `compute`,
+    `latency` and `timing` here."""
     vocabulary: TrimVocabularyStep | None = None
     """Cut the vocabulary first."""

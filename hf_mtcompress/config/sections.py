@@ -300,6 +300,7 @@ _POSITIVE: _Limit = ("a number above 0", lambda value: value > 0)
 _AT_LEAST_0: _Limit = ("a number of at least 0", lambda value: value >= 0)
 _AT_LEAST_1: _Limit = ("a whole number of at least 1", lambda value: value >= 1)
 _FRACTION: _Limit = ("a fraction of at least 0 and below 1", lambda value: 0 <= value < 1)
+_INSIDE: _Limit = ("a share above 0 and below 1", lambda value: 0 < value < 1)
 _SHARE: _Limit = ("a share between 0 and 1", lambda value: 0 <= value <= 1)
 
 LIMITS: dict[str, _Limit] = {
@@ -323,6 +324,7 @@ LIMITS: dict[str, _Limit] = {
     "label_weight": _SHARE,
     "latency_b1_ratio": _POSITIVE,
     "latency_b32_ratio": _POSITIVE,
+    "latency": _FRACTION,
     "layer": _AT_LEAST_1,
     "layers": _AT_LEAST_0,
     "learning_rate": _POSITIVE,
@@ -339,9 +341,11 @@ LIMITS: dict[str, _Limit] = {
     "repetitions": _AT_LEAST_1,
     "retention": _POSITIVE,
     "rows": _AT_LEAST_1,
+    "points": _AT_LEAST_1,
     "save_steps": _AT_LEAST_1,
     "seed": _AT_LEAST_0,
     "share": _FRACTION,
+    "shares": _INSIDE,
     "size": _AT_LEAST_1,
     "size_mb": _POSITIVE,
     "source": _AT_LEAST_0,

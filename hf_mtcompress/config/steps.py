@@ -1,6 +1,6 @@
 """The steps of a recipe, one frozen class each, joined in the union `StepConfig`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_mtcompress.config.criteria import (
@@ -13,6 +13,7 @@ from hf_mtcompress.config.criteria import (
 )
 from hf_mtcompress.config.data import DataConfig
 from hf_mtcompress.config.tasks import WeightSchedule
+from hf_mtcompress.config.timing import TimingConfig
 from hf_mtcompress.config.training import TrainingConfig
 
 
@@ -160,6 +161,7 @@ class PruneStep:
     ```yaml
     - {kind: prune, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
     - {kind: prune, from: student, compute: 0.5, importance: fisher, rearrange: true, repair: true}
+    - {kind: prune, from: student, latency: 0.6, timing: {runtime: onnx_int8, batch_sizes: [1]}, importance: fisher}
     ```
     """
 
@@ -180,6 +182,11 @@ class PruneStep:
     neurons and `layers` count together."""
     length: int | None = None
     """Tokens of a row that `compute` is counted at; default: the mean of the rows that importance is measured on."""
+    latency: float = 0.0
+    """Instead of `heads`, `feed_forward` and `compute`: fraction of the time of a call to remove, as it is measured on
+    this machine; whole blocks may go."""
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    """On what `latency` is measured."""
     importance: Literal["first_order", "fisher", "magnitude", "activation", "random"] = "first_order"
     """What counts as important: how much the loss would change (on data; `fisher` puts heads and neurons on one
     scale), how large the weights are, how much flows through a part, or chance."""

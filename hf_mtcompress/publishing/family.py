@@ -19,19 +19,19 @@ def family_table(record: SearchRecord) -> str:
     """Size, time and quality of every candidate as plain aligned text, the chosen one marked."""
     sizes = _batch_sizes(record)
     rows = [["", "folder", "MB", *(f"time b{size}" for size in sizes), "kept", "worst task", "front", "budget"]]
-    for item in record.candidates:
-        rows.append(
-            [
-                "*" if item.folder == record.chosen else "",
-                item.folder,
-                "-" if item.size_mb is None else f"{item.size_mb:.1f}",
-                *(_percent(item.ratios.get(size)) for size in sizes),
-                _percent(item.retention),
-                _percent(item.worst_task_retention),
-                "yes" if item.on_front else "",
-                "met" if item.missed == 0 else f"misses {', '.join(_missed(item))}",
-            ]
-        )
+    rows += [
+        [
+            "*" if item.folder == record.chosen else "",
+            item.folder,
+            "-" if item.size_mb is None else f"{item.size_mb:.1f}",
+            *(_percent(item.ratios.get(size)) for size in sizes),
+            _percent(item.retention),
+            _percent(item.worst_task_retention),
+            "yes" if item.on_front else "",
+            "met" if item.missed == 0 else f"misses {', '.join(_missed(item))}",
+        ]
+        for item in record.candidates
+    ]
     limits = ", ".join(f"{name} {limit:g}" for name, limit in record.budget.items())
     outcome = "meets the budget" if record.met else "comes nearest to the budget, which none meets"
     notes = [
