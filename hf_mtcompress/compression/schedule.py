@@ -209,14 +209,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         Raises:
             TrainingError: it holds none, or those of another schedule.
         """
-        # Read from a file it is a mapping, whatever its annotation says.
-        stored: Any = state.stateful_callbacks or {}
-        found = stored.get(type(self).__name__)
-        if isinstance(found, list):
-            raise TrainingError(
-                f"expected one {type(self).__name__} among the callbacks, found {len(found)}; give fractions of heads "
-                "and neurons to one of them"
-            )
+        found = self._stored(state)
         saved = found["attributes"].get("_saved") if found else None
         if saved is None:
             raise TrainingError(
@@ -247,6 +240,22 @@ class GradualPruning(TrainerCallback, ExportableState):
             averages = (first, second)
         return _Masks(heads, neurons, averages, list(saved["changes"]))
 
+    def _stored(self, state: TrainerState) -> dict[str, Any] | None:
+        """What the state of the training holds of this callback.
+
+        Raises:
+            TrainingError: there are several of them, which would cut each other's parts.
+        """
+        # It is a mapping when training begins, whatever its annotation says.
+        stored: Any = state.stateful_callbacks or {}
+        found = stored.get(type(self).__name__)
+        if isinstance(found, list):
+            raise TrainingError(
+                f"expected one {type(self).__name__} among the callbacks, found {len(found)}; give fractions of heads "
+                "and neurons to one of them"
+            )
+        return found
+
     # ---- while a model is trained ----
 
     def on_train_begin(
@@ -254,6 +263,7 @@ class GradualPruning(TrainerCallback, ExportableState):
     ) -> None:
         """Look at the model, and take up the masks of a checkpoint."""
         _, encoder = self._model(kwargs.get("model"))
+        self._stored(state)
         _refuse_sharded(args)
         anatomy = find_anatomy(encoder)
         self._refuse_optimizer(anatomy, kwargs.get("optimizer"))

@@ -346,9 +346,9 @@ def test_models_that_cannot_be_pruned_are_refused_before_the_first_step(tmp_path
         def forward(self, **kwargs: Any) -> Any:
             return self.inner(**kwargs)
 
+    own: Any = Own()
     with pytest.raises(UnsupportedEncoderError, match="found a Own"):
-        own: Any = Own()
         trainer_of(tmp_path, own, GradualPruning(heads=0.5), remove_unused_columns=False).train()
+    two = (GradualPruning(heads=0.5), GradualPruning(feed_forward=0.5))
     with pytest.raises(TrainingError, match="expected one GradualPruning among the callbacks"):
-        two = (GradualPruning(heads=0.5), GradualPruning(feed_forward=0.5))
         trainer_of(tmp_path, stock_model(), *two).train()
