@@ -199,7 +199,7 @@ def prune(
     full = copy.deepcopy(model) if repair else None
     try:
         if compute:
-            costs = costs_of(find_anatomy(encoder), length or _mean_length(model, encoder, data))
+            costs = costs_of(find_anatomy(encoder), length or mean_length(model, data))
             total = costs.of(find_anatomy(encoder))
             if whole is not None and whole.multiply_adds is not None:
                 total = whole.multiply_adds
@@ -449,8 +449,13 @@ def _total(scores: Scores) -> float:
     return sum(float(value.sum()) for value in (*scores.heads, *scores.feed_forward))
 
 
-def _mean_length(model: PreTrainedModel, encoder: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) -> int:
-    """Tokens or patches of a row that count, on the average."""
+def mean_length(model: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) -> int:
+    """Tokens or patches of a row that count, on the average.
+
+    Args:
+        model: reads the rows, where nothing else says how many tokens they have.
+        data: batches.
+    """
     if not data:
         raise ValueError("length: expected a number of tokens, or batches to count them in, found neither")
     if all("attention_mask" in batch for batch in data):
@@ -460,6 +465,8 @@ def _mean_length(model: PreTrainedModel, encoder: PreTrainedModel, data: Sequenc
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
+    encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
+    assert isinstance(encoder, PreTrainedModel)
     hook = find_anatomy(encoder).layers[0].module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():

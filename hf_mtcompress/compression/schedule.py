@@ -211,7 +211,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         """
         found = self._stored(state)
         saved = found["attributes"].get("_saved") if found else None
-        if saved is None:
+        if found is None or saved is None:
             raise TrainingError(
                 f"expected a checkpoint of a training with {type(self).__name__} to go on from, found none of its "
                 "state at step "

@@ -16,6 +16,7 @@ from hf_mtcompress.config.recipe import (
     PublishConfig,
     Recipe,
 )
+from hf_mtcompress.config.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
 from hf_mtcompress.config.steps import (
     AdapterConfig,
     AdapterTargets,
@@ -57,10 +58,13 @@ __all__ = [
     "FeatureMapCriterionConfig",
     "FinetuneStep",
     "FusionConfig",
+    "GradualSchedule",
     "HiddenCriterionConfig",
     "ImageClassificationConfig",
+    "IterativeSchedule",
     "LogitsCriterionConfig",
     "MixingConfig",
+    "OneShotSchedule",
     "PretrainStep",
     "ProblemType",
     "PruneStep",
@@ -69,6 +73,7 @@ __all__ = [
     "Recipe",
     "RelationsCriterionConfig",
     "Role",
+    "ScheduleConfig",
     "SequenceClassificationConfig",
     "StepConfig",
     "StudentConfig",
