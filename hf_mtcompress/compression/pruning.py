@@ -186,6 +186,11 @@ def prune(
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
         raise ValueError(f"layers: expected 0 to {count - 1} layers to remove from {count}, found {layers}")
+    if whole is not None and len(whole.layers) != count:
+        raise ValueError(
+            f"whole: expected heads and neurons of the {count} layers that are there, found {len(whole.layers)}; leave "
+            "out those that went before"
+        )
     device = next(encoder.parameters()).device
     data = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     _check_data(model, data, importance, repair)

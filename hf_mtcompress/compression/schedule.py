@@ -20,7 +20,6 @@ a part does not count.
 
 import base64
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -280,8 +279,9 @@ class GradualPruning(TrainerCallback, ExportableState):
                 "them, or use importance='magnitude'"
             )
         self._anatomy, self._seen, self.report = anatomy, None, None
-        self._first = round(self.begin * state.max_steps)
-        self._last = max(math.ceil(self.end * state.max_steps), self._first + 1)
+        # However short the training is, there is a step at which all is gone.
+        self._first = min(round(self.begin * state.max_steps), state.max_steps - 1)
+        self._last = min(max(round(self.end * state.max_steps), self._first + 1), state.max_steps)
         self._done = state.global_step
         if self.compute:
             self._costs = costs_of(anatomy, self.length or 1)
@@ -511,7 +511,7 @@ class GradualPruning(TrainerCallback, ExportableState):
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training:
-                self._seen = (args, kwargs)
+                self._seen = (tuple(map(_detached, args)), {key: _detached(value) for key, value in kwargs.items()})
                 self._stop_watching()
 
         self._watch = encoder.register_forward_pre_hook(note, with_kwargs=True)
@@ -633,6 +633,11 @@ def _cut_and_compare(
             "use this model, and leave pruning out"
         )
     return difference
+
+
+def _detached(value: Any) -> Any:
+    """Without the graph that led to it, which would be kept as long as the training lasts."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _sizes(anatomy: Anatomy) -> list[tuple[int, int]]:

@@ -181,14 +181,13 @@ def test_the_cut_equals_the_mask(family: str, tmp_path: Path) -> None:
         pruning.cut(model)
 
 
-@pytest.mark.parametrize("importance", ["first_order", "magnitude"])
-def test_nothing_to_remove_is_plain_training(importance: Any, tmp_path: Path) -> None:
+def test_nothing_to_remove_is_plain_training(tmp_path: Path) -> None:
     """Bit for bit, scores of checkpoints included."""
     plain, pruned = stock_model(), stock_model()
     settings = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}
     one = trainer_of(tmp_path, plain, **settings)
     one.train()
-    two = trainer_of(tmp_path, pruned, GradualPruning(importance=importance), **settings)
+    two = trainer_of(tmp_path, pruned, GradualPruning(), **settings)
     two.train()
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), pruned.parameters(), strict=True))
     losses = [[row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row] for trainer in (one, two)]
@@ -278,6 +277,17 @@ def test_the_best_checkpoint_is_one_with_the_final_masks(tmp_path: Path) -> None
     with pytest.raises(TrainingError, match="make a new Trainer"):
         trainer.train()
     trainer_of(tmp_path, model, GradualPruning(heads=0.5), max_steps=2).train()
+
+
+@pytest.mark.parametrize(("begin", "end", "steps"), [(0.0, 0.1, 1), (0.96, 1.0, 3), (0.0, 0.01, 3)])
+def test_short_trainings_are_pruned_too(begin: float, end: float, steps: int, tmp_path: Path) -> None:
+    """Rounded to whole steps, a schedule could end after the training, or before it begins."""
+    model = stock_model()
+    pruning = GradualPruning(heads=0.5, begin=begin, end=end)
+    trainer_of(tmp_path, model, pruning, max_steps=steps).train()
+    assert pruning.report is not None
+    assert pruning.report.complete
+    assert sum(layer["heads"] for layer in pruning.report.after["layers"]) == 6
 
 
 def test_compute_and_bfloat16(tmp_path: Path) -> None:
