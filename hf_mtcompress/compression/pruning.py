@@ -186,6 +186,10 @@ def prune(
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
         raise ValueError(f"layers: expected 0 to {count - 1} layers to remove from {count}, found {layers}")
+    if whole is not None and latency is not None:
+        raise ValueError(
+            "latency: expected it without whole, since the time of a call is one of this model, found both; keep one"
+        )
     if whole is not None and len(whole.layers) != count:
         raise ValueError(
             f"whole: expected heads and neurons of the {count} layers that are there, found {len(whole.layers)}; leave "
