@@ -16,6 +16,7 @@ from hf_mtcompress.config.recipe import (
     PublishConfig,
     Recipe,
 )
+from hf_mtcompress.config.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
 from hf_mtcompress.config.search import SearchConfig
 from hf_mtcompress.config.steps import (
     AdapterConfig,
@@ -59,10 +60,13 @@ __all__ = [
     "FeatureMapCriterionConfig",
     "FinetuneStep",
     "FusionConfig",
+    "GradualSchedule",
     "HiddenCriterionConfig",
     "ImageClassificationConfig",
+    "IterativeSchedule",
     "LogitsCriterionConfig",
     "MixingConfig",
+    "OneShotSchedule",
     "PretrainStep",
     "ProblemType",
     "PruneStep",
@@ -71,6 +75,7 @@ __all__ = [
     "Recipe",
     "RelationsCriterionConfig",
     "Role",
+    "ScheduleConfig",
     "SearchConfig",
     "SequenceClassificationConfig",
     "StepConfig",

@@ -113,6 +113,15 @@ def vocabulary_cuts(record: RunRecord) -> list[StepRecord]:
     return [step for step in record.steps if step.vocabulary is not None]
 
 
+def scheduled_prunings(record: RunRecord) -> list[StepRecord]:
+    """Prune steps that did more than cut once: in rounds, while they recovered, or by trying candidates."""
+    return [
+        step
+        for step in record.steps
+        if step.pruning is not None and (step.pruning["schedule"] != "one_shot" or step.pruning.get("candidates"))
+    ]
+
+
 def shipped_artefact(record: RunRecord, form: LoadableForm) -> tuple[StepRecord, Artefact] | None:
     """The artefact of one form that goes into the repository: the delivered one, else the last of that form."""
     delivered = delivered_step(record)

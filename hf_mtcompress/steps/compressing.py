@@ -1,77 +1,23 @@
-"""Prune, trim_vocabulary and quantize steps."""
+"""Trim_vocabulary and quantize steps; see `pruning.py` for the other way to a smaller model."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
 from hf_mtcompress.artifacts import whole_folder
-from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
-from hf_mtcompress.config import DistillStep, FinetuneStep, PruneStep, QuantizeStep, Role, TrimVocabularyStep
-from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
+from hf_mtcompress.config import QuantizeStep, Role, TrimVocabularyStep
+from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import Artefact
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, start_model, start_of, structure_of
-from hf_mtcompress.steps.rows import calibration_batches, texts_of, texts_to_keep
-from hf_mtcompress.steps.teaching import load_faculty, train_taught
-from hf_mtcompress.steps.training import save_trained, train_finetune
+from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, start_of, structure_of
+from hf_mtcompress.steps.rows import texts_of, texts_to_keep
+from hf_mtcompress.steps.training import save_trained
 
 logger = logging.getLogger(__name__)
-
-
-def prune_step(step: PruneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    """Cut heads, neurons and layers, and train what is left where the step says so; the cut is done once."""
-    cut, processor = work / "cut", bench.processor_of(source)
-    if not cut.exists():
-        model = start_model(source, bench)
-        try:
-            report = prune(
-                model,
-                calibration_batches(Start(model, processor), bench, step.rows),
-                heads=step.heads,
-                feed_forward=step.feed_forward,
-                layers=step.layers,
-                compute=step.compute,
-                length=step.length,
-                importance=step.importance,
-                combine=step.combine,
-                rearrange=step.rearrange,
-                repair=step.repair,
-                multiple_of=step.multiple_of,
-                seed=bench.recipe.seed,
-            )
-        except MTCompressError:
-            raise
-        except ValueError as error:
-            # What no recipe shows: the encoder has fewer layers, or its layers keep more than the wanted share.
-            raise RecipeError(f"steps.{step.name}.{error}") from error
-        for task, share in report.lost_importance.items():
-            logger.info(
-                "%s: task '%s' lost %.1f %% of the importance of heads and neurons", step.name, task, 100 * share
-            )
-        if report.repair is not None:
-            logger.info(
-                "%s: repair brought the distance from %.3g to %.3g",
-                step.name,
-                report.repair["error_before"],
-                report.repair["error_after"],
-            )
-        with whole_folder(cut) as scratch:
-            model.save_pretrained(scratch)
-            (scratch / "report.json").write_text(json.dumps(dataclasses.asdict(report), default=str))
-    model = MultiTaskModel.from_pretrained(cut)
-    for name, task in bench.sources.tasks.items():
-        model.tasks[name] = task
-    start, fit = Start(model, processor), None
-    if isinstance(step.recover, FinetuneStep):
-        fit = train_finetune(step.recover, start, bench, work)
-    elif isinstance(step.recover, DistillStep):
-        fit = train_taught(step.recover, start, load_faculty(step.recover, bench), bench, work)
-    return save_trained(start, bench, folder, fit)
 
 
 def trim_vocabulary_step(step: TrimVocabularyStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
