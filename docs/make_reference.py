@@ -44,6 +44,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "feature_map": (config.FeatureMapCriterionConfig, None),
     "prune": (config.PruneStep, None),
     "trim_vocabulary": (config.TrimVocabularyStep, None),
+    "trim_weights": (config.TrimWeightsStep, None),
     "quantize": (config.QuantizeStep, None),
     "export": (config.ExportStep, None),
     "budget": (config.BudgetConfig, None),

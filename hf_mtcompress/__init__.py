@@ -5,6 +5,7 @@ Importing the package makes `AutoConfig`, `AutoModel`, `AutoModelFor...` and `pi
 
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
@@ -17,6 +18,7 @@ from hf_mtcompress.losses.fusion import Fusion, WeightedSum
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.sparse import save_sparse
 from hf_mtcompress.model.student import student_of
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.hub import push_folder
@@ -30,6 +32,7 @@ from hf_mtcompress.tasks import (
 )
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationMixin, DistillationTrainer
+from hf_mtcompress.trainers.masking import KeepTrimmed
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
 from hf_mtcompress.workflow import run as run_recipe
 
@@ -42,6 +45,7 @@ __all__ = [
     "DistillationTrainingArguments",
     "Fusion",
     "ImageClassification",
+    "KeepTrimmed",
     "MTCompressError",
     "MultiTaskConfig",
     "MultiTaskModel",
@@ -66,8 +70,10 @@ __all__ = [
     "register_task",
     "render_card",
     "run_recipe",
+    "save_sparse",
     "student_of",
     "trim_vocabulary",
+    "trim_weights",
 ]
 
 register()

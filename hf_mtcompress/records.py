@@ -120,6 +120,8 @@ class StepRecord:
     """How the tasks' gradients got along in training, as `losses.interference.interference_report` returns it."""
     vocabulary: dict[str, Any] | None = None
     """Tokens and size of the word embedding before and after, and how each split is read, where a step cut it."""
+    sparsity: dict[str, Any] | None = None
+    """Weights that are 0 in each matrix and over all, and bytes stored dense and as saved, where a step trimmed."""
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Trimming: single weights of small magnitude become 0, and the matrices keep their shapes.
 
-What that saves is room on disk (see `hf_mtcompress.model.sparse`). It saves no time: kernels for dense matrices multiply
-by 0 like by any number. For speed, cut whole heads, neurons and layers with `prune`.
+What that saves is room on disk (see `hf_mtcompress.model.sparse`). It saves no time: kernels for dense matrices
+multiply by 0 like by any number. For speed, cut whole heads, neurons and layers with `prune`.
 """
 
 import re
@@ -92,7 +92,7 @@ def trim_weights(
     matrices = encoder_matrices(model, embeddings=embeddings)
     if not matrices:
         raise UnsupportedEncoderError(
-            f"{type(model).__name__}: expected linear layers in the encoder, found none; pruning has left nothing to trim"
+            f"{type(model).__name__}: expected linear layers in the encoder, found none; there is nothing to trim"
         )
     before = {name: zeros_of(matrix) for name, matrix in matrices.items()}
     thresholds: dict[str, float | None] = dict.fromkeys(matrices)
@@ -199,7 +199,9 @@ def _trim_to(
         thresholds[name] = float(magnitudes[name][mask].max()) if bool(mask.any()) else 0.0
         # Not a product with the mask: that would leave zeros with a sign.
         matrix.masked_fill_(mask.view_as(matrix), 0.0)
-    return max((value for value in thresholds.values() if value is not None), default=0.0) if scope == "global" else None
+    return (
+        max((value for value in thresholds.values() if value is not None), default=0.0) if scope == "global" else None
+    )
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:

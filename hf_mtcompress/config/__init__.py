@@ -29,6 +29,7 @@ from hf_mtcompress.config.steps import (
     StudentConfig,
     TeacherConfig,
     TrimVocabularyStep,
+    TrimWeightsStep,
     teachers_of,
 )
 from hf_mtcompress.config.tasks import (
@@ -78,6 +79,7 @@ __all__ = [
     "TokenClassificationConfig",
     "TrainingConfig",
     "TrimVocabularyStep",
+    "TrimWeightsStep",
     "WeightSchedule",
     "teachers_of",
 ]

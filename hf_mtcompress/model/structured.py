@@ -78,8 +78,8 @@ class SparseQuantizer(StructureQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # What was converted on loading would be converted back on saving.
-        conversions: list[Any] = model.__dict__.get("_weight_conversions") or []
-        model._weight_conversions = [item for item in conversions if not _expands(item)]
+        conversions: list[Any] = vars(model).get("_weight_conversions") or []
+        vars(model)["_weight_conversions"] = [item for item in conversions if not _expands(item)]
         super().postprocess_model(model, **kwargs)
         write_mark(model.config, self.quantization_config.structure)
         return model

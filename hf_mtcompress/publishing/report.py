@@ -15,6 +15,7 @@ from hf_mtcompress.publishing.facts import (
     latency_of,
     parent_of,
     short_precision,
+    trimmed_steps,
     vocabulary_cuts,
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, Figures
@@ -30,9 +31,9 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
         Objects with `step`, `kind`, `from`, `split`, `rows`, `average`, `retention`, `retention_above_chance`,
         `worst_task_retention`, `worst_task`, `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
         weights and graph), `latency_b1_ratio` and `latency_b32_ratio` (minimum over minimum of the reference), the same
-        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `vocabulary` (where the step cut it), `seconds`,
-        `delivered`, and `artefacts`: the same of every saved form, with `form`, `folder` and `precision`. A step's own
-        numbers are its first artefact's.
+        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `vocabulary` and `sparsity` (where the step cut or
+        trimmed), `seconds`, `delivered`, and `artefacts`: the same of every saved form, with `form`, `folder` and
+        `precision`. A step's own numbers are its first artefact's.
     """
     delivered = delivered_step(record).name if any(step.artefacts for step in record.steps) else None
     return [
@@ -42,6 +43,7 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
             "from": step.source,
             **_measured(record, step.artefacts[0] if step.artefacts else None),
             **({"vocabulary": step.vocabulary} if step.vocabulary is not None else {}),
+            **({"sparsity": step.sparsity} if step.sparsity is not None else {}),
             "seconds": step.seconds,
             "delivered": step.name == delivered,
             "artefacts": [
@@ -117,7 +119,7 @@ def report_table(record: RunRecord) -> str:
         else "No step has saved anything yet.",
         f"Metrics: {metrics}." if metrics else "",
     ]
-    notes += vocabulary_lines(record, figures)
+    notes += vocabulary_lines(record, figures) + sparsity_lines(record, figures)
     if record.budget:
         notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
     cells = [[cell.replace(NOT_MEASURED, "-") for cell in row] for row in [header, *rows]]
@@ -178,6 +180,27 @@ def vocabulary_lines(record: RunRecord, figures: Figures) -> list[str]:
             f"tokens, {figures.megabytes(cut['embedding_bytes_after'])} of "
             f"{figures.megabytes(cut['embedding_bytes_before'])} of word embeddings. "
             f"Unknown tokens: {', '.join(unknown)}."
+        )
+    return lines
+
+
+def sparsity_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """Two sentences for each step that trimmed weights: how many are 0, and what that saves."""
+    lines = []
+    for step in trimmed_steps(record):
+        found = step.sparsity or {}
+        how = f" in the pattern {figures.text(found['pattern'])}" if found["pattern"] else ""
+        dense = figures.megabytes(found["dense_bytes"])
+        stored = (
+            f"Stored without zeros, the weights of the whole model take {figures.megabytes(found['stored_bytes'])}; "
+            f"dense they would take {dense}."
+            if found["stored_bytes"] < found["dense_bytes"]
+            else f"The weights of the whole model are stored dense, in {dense}."
+        )
+        lines.append(
+            f"Step {step.name} trimmed{how}: {figures.count(found['zeros_saved'])} of "
+            f"{figures.count(found['weights'])} weights of the trimmed matrices are 0 "
+            f"({figures.percent(found['sparsity_saved'])}). {stored} Time is that of the dense model."
         )
     return lines
 

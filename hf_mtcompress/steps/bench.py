@@ -87,6 +87,7 @@ class StepOutcome:
     training: dict[str, Any] | None = None
     interference: dict[str, Any] | None = None
     vocabulary: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
     probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """By artefact folder: logits by task of the model in memory, for the check that it reloads."""
 

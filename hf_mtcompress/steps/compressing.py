@@ -1,26 +1,43 @@
-"""Prune, trim_vocabulary and quantize steps."""
+"""Prune, trim_vocabulary, trim_weights and quantize steps."""
 
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers import TrainerCallback
 
 from hf_mtcompress.artifacts import whole_folder
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.sparsity import trim_weights, zeros_of
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
-from hf_mtcompress.config import DistillStep, FinetuneStep, PruneStep, QuantizeStep, Role, TrimVocabularyStep
-from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
+from hf_mtcompress.config import (
+    DistillStep,
+    FinetuneStep,
+    PruneStep,
+    QuantizeStep,
+    Role,
+    TrimVocabularyStep,
+    TrimWeightsStep,
+)
+from hf_mtcompress.errors import DataError, MTCompressError, RecipeError, UnsupportedEncoderError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
+from hf_mtcompress.model.matrices import encoder_matrices
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.sparse import make_sparse
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, start_model, start_of, structure_of
 from hf_mtcompress.steps.rows import calibration_batches, texts_of, texts_to_keep
 from hf_mtcompress.steps.teaching import load_faculty, train_taught
-from hf_mtcompress.steps.training import save_trained, train_finetune
+from hf_mtcompress.steps.training import Fit, save_trained, train_finetune
+from hf_mtcompress.trainers.masking import KeepTrimmed
 
 logger = logging.getLogger(__name__)
+
+_REPORT = "report.json"
 
 
 def prune_step(step: PruneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
@@ -62,16 +79,34 @@ def prune_step(step: PruneStep, source: str | None, bench: Bench, folder: Path, 
             )
         with whole_folder(cut) as scratch:
             model.save_pretrained(scratch)
-            (scratch / "report.json").write_text(json.dumps(dataclasses.asdict(report), default=str))
+            (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report), default=str))
+    start = Start(_reopened(cut, bench), processor)
+    return save_trained(start, bench, folder, _recover(step.recover, start, bench, work))
+
+
+def _reopened(cut: Path, bench: Bench) -> MultiTaskModel:
+    """The model of a cut that is done, with the tasks of this recipe."""
     model = MultiTaskModel.from_pretrained(cut)
     for name, task in bench.sources.tasks.items():
         model.tasks[name] = task
-    start, fit = Start(model, processor), None
-    if isinstance(step.recover, FinetuneStep):
-        fit = train_finetune(step.recover, start, bench, work)
-    elif isinstance(step.recover, DistillStep):
-        fit = train_taught(step.recover, start, load_faculty(step.recover, bench), bench, work)
-    return save_trained(start, bench, folder, fit)
+    return model
+
+
+def _recover(
+    section: FinetuneStep | DistillStep | None,
+    start: Start,
+    bench: Bench,
+    work: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fit | None:
+    """Train what a cut has left, where the step says so."""
+    match section:
+        case None:
+            return None
+        case FinetuneStep():
+            return train_finetune(section, start, bench, work, callbacks)
+        case DistillStep():
+            return train_taught(section, start, load_faculty(section, bench), bench, work, callbacks)
 
 
 def trim_vocabulary_step(step: TrimVocabularyStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
@@ -96,6 +131,45 @@ def trim_vocabulary_step(step: TrimVocabularyStep, source: str | None, bench: Be
             for role in roles
             if bench.sources.role(role)
         },
+    }
+    return outcome
+
+
+def trim_weights_step(step: TrimWeightsStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    """Set small weights to 0, train the others where the step says so, and store what is left."""
+    cut = work / "trimmed"
+    if not cut.exists():
+        model = start_model(source, bench)
+        try:
+            report = trim_weights(
+                model,
+                sparsity=step.sparsity,
+                threshold=step.threshold,
+                pattern=step.pattern,
+                scope=step.scope,
+                embeddings=step.embeddings,
+            )
+        except UnsupportedEncoderError as error:
+            # What no recipe shows: rows that a pattern does not fill, an encoder without words.
+            raise RecipeError(f"steps.{step.name}: {error}") from error
+        with whole_folder(cut) as scratch:
+            model.save_pretrained(scratch)
+            (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
+    report = json.loads((cut / _REPORT).read_text(encoding="utf-8"))
+    start = Start(_reopened(cut, bench), bench.processor_of(source))
+    trimmed = report["zeros_after"] > 0
+    keep = [KeepTrimmed(start.model, embeddings=step.embeddings)] if step.recover is not None and trimmed else []
+    outcome = save_trained(start, bench, folder, _recover(step.recover, start, bench, work, keep))
+    dense = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = make_sparse(folder).sparse if step.storage == "sparse" else dense
+    matrices = encoder_matrices(start.model, embeddings=step.embeddings)
+    zeros = sum(zeros_of(matrix) for matrix in matrices.values())
+    outcome.sparsity = {
+        **report,
+        "zeros_saved": zeros,
+        "sparsity_saved": zeros / report["weights"],
+        "dense_bytes": dense,
+        "stored_bytes": stored,
     }
     return outcome
 

@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from hf_mtcompress.artifacts import ONNX_SETTINGS, WORK
 from hf_mtcompress.compression.importance import block_influence
@@ -119,9 +119,16 @@ def ask_teacher(
         return trainer.ask_teachers(folder, part)
 
 
-def train_taught(step: DistillStep | PretrainStep, start: Start, faculty: Faculty, bench: Bench, work: Path) -> Fit:
+def train_taught(
+    step: DistillStep | PretrainStep,
+    start: Start,
+    faculty: Faculty,
+    bench: Bench,
+    work: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fit:
     """Train a model on the answers of teachers; a killed training goes on."""
-    return fit_of(_taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench)), work)
+    return fit_of(_taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench), callbacks), work)
 
 
 def _taught_trainer(
@@ -131,6 +138,7 @@ def _taught_trainer(
     bench: Bench,
     work: Path,
     cache: Path | Literal[False] | None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> DistillationTrainer:
     """The trainer of a step with a teacher; a pretrain step has no labels, so none to score or to keep weights by."""
     config = merged_training(step, bench.recipe.training)
@@ -156,7 +164,7 @@ def _taught_trainer(
         train_dataset=rows,
         eval_dataset=scored,
         processing_class=start.processor,
-        callbacks=[MarkComplete()],
+        callbacks=[*callbacks, MarkComplete()],
     )
 
 

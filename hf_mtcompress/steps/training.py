@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,9 @@ class Fit:
     interference: dict[str, Any] | None
 
 
-def train_finetune(step: FinetuneStep, start: Start, bench: Bench, work: Path) -> Fit:
+def train_finetune(
+    step: FinetuneStep, start: Start, bench: Bench, work: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> Fit:
     """Train a model on labels; a killed training goes on."""
     config = merged_training(step, bench.recipe.training)
     arguments = training_arguments(MultiTaskTrainingArguments, config, bench, work)
@@ -51,7 +54,7 @@ def train_finetune(step: FinetuneStep, start: Start, bench: Bench, work: Path) -
         train_dataset=bench.sources.role("train"),
         eval_dataset=bench.sources.role("validation"),
         processing_class=start.processor,
-        callbacks=[MarkComplete()],
+        callbacks=[*callbacks, MarkComplete()],
     )
     return fit_of(trainer, work)
 
