@@ -319,6 +319,8 @@ LIMITS: dict[str, _Limit] = {
     "head_learning_rate": _POSITIVE,
     "heads": _FRACTION,
     "image_size": _AT_LEAST_1,
+    "l1_penalty": _AT_LEAST_0,
+    "l2_penalty": _AT_LEAST_0,
     "label_smoothing": _FRACTION,
     "label_weight": _SHARE,
     "latency_b1_ratio": _POSITIVE,
