@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.branches import Branch
 from hf_mtcompress.model.modeling import MultiTaskModel
 
 
@@ -27,7 +28,8 @@ def encoder_matrices(model: PreTrainedModel, *, embeddings: bool = False) -> dic
             "model, and quantize it afterwards: weights that are 0 stay 0"
         )
     encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [encoder_of(model)]
-    inside = set(model.branches.modules()) if isinstance(model, MultiTaskModel) else set()
+    branches = list(model.branches.values()) if isinstance(model, MultiTaskModel) else []
+    inside = {module for branch in branches if isinstance(branch, Branch) for module in branch.layers.modules()}
     tables: set[nn.Module] = set()
     for encoder in encoders:
         assert isinstance(encoder, PreTrainedModel)

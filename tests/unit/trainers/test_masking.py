@@ -102,7 +102,7 @@ def test_trimmed_weights_do_not_count_in_the_clipping_of_gradients(tmp_path: Pat
 def test_what_cannot_be_kept(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="expected a model with trimmed weights, found none that are 0"):
         KeepTrimmed(trimmed(sparsity=0.0))
-    other = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3, intermediate_size=16))
+    other = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3, hidden_size=16))
     assert isinstance(other, PreTrainedModel)
     with pytest.raises(TrainingError, match="expected the model that it was made with"):
         trainer_of(other, tmp_path, KeepTrimmed(trimmed())).train()
