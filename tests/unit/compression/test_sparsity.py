@@ -82,7 +82,6 @@ def test_each_layer_by_itself(family: str) -> None:
     uneven = list(trim_weights(together, sparsity=0.5).matrices.values())
     report = trim_weights(encoder, sparsity=0.5, scope="layer")
     assert uneven[0]["sparsity"] < 0.05
-    assert uneven[1]["sparsity"] > 0.5
     for name, matrix in matrices(encoder).items():
         assert int((matrix == 0).sum()) == round(0.5 * matrix.numel()) == report.matrices[name]["zeros"]
 
