@@ -1,9 +1,9 @@
 """Float weights stored without their zeros, in folders that open like any other after `import hf_mtcompress`.
 
 A matrix `weight` with enough zeros becomes two tensors in the safetensors file: `weight_values`, the entries that are
-not 0 row by row, and `weight_mask`, one bit for each entry (eight to a byte, the lowest first). A bit costs less than
-an index as soon as more than one weight in 32 is left, and N:M patterns need nothing of their own. The entry in
-`config.json` names the method `SPARSE_METHOD`; loading fills the matrices again, and the model in memory is dense.
+not 0 row by row, and `weight_mask`, one bit for each entry (eight to a byte, the lowest first). Bits cost less than
+indices of 32 bits as soon as more than one weight in 32 is left, and N:M patterns need nothing of their own. The entry
+in `config.json` names the method `SPARSE_METHOD`; loading fills the matrices again, and the model in memory is dense.
 
 Entries are kept by their bits, so that negative zeros and numbers that are not finite come back as they were.
 """

@@ -145,9 +145,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"sparsity": None}, "(trimmed): expected one of sparsity, threshold and pattern, found none of them"),
-        ({"threshold": 0.1}, "(trimmed): expected one of sparsity, threshold and pattern, found sparsity and thr"),
-        ({"sparsity": 0.0}, "(trimmed).sparsity: trims nothing; expected a fraction above 0"),
+        ({"sparsity": None}, "(trim_weights): expected one of sparsity, threshold and pattern, found none of them"),
+        ({"threshold": 0.1}, "(trim_weights): expected one of sparsity, threshold and pattern, found sparsity and thr"),
+        ({"sparsity": 0.0}, "(trim_weights).sparsity: trims nothing; expected a fraction above 0"),
         ({"sparsity": 1.0}, "sparsity: expected a fraction of at least 0 and below 1, found 1.0"),
         ({"sparsity": None, "threshold": 0}, "threshold: expected a number above 0, found 0"),
         ({"sparsity": None, "pattern": "4:2"}, "pattern: expected N:M in quotes, of every M weights N stay"),

@@ -63,7 +63,7 @@ def test_the_smallest_weights_of_all_go(family: str) -> None:
     assert report.zeros_after == round(0.37 * total) == sum(int((matrix == 0).sum()) for matrix in after.values())
     gone = max(float(before[name][after[name] == 0].abs().max()) for name in after if bool((after[name] == 0).any()))
     left = min(float(matrix[matrix != 0].abs().min()) for matrix in after.values())
-    assert gone == report.threshold <= left
+    assert report.threshold == gone <= left
     for name, value in encoder.state_dict().items():
         assert (
             torch.equal(value[value != 0], others[name][value != 0])
