@@ -5,6 +5,7 @@ Importing the package makes `AutoConfig`, `AutoModel`, `AutoModelFor...` and `pi
 
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.schedule import GradualPruning
 from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.config import Recipe
@@ -44,6 +45,7 @@ __all__ = [
     "DistillationTrainer",
     "DistillationTrainingArguments",
     "Fusion",
+    "GradualPruning",
     "ImageClassification",
     "KeepTrimmed",
     "MTCompressError",

@@ -27,6 +27,7 @@ from hf_mtcompress.data.sources import Sources, load_sources
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.steps.pruning import recoveries
 from hf_mtcompress.steps.rows import texts_to_keep
 from hf_mtcompress.steps.training import merged_training
 
@@ -202,14 +203,22 @@ def _teacher_or(source: str | None, step: StepConfig) -> str | None:
 
 def _training_size(step: StepConfig, recipe: Recipe, rows: int) -> dict[str, Any]:
     """Optimizer steps of the training in a step; None where it has none."""
-    training = step.recover if isinstance(step, PruneStep | TrimWeightsStep) else step
-    if not isinstance(training, FinetuneStep | PretrainStep | DistillStep):
-        return {"formats": list(step.formats)} if isinstance(step, ExportStep) else {}
-    merged = merged_training(training, recipe.training)
-    batch = (merged.batch_size or 8) * (merged.gradient_accumulation_steps or 1)
-    epochs = merged.epochs if merged.epochs is not None else 3.0
-    steps = merged.max_steps if merged.max_steps is not None else math.ceil(math.ceil(rows / batch) * epochs)
-    return {"optimizer_steps": steps, "batch_size": batch}
+    match step:
+        case PruneStep():
+            trainings = recoveries(step, recipe.training)
+        case TrimWeightsStep():
+            trainings = [] if step.recover is None else [step.recover]
+        case _:
+            trainings = [step]
+    steps, batch = 0, 0
+    for training in trainings:
+        if not isinstance(training, FinetuneStep | PretrainStep | DistillStep):
+            return {"formats": list(step.formats)} if isinstance(step, ExportStep) else {}
+        merged = merged_training(training, recipe.training)
+        batch = (merged.batch_size or 8) * (merged.gradient_accumulation_steps or 1)
+        epochs = merged.epochs if merged.epochs is not None else 3.0
+        steps += merged.max_steps if merged.max_steps is not None else math.ceil(math.ceil(rows / batch) * epochs)
+    return {"optimizer_steps": steps, "batch_size": batch} if trainings else {}
 
 
 def plan_text(plan: dict[str, Any], output: Path) -> str:

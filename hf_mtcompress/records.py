@@ -120,6 +120,8 @@ class StepRecord:
     """How the tasks' gradients got along in training, as `losses.interference.interference_report` returns it."""
     vocabulary: dict[str, Any] | None = None
     """Tokens and size of the word embedding before and after, and how each split is read, where a step cut it."""
+    pruning: dict[str, Any] | None = None
+    """What a prune step removed and when, and the scores of the candidates that it chose from."""
     sparsity: dict[str, Any] | None = None
     """Weights that are 0 in each matrix and over all, and bytes stored dense and as saved, where a step trimmed."""
 

@@ -167,6 +167,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             training=outcome.training,
             interference=outcome.interference,
             vocabulary=outcome.vocabulary,
+            pruning=outcome.pruning,
             sparsity=outcome.sparsity,
         )
         for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):

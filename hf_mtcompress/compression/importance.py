@@ -155,6 +155,34 @@ def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: T
     return gate_gradients(anatomy, loss, rows, like).scores()
 
 
+def from_weight_gradients(anatomy: Anatomy) -> tuple[list[Tensor], list[Tensor]]:
+    """Squared derivatives of the loss by gates on heads and neurons, from the gradients that a backward pass left.
+
+    The gates of this file scale the inputs of an output projection, so the derivative by one of them is the sum of
+    weight times gradient over the columns of its part: training knows it for nothing. Here it is that of the mean loss
+    of a whole step, not of single rows; as in Molchanov et al. its square is taken.
+
+    Returns:
+        By layer, of shapes (heads,) and (width,), float32 on the device of the weights; zeros without gradient.
+    """
+
+    def squared(output: nn.Module, parts: int) -> Tensor:
+        if not isinstance(output, nn.Linear):
+            return torch.zeros(0)
+        weight = output.weight
+        if weight.grad is None:
+            return torch.zeros(parts, device=weight.device)
+        products = (weight.detach().float() * weight.grad.float()).sum(0)
+        # A step that overflowed says nothing; the optimizer leaves it out too.
+        return products.unflatten(0, (parts, -1)).sum(1).square().nan_to_num(0.0, 0.0, 0.0)
+
+    layers = anatomy.layers
+    return (
+        [squared(layer.attention.output, layer.attention.heads) for layer in layers],
+        [squared(layer.feed_forward.output, layer.feed_forward.width) for layer in layers],
+    )
+
+
 def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """How much each layer changes its input: one minus the cosine between the hidden state before and after it.
 

@@ -1,4 +1,7 @@
-"""Structured pruning: measure importance on data, choose, cut, repair; the model gets really smaller and faster."""
+"""Structured pruning: measure importance on data, choose, cut, repair; the model gets really smaller and faster.
+
+See `schedule.py` for pruning while a model is trained.
+"""
 
 import copy
 import dataclasses
@@ -12,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_mtcompress.compression.counting import costs_of, select_compute
 from hf_mtcompress.compression.importance import (
     Gradients,
     Scores,
@@ -33,13 +37,12 @@ from hf_mtcompress.compression.selection import (
     select_heads,
     select_layers,
     select_neurons,
-    select_within_budget,
     select_within_time,
 )
 from hf_mtcompress.compression.selection import rearrange as rearrange_layer
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import refuse_adapters
-from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
+from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, describe_structure, is_vanilla, keep_layers
@@ -108,6 +111,16 @@ class PruneReport:
     """What the repair did, see `hf_mtcompress.compression.repair.RepairReport`."""
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What the fractions of a further round of pruning are of: the model before the first round."""
+
+    layers: Sequence[tuple[int, int]]
+    """Heads and neurons that each layer which is still there had."""
+    multiply_adds: int | None = None
+    """Of all layers, those that went included; where `compute` is asked for."""
+
+
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Tensor]],
@@ -124,6 +137,7 @@ def prune(
     repair: bool = False,
     multiple_of: int = 32,
     seed: int = 42,
+    whole: Whole | None = None,
     progress: bool = True,
 ) -> PruneReport:
     """Cut the least important heads, feed-forward neurons and layers out of `model`, in place.
@@ -150,6 +164,8 @@ def prune(
         repair: solve the output projections anew after the cut, without training; see `repair.py`.
         multiple_of: feed-forward widths become multiples of this, which is what kernels like.
         seed: of `random`.
+        whole: for a further round: what `heads`, `feed_forward` and `compute` are fractions of, what went before
+            included; default: the model as it is.
         progress: whether to show progress bars.
 
     Returns:
@@ -170,6 +186,15 @@ def prune(
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
         raise ValueError(f"layers: expected 0 to {count - 1} layers to remove from {count}, found {layers}")
+    if whole is not None and latency is not None:
+        raise ValueError(
+            "latency: expected it without whole, since the time of a call is one of this model, found both; keep one"
+        )
+    if whole is not None and len(whole.layers) != count:
+        raise ValueError(
+            f"whole: expected heads and neurons of the {count} layers that are there, found {len(whole.layers)}; leave "
+            "out those that went before"
+        )
     device = next(encoder.parameters()).device
     data = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     _check_data(model, data, importance, repair)
@@ -183,8 +208,10 @@ def prune(
     full = copy.deepcopy(model) if repair else None
     try:
         if compute:
-            costs = _costs(find_anatomy(encoder), length or _mean_length(model, encoder, data))
+            costs = costs_of(find_anatomy(encoder), length or mean_length(model, data))
             total = costs.of(find_anatomy(encoder))
+            if whole is not None and whole.multiply_adds is not None:
+                total = whole.multiply_adds
         milliseconds = None if latency is None else latency.table.milliseconds(_shape(encoder), latency.batch_size)
         one_scale = importance == "fisher" or compute > 0 or latency is not None
         measured = _measure(model, encoder, data, importance, rearrange and not layers, seed, progress)
@@ -206,8 +233,13 @@ def prune(
             if latency is not None and milliseconds is not None:
                 return _select_time(scores, latency, milliseconds, multiple_of)
             if costs is None or total is None:
-                return select_heads(scores.heads, heads), select_neurons(scores.feed_forward, feed_forward, multiple_of)
-            return _select_compute(scores, find_anatomy(encoder), costs, compute, total, multiple_of)
+                sizes = None if whole is None else [whole.layers[layer] for layer in kept_layers]
+                of = (None, None) if sizes is None else (sum(one for one, _ in sizes), sum(two for _, two in sizes))
+                return (
+                    select_heads(scores.heads, heads, of[0]),
+                    select_neurons(scores.feed_forward, feed_forward, multiple_of, of[1]),
+                )
+            return select_compute(scores, find_anatomy(encoder), costs, compute, total, multiple_of)
 
         if heads or feed_forward or compute or latency:
             kept, scores = _choose(measured, combine, one_scale, select, _lost)
@@ -226,7 +258,7 @@ def prune(
     finally:
         model.train(was_training)
     if isinstance(model, MultiTaskModel):
-        _update_config(model)
+        update_config(model)
     return PruneReport(
         importance=importance,
         rows=sum(map(_rows, data)) if importance in _ON_DATA else 0,
@@ -354,29 +386,6 @@ def _lost(kept: tuple[Kept, Kept], share: Scores) -> float:
     return sum(float(values.sum()) - float(values[stays].sum()) for values, stays in parts)
 
 
-def _select_compute(
-    scores: Scores, anatomy: Anatomy, costs: "_Costs", compute: float, total: int, multiple_of: int
-) -> tuple[Kept, Kept]:
-    """Heads and neurons to keep for all but a fraction of `total` multiply-adds."""
-    least = sum(
-        costs.head * min(layer.attention.heads, 1) + costs.neuron * min(layer.feed_forward.width, multiple_of)
-        for layer in anatomy.layers
-    )
-    if least > (1.0 - compute) * total:
-        raise ValueError(
-            f"compute: expected at most {1.0 - least / total:.3f}, since each of {len(anatomy.layers)} layers keeps "
-            f"one head and {multiple_of} neurons, found {compute}; remove layers too, or lower multiple_of"
-        )
-    return select_within_budget(
-        scores.heads,
-        scores.feed_forward,
-        head_cost=costs.head,
-        neuron_cost=costs.neuron,
-        budget=(1.0 - compute) * total,
-        multiple_of=multiple_of,
-    )
-
-
 def _select_time(scores: Scores, latency: TimeBudget, milliseconds: float, multiple_of: int) -> tuple[Kept, Kept]:
     """Heads and neurons to keep in all but a fraction of the milliseconds that a call takes."""
     times = latency.table.batches[latency.batch_size]
@@ -449,39 +458,13 @@ def _total(scores: Scores) -> float:
     return sum(float(value.sum()) for value in (*scores.heads, *scores.feed_forward))
 
 
-# ---- counting ----
+def mean_length(model: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) -> int:
+    """Tokens or patches of a row that count, on the average.
 
-
-@dataclass(frozen=True)
-class _Costs:
-    """Multiply-adds for one row of `length` tokens."""
-
-    length: int
-    head: int
-    neuron: int
-
-    def of(self, anatomy: Anatomy) -> int:
-        """Of the layers; norms, and what families compute once for all heads, are left out."""
-        heads = sum(layer.attention.heads for layer in anatomy.layers)
-        return heads * self.head + sum(layer.feed_forward.width for layer in anatomy.layers) * self.neuron
-
-
-def _costs(anatomy: Anatomy, length: int) -> _Costs:
-    """What a head and a neuron cost: their rows and columns of the linear layers, and a head's attention."""
-    head, neuron = 1, 1
-    for layer in anatomy.layers:
-        attention, part = layer.attention, layer.feed_forward
-        # A part that is gone does not know what it cost.
-        if attention.heads:
-            linear = anatomy.hidden_size * (len(attention.projections) * attention.blocks + 1)
-            head = length * attention.head_size * (linear + 2 * length)
-        if part.width:
-            neuron = length * anatomy.hidden_size * (len(part.inputs) * part.blocks + 1)
-    return _Costs(length, head, neuron)
-
-
-def _mean_length(model: PreTrainedModel, encoder: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) -> int:
-    """Tokens or patches of a row that count, on the average."""
+    Args:
+        model: reads the rows, where nothing else says how many tokens they have.
+        data: batches.
+    """
     if not data:
         raise ValueError("length: expected a number of tokens, or batches to count them in, found neither")
     if all("attention_mask" in batch for batch in data):
@@ -491,6 +474,8 @@ def _mean_length(model: PreTrainedModel, encoder: PreTrainedModel, data: Sequenc
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
+    encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
+    assert isinstance(encoder, PreTrainedModel)
     hook = find_anatomy(encoder).layers[0].module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
@@ -548,7 +533,8 @@ def _cut_and_compare(
     return difference
 
 
-def _update_config(model: MultiTaskModel) -> None:
+def update_config(model: MultiTaskModel) -> None:
+    """Write into the config what a cut left of the encoders."""
     model.refresh_config()
     structures = dict(model.config.structure or {})
     for name, encoder in model.encoders.items():

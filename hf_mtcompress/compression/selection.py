@@ -41,7 +41,7 @@ def check_fraction(name: str, fraction: float) -> None:
         raise ValueError(f"{name}: expected a fraction from 0 (keep all) to 1 (remove all), found {fraction}")
 
 
-def select_heads(scores: Sequence[Tensor], fraction: float) -> Kept:
+def select_heads(scores: Sequence[Tensor], fraction: float, of: int | None = None) -> Kept:
     """Heads to keep, by layer.
 
     The least important heads of all layers together go; each layer that has heads keeps one, unless `fraction` is 1.
@@ -49,6 +49,7 @@ def select_heads(scores: Sequence[Tensor], fraction: float) -> Kept:
     Args:
         scores: by layer, of shape (heads,).
         fraction: of all heads to remove, 0..1.
+        of: how many heads there were, where some went before and count as removed; default: all have scores.
     """
     check_fraction("heads", fraction)
     kept = {layer: list(range(len(values))) for layer, values in enumerate(scores)}
@@ -57,9 +58,10 @@ def select_heads(scores: Sequence[Tensor], fraction: float) -> Kept:
     order = sorted(
         (float(value), layer, head) for layer, values in enumerate(scores) for head, value in enumerate(values)
     )
-    removed = 0
+    whole = len(order) if of is None else of
+    removed = whole - len(order)
     for _, layer, head in order:
-        if removed == _round(fraction * len(order)):
+        if removed >= _round(fraction * whole):
             break
         if len(kept[layer]) > 1:
             kept[layer].remove(head)
@@ -67,7 +69,7 @@ def select_heads(scores: Sequence[Tensor], fraction: float) -> Kept:
     return kept
 
 
-def select_neurons(scores: Sequence[Tensor], fraction: float, multiple_of: int = 1) -> Kept:
+def select_neurons(scores: Sequence[Tensor], fraction: float, multiple_of: int = 1, of: int | None = None) -> Kept:
     """Feed-forward neurons to keep, by layer, in widths that are multiples.
 
     In each layer the neurons are sorted by score and put in groups of `multiple_of`; the groups with the highest mean
@@ -78,6 +80,7 @@ def select_neurons(scores: Sequence[Tensor], fraction: float, multiple_of: int =
         scores: by layer, of shape (width,).
         fraction: of all neurons to remove, 0..1.
         multiple_of: at least 1.
+        of: how many neurons there were, where some went before and count as removed; default: all have scores.
 
     Raises:
         ValueError: `fraction` or `multiple_of` is out of range.
@@ -90,7 +93,7 @@ def select_neurons(scores: Sequence[Tensor], fraction: float, multiple_of: int =
     if fraction == 1.0:
         return {layer: [] for layer in everything}
     kept, groups = _grouped(scores, multiple_of)
-    wanted = (1.0 - fraction) * sum(len(values) for values in scores)
+    wanted = (1.0 - fraction) * (sum(len(values) for values in scores) if of is None else of)
     have = sum(len(neurons) for neurons in kept.values())
     # Scores fall within a layer, so a layer's groups are taken in order.
     for _, layer, group in sorted(groups, key=lambda entry: (-entry[0], entry[1])):

@@ -16,6 +16,7 @@ from hf_mtcompress.config.recipe import (
     PublishConfig,
     Recipe,
 )
+from hf_mtcompress.config.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
 from hf_mtcompress.config.steps import (
     AdapterConfig,
     AdapterTargets,
@@ -58,10 +59,13 @@ __all__ = [
     "FeatureMapCriterionConfig",
     "FinetuneStep",
     "FusionConfig",
+    "GradualSchedule",
     "HiddenCriterionConfig",
     "ImageClassificationConfig",
+    "IterativeSchedule",
     "LogitsCriterionConfig",
     "MixingConfig",
+    "OneShotSchedule",
     "PretrainStep",
     "ProblemType",
     "PruneStep",
@@ -70,6 +74,7 @@ __all__ = [
     "Recipe",
     "RelationsCriterionConfig",
     "Role",
+    "ScheduleConfig",
     "SequenceClassificationConfig",
     "StepConfig",
     "StudentConfig",

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_mtcompress.config.data import DataConfig
 from hf_mtcompress.config.recipe import BenchmarkConfig, PublishConfig, Recipe
+from hf_mtcompress.config.schedules import GradualSchedule
 from hf_mtcompress.config.sections import Problems, join, near
 from hf_mtcompress.config.steps import (
     FLOAT_STEPS,
@@ -271,6 +272,13 @@ def _check_prune(
             join(path, "combine"),
             f"is about importance that is measured for each task, found importance: {step.importance}; remove the key",
         )
+    if step.candidates > 1 and step.importance != "random":
+        problems.add(
+            join(path, "candidates"),
+            f"tries random cuts; expected importance: random beside it, found importance: {step.importance}",
+        )
+    if isinstance(step.schedule, GradualSchedule):
+        _check_gradual(step, step.schedule, path, problems)
     _check_recover(step.recover, path, earlier, names, problems)
 
 
@@ -313,6 +321,37 @@ def _check_recover(
             problems.add(join(recover, "student"), "recovery trains the cut model itself; remove the key")
         else:
             _check_distill(section, recover, earlier, names, problems)
+
+
+def _check_gradual(step: PruneStep, schedule: GradualSchedule, path: str, problems: Problems) -> None:
+    """What a training that prunes on its way cannot do is said before it."""
+    place = join(path, "schedule")
+    if schedule.begin >= schedule.end:
+        problems.add(
+            join(place, "end"), f"expected a fraction above begin, found {schedule.end} with begin {schedule.begin}"
+        )
+    if step.recover is None:
+        problems.add(place, "gradual prunes during the recovery; expected recover beside it, or kind: one_shot")
+    if not (step.heads or step.feed_forward or step.compute):
+        problems.add(place, "gradual removes heads and neurons; expected heads, feed_forward or compute above 0")
+    if step.layers and step.compute:
+        problems.add(
+            join(path, "layers"),
+            "whole layers go before the recovery and do not count towards compute with schedule: gradual; remove "
+            "them in a prune step before this one",
+        )
+    if step.importance not in ("first_order", "magnitude"):
+        problems.add(
+            join(path, "importance"),
+            f"expected first_order or magnitude with schedule: gradual, which training knows at every step, found "
+            f"{step.importance}",
+        )
+    if step.combine != "mean":
+        problems.add(
+            join(path, "combine"), "with schedule: gradual the loss that is trained on decides; remove the key"
+        )
+    if step.repair:
+        problems.add(join(path, "repair"), "with schedule: gradual the training repairs; remove the key")
 
 
 def _check_words(words: Sequence[str], path: str, problems: Problems) -> None:

@@ -1,6 +1,6 @@
 """The steps of a recipe, one frozen class each, joined in the union `StepConfig`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_mtcompress.config.criteria import (
@@ -12,6 +12,7 @@ from hf_mtcompress.config.criteria import (
     RelationsCriterionConfig,
 )
 from hf_mtcompress.config.data import DataConfig
+from hf_mtcompress.config.schedules import OneShotSchedule, ScheduleConfig
 from hf_mtcompress.config.tasks import WeightSchedule
 from hf_mtcompress.config.training import TrainingConfig
 
@@ -160,6 +161,7 @@ class PruneStep:
     ```yaml
     - {kind: prune, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
     - {kind: prune, from: student, compute: 0.5, importance: fisher, rearrange: true, repair: true}
+    - {kind: prune, compute: 0.5, schedule: {kind: gradual}, recover: {kind: distill, teacher: teacher, epochs: 4}}
     ```
     """
 
@@ -191,7 +193,13 @@ class PruneStep:
     repair: bool = False
     """After the cut, solve the output projections anew so that hidden states stay near those before; no training."""
     rows: int = 512
-    """Training rows that the importance is measured on, and the repair."""
+    """Training rows that the importance is measured on, and the repair; validation rows that `candidates` are scored
+    on."""
+    candidates: int = 1
+    """With `importance: random`: try so many random cuts and keep the one with the best validation average."""
+    schedule: ScheduleConfig = field(default_factory=OneShotSchedule)
+    """When it is removed: all at once (`{kind: one_shot}`), in rounds with a part of the recovery after each
+    (`iterative`), or step by step during the recovery (`gradual`)."""
     multiple_of: int = 32
     """Feed-forward widths are rounded to multiples of this, which is what kernels like."""
     recover: FinetuneStep | DistillStep | None = None

@@ -28,7 +28,14 @@ from hf_mtcompress.publishing.facts import (
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
 from hf_mtcompress.publishing.portable import portable, portable_recipe
-from hf_mtcompress.publishing.report import lineage, markdown, sparsity_lines, task_scores, vocabulary_lines
+from hf_mtcompress.publishing.report import (
+    lineage,
+    markdown,
+    pruning_lines,
+    sparsity_lines,
+    task_scores,
+    vocabulary_lines,
+)
 from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
@@ -465,6 +472,10 @@ class _Page:
                 ]
             )
         return _without_empty_columns(rows)
+
+    def pruning(self) -> list[str]:
+        """How steps that did not cut at once came to their size."""
+        return pruning_lines(self.record, self.n)
 
     def vocabulary(self) -> list[str]:
         """What steps that cut the vocabulary left of it."""

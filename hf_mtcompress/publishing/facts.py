@@ -113,6 +113,15 @@ def vocabulary_cuts(record: RunRecord) -> list[StepRecord]:
     return [step for step in record.steps if step.vocabulary is not None]
 
 
+def scheduled_prunings(record: RunRecord) -> list[StepRecord]:
+    """Prune steps that did more than cut once: in rounds, while they recovered, or by trying candidates."""
+    return [
+        step
+        for step in record.steps
+        if step.pruning is not None and (step.pruning["schedule"] != "one_shot" or step.pruning.get("candidates"))
+    ]
+
+
 def trimmed_steps(record: RunRecord) -> list[StepRecord]:
     """Steps that set single weights to 0."""
     return [step for step in record.steps if step.sparsity is not None]

@@ -14,6 +14,7 @@ from hf_mtcompress.publishing.facts import (
     final_scores,
     latency_of,
     parent_of,
+    scheduled_prunings,
     short_precision,
     trimmed_steps,
     vocabulary_cuts,
@@ -31,9 +32,9 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
         Objects with `step`, `kind`, `from`, `split`, `rows`, `average`, `retention`, `retention_above_chance`,
         `worst_task_retention`, `worst_task`, `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
         weights and graph), `latency_b1_ratio` and `latency_b32_ratio` (minimum over minimum of the reference), the same
-        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `vocabulary` and `sparsity` (where the step cut or
-        trimmed), `seconds`, `delivered`, and `artefacts`: the same of every saved form, with `form`, `folder` and
-        `precision`. A step's own numbers are its first artefact's.
+        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `pruning`, `vocabulary` and `sparsity` (where the
+        step cut parts, tokens or single weights), `seconds`, `delivered`, and `artefacts`: the same of every saved
+        form, with `form`, `folder` and `precision`. A step's own numbers are its first artefact's.
     """
     delivered = delivered_step(record).name if any(step.artefacts for step in record.steps) else None
     return [
@@ -43,6 +44,7 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
             "from": step.source,
             **_measured(record, step.artefacts[0] if step.artefacts else None),
             **({"vocabulary": step.vocabulary} if step.vocabulary is not None else {}),
+            **({"pruning": step.pruning} if step.pruning is not None else {}),
             **({"sparsity": step.sparsity} if step.sparsity is not None else {}),
             "seconds": step.seconds,
             "delivered": step.name == delivered,
@@ -119,7 +121,11 @@ def report_table(record: RunRecord) -> str:
         else "No step has saved anything yet.",
         f"Metrics: {metrics}." if metrics else "",
     ]
-    notes += vocabulary_lines(record, figures) + sparsity_lines(record, figures)
+    notes += [
+        *pruning_lines(record, figures),
+        *vocabulary_lines(record, figures),
+        *sparsity_lines(record, figures),
+    ]
     if record.budget:
         notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
     cells = [[cell.replace(NOT_MEASURED, "-") for cell in row] for row in [header, *rows]]
@@ -163,6 +169,36 @@ def budget_lines(record: RunRecord, figures: Figures) -> list[str]:
                 f"found {'nothing measured' if found is None else figures.plain(found)})"
             )
     return phrases
+
+
+def pruning_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """One sentence for each prune step that did not cut at once: in how many rounds, when, and of which candidates."""
+    lines = []
+    for step in scheduled_prunings(record):
+        pruning = step.pruning or {}
+        gradual, tried = pruning.get("gradual"), pruning.get("candidates") or []
+        phrases = []
+        if pruning["schedule"] == "iterative":
+            sizes = [figures.parameters(part["parameters_after"]) for part in pruning["rounds"]]
+            phrases.append(f"was cut in {figures.plain(len(sizes))} rounds, to {', '.join(sizes)} parameters")
+        if gradual:
+            phrases.append(
+                f"was pruned while it was trained, from step {figures.plain(gradual['first_step'])} to step "
+                f"{figures.plain(gradual['last_step'])} in {figures.plain(len(gradual['changes']))} parts"
+                + ("" if gradual["complete"] else ", and stopped before all was removed")
+            )
+        for number, candidates in enumerate(tried, 1):
+            scores = [one["average"] for one in candidates if one["average"] is not None]
+            where = f" of round {figures.plain(number)}" if len(tried) > 1 else ""
+            spread = (
+                f" (validation average {figures.score(max(scores))}, the worst {figures.score(min(scores))})"
+                if scores
+                else ""
+            )
+            phrases.append(f"is the best of {figures.plain(len(candidates))} random candidates{where}{spread}")
+        if phrases:
+            lines.append(f"Step {step.name} {'; '.join(phrases)}.")
+    return lines
 
 
 def vocabulary_lines(record: RunRecord, figures: Figures) -> list[str]:

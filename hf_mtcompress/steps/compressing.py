@@ -1,112 +1,41 @@
-"""Prune, trim_vocabulary, trim_weights and quantize steps."""
+"""Trim_vocabulary, trim_weights and quantize steps; see `pruning.py` for the other way to a smaller model."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import TrainerCallback
-
 from hf_mtcompress.artifacts import whole_folder
-from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.sparsity import trim_weights, zeros_of
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
-from hf_mtcompress.config import (
-    DistillStep,
-    FinetuneStep,
-    PruneStep,
-    QuantizeStep,
-    Role,
-    TrimVocabularyStep,
-    TrimWeightsStep,
-)
-from hf_mtcompress.errors import DataError, MTCompressError, RecipeError, UnsupportedEncoderError
+from hf_mtcompress.config import QuantizeStep, Role, TrimVocabularyStep, TrimWeightsStep
+from hf_mtcompress.errors import DataError, RecipeError, UnsupportedEncoderError
 from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.matrices import encoder_matrices
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sparse import make_sparse
 from hf_mtcompress.records import Artefact
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, start_model, start_of, structure_of
-from hf_mtcompress.steps.rows import calibration_batches, texts_of, texts_to_keep
-from hf_mtcompress.steps.teaching import load_faculty, train_taught
-from hf_mtcompress.steps.training import Fit, save_trained, train_finetune
+from hf_mtcompress.steps.bench import (
+    Bench,
+    Start,
+    StepOutcome,
+    probe,
+    probe_batch,
+    reopened,
+    start_model,
+    start_of,
+    structure_of,
+)
+from hf_mtcompress.steps.rows import texts_of, texts_to_keep
+from hf_mtcompress.steps.teaching import recover
+from hf_mtcompress.steps.training import save_trained
 from hf_mtcompress.trainers.masking import KeepTrimmed
 
 logger = logging.getLogger(__name__)
 
 _REPORT = "report.json"
-
-
-def prune_step(step: PruneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    """Cut heads, neurons and layers, and train what is left where the step says so; the cut is done once."""
-    cut, processor = work / "cut", bench.processor_of(source)
-    if not cut.exists():
-        model = start_model(source, bench)
-        try:
-            report = prune(
-                model,
-                calibration_batches(Start(model, processor), bench, step.rows),
-                heads=step.heads,
-                feed_forward=step.feed_forward,
-                layers=step.layers,
-                compute=step.compute,
-                length=step.length,
-                importance=step.importance,
-                combine=step.combine,
-                rearrange=step.rearrange,
-                repair=step.repair,
-                multiple_of=step.multiple_of,
-                seed=bench.recipe.seed,
-            )
-        except MTCompressError:
-            raise
-        except ValueError as error:
-            # What no recipe shows: the encoder has fewer layers, or its layers keep more than the wanted share.
-            raise RecipeError(f"steps.{step.name}.{error}") from error
-        for task, share in report.lost_importance.items():
-            logger.info(
-                "%s: task '%s' lost %.1f %% of the importance of heads and neurons", step.name, task, 100 * share
-            )
-        if report.repair is not None:
-            logger.info(
-                "%s: repair brought the distance from %.3g to %.3g",
-                step.name,
-                report.repair["error_before"],
-                report.repair["error_after"],
-            )
-        with whole_folder(cut) as scratch:
-            model.save_pretrained(scratch)
-            (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report), default=str))
-    start = Start(_reopened(cut, bench), processor)
-    return save_trained(start, bench, folder, _recover(step.recover, start, bench, work))
-
-
-def _reopened(cut: Path, bench: Bench) -> MultiTaskModel:
-    """The model of a cut that is done, with the tasks of this recipe."""
-    model = MultiTaskModel.from_pretrained(cut)
-    for name, task in bench.sources.tasks.items():
-        model.tasks[name] = task
-    return model
-
-
-def _recover(
-    section: FinetuneStep | DistillStep | None,
-    start: Start,
-    bench: Bench,
-    work: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Fit | None:
-    """Train what a cut has left, where the step says so."""
-    match section:
-        case None:
-            return None
-        case FinetuneStep():
-            return train_finetune(section, start, bench, work, callbacks)
-        case DistillStep():
-            return train_taught(section, start, load_faculty(section, bench), bench, work, callbacks)
 
 
 def trim_vocabulary_step(step: TrimVocabularyStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
@@ -156,10 +85,12 @@ def trim_weights_step(step: TrimWeightsStep, source: str | None, bench: Bench, f
             model.save_pretrained(scratch)
             (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
     report = json.loads((cut / _REPORT).read_text(encoding="utf-8"))
-    start = Start(_reopened(cut, bench), bench.processor_of(source))
-    trimmed = report["zeros_after"] > 0
-    keep = [KeepTrimmed(start.model, embeddings=step.embeddings)] if step.recover is not None and trimmed else []
-    outcome = save_trained(start, bench, folder, _recover(step.recover, start, bench, work, keep))
+    start = Start(reopened(cut, bench), bench.processor_of(source))
+    fit = None
+    if step.recover is not None:
+        keep = [KeepTrimmed(start.model, embeddings=step.embeddings)] if report["zeros_after"] else []
+        fit = recover(step.recover, start, bench, work, keep)
+    outcome = save_trained(start, bench, folder, fit)
     dense = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     stored = make_sparse(folder).sparse if step.storage == "sparse" else dense
     matrices = encoder_matrices(start.model, embeddings=step.embeddings)

@@ -48,6 +48,17 @@ def calibration_batches(start: Start, bench: Bench, rows: int) -> list[dict[str,
     return list(loader)
 
 
+def validation_rows(bench: Bench, rows: int) -> dict[str, Dataset]:
+    """At most `rows` validation rows of each source, by task; tasks that share rows still share them."""
+    generator = np.random.default_rng(bench.recipe.seed)
+    made: dict[int, Dataset] = {}
+    found = bench.sources.role("validation")
+    for own in found.values():
+        if id(own) not in made:
+            made[id(own)] = own.select(sorted(generator.permutation(len(own))[:rows].tolist()))
+    return {name: made[id(own)] for name, own in found.items()}
+
+
 def texts_to_keep(step: TrimVocabularyStep, bench: Bench) -> list[list[Text]]:
     """Columns of texts whose tokens stay: of the step's corpus, else of the training and validation rows.
 

@@ -6,6 +6,7 @@ from hf_mtcompress.compression.importance import (
     activation,
     combine,
     first_order,
+    from_weight_gradients,
     gate_gradients,
     gated,
     magnitude,
@@ -46,6 +47,21 @@ def test_derivative_of_each_row(family: str) -> None:
                 moved.append(row_losses(encoder, family))
         derivative = (moved[0] - moved[1]) / (2 * step)
         torch.testing.assert_close(found, derivative.square().mean(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_weights_know_the_gates(family: str) -> None:
+    """What a backward pass leaves on the weights is the derivative by gates that are the same for all rows."""
+    encoder = tiny_encoder(family).double()
+    anatomy = find_anatomy(encoder)
+    like = next(encoder.parameters())
+    rows = gate_gradients(anatomy, lambda: row_losses(encoder, family).mean(), 3, like)
+    row_losses(encoder, family).mean().backward()
+    for expected, found in zip((rows.heads, rows.feed_forward), from_weight_gradients(anatomy), strict=True):
+        for layer, values in zip(expected, found, strict=True):
+            torch.testing.assert_close(values, layer.mean(0).square().float(), rtol=1e-4, atol=1e-9)
+    encoder.zero_grad()
+    assert not any(values.any() for kind in from_weight_gradients(anatomy) for values in kind)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

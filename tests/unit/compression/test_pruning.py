@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_mtcompress.compression.pruning import prune
+from hf_mtcompress.compression.pruning import Whole, prune
 from hf_mtcompress.errors import DataError, TrainingError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -345,6 +345,19 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError, match=message):
         prune(model, batches, progress=False, **arguments)
     assert describe_structure(model.encoder)["layers"] == [{"heads": 4, "feed_forward": 64}] * 3
+
+
+def test_rounds_are_of_the_whole() -> None:
+    """Two halves of a half are a half of what was there first, whatever rounding did in between."""
+    model, batches = model_and_batches("bert")
+    for share in (0.25, 0.5):
+        whole = Whole([(4, 64)] * 3)
+        prune(model, batches, heads=share, feed_forward=share, multiple_of=8, whole=whole, progress=False)
+    layers = describe_structure(model.encoder)["layers"]
+    assert sum(layer["heads"] for layer in layers) == 6
+    assert sum(layer["feed_forward"] for layer in layers) == 96
+    with pytest.raises(ValueError, match="whole: expected heads and neurons of the 3 layers that are there, found 2"):
+        prune(model, batches, heads=0.5, whole=Whole([(4, 64)] * 2), progress=False)
 
 
 def test_no_labels() -> None:

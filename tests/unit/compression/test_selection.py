@@ -36,6 +36,17 @@ def test_layers_that_lost_all_heads_before() -> None:
     assert select_heads([torch.zeros(0), torch.tensor([1.0, 2.0])], 0.5) == {0: [], 1: [1]}
 
 
+def test_what_went_before_counts_towards_the_fraction() -> None:
+    """Otherwise a second round removes its share of what the first one left, and the sum is less than was asked for."""
+    left = [HEADS[0], HEADS[1][:1]]
+    assert select_heads(left, 0.5, of=6) == {0: [0, 2], 1: [0]}
+    assert select_heads(left, 1 / 3, of=6) == {0: [0, 1, 2], 1: [0]}
+    assert select_heads(left, 0.1, of=6) == {0: [0, 1, 2], 1: [0]}
+    widths = [torch.arange(8.0), torch.arange(4.0)]
+    assert select_neurons(widths, 0.5, 2, of=16) == {0: [2, 3, 4, 5, 6, 7], 1: [2, 3]}
+    assert select_neurons(widths, 0.1, 2, of=16) == {0: list(range(8)), 1: list(range(4))}
+
+
 def test_ties_are_broken_by_place() -> None:
     """Sorting that is not stable would give another model on another machine."""
     assert select_heads([torch.ones(2), torch.ones(2)], 0.25) == {0: [1], 1: [0, 1]}

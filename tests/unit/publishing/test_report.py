@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.report import align, lineage, markdown, report_rows, report_table
 from tests.unit.publishing.factory import make_record
 
@@ -91,3 +92,27 @@ def test_tables():
     """Columns of figures are read from the right."""
     assert align([["a", "n"], ["x", "1.5"], ["yy", "12.5"]]) == "a   n\n--  ----\nx    1.5\nyy  12.5"
     assert markdown([["a", "n"], ["x", "1.5"]]) == "| a | n |\n| --- | ---: |\n| x | 1.5 |"
+
+
+def test_schedules_and_candidates_are_told():
+    """How a size was reached is part of the result; a plain cut needs no sentence."""
+    record = make_record()
+    pruned = next(step for step in record.steps if step.name == "pruned")
+    pruned.pruning = {"schedule": "one_shot", "rounds": [{"parameters_after": 14_625_000}]}
+    assert "Step pruned" not in report_table(record)
+    assert next(row for row in report_rows(record) if row["step"] == "pruned")["pruning"] == pruned.pruning
+    tried = [{"average": 0.5}, {"average": 0.625}, {"average": None}]
+    pruned.pruning = {**pruned.pruning, "candidates": [tried]}
+    line = "Step pruned is the best of 3 random candidates (validation average 0.625, the worst 0.500)."
+    assert line in report_table(record)
+    pruned.pruning = {
+        "schedule": "iterative",
+        "rounds": [{"parameters_after": 18_000_000}, {"parameters_after": 14_625_000}],
+    }
+    assert "Step pruned was cut in 2 rounds, to 18.0 M, 14.6 M parameters." in report_table(record)
+    gradual = {"first_step": 10, "last_step": 70, "changes": [{}] * 20, "complete": False}
+    pruned.pruning = {"schedule": "gradual", "rounds": [], "gradual": gradual}
+    line = "from step 10 to step 70 in 20 parts, and stopped before all was removed."
+    assert f"Step pruned was pruned while it was trained, {line}" in report_table(record)
+    text = render_card(record)
+    assert line in text

@@ -10,6 +10,7 @@ from transformers import set_seed
 from hf_mtcompress import (
     DistillationTrainer,
     DistillationTrainingArguments,
+    GradualPruning,
     MultiTaskModel,
     MultiTaskTrainer,
     MultiTaskTrainingArguments,
@@ -20,7 +21,9 @@ from hf_mtcompress.losses.criteria import RelationsCriterion
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 
 
-def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters: bool, distill: bool) -> None:
+def main(
+    folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters: bool, distill: bool, gradual: bool
+) -> None:
     set_seed(0)
     tasks = [
         Sequence("mood", labels=FEELING_LABELS, text="text", label="label"),
@@ -66,6 +69,7 @@ def main(folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters
         train_dataset=data,
         eval_dataset=data,
         processing_class=tiny_tokenizer(),
+        callbacks=[GradualPruning(heads=0.5, feed_forward=0.5, multiple_of=1)] if gradual else None,
         **teaching,
     )
     trainer.train()
@@ -97,4 +101,5 @@ if __name__ == "__main__":
         mixed="mixed" in modes,
         adapters="adapters" in modes,
         distill="distill" in modes,
+        gradual="gradual" in modes,
     )

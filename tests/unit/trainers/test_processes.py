@@ -34,6 +34,7 @@ def train(
         ("find", "distill"),
         pytest.param(("find",), marks=pytest.mark.slow),
         pytest.param(("touch", "adapters"), marks=pytest.mark.slow),
+        pytest.param(("find", "gradual"), marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, modes: tuple[str, ...]) -> None:
@@ -41,7 +42,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, mode
 
     Batches of one source and a plain sum; batches of several, which differ between ranks, learned weights and
     gradient surgery; adapters on a frozen encoder, those of tasks without rows in a batch too; a teacher that both ask
-    before, and projections that run outside of the model's forward pass.
+    before, and projections that run outside of the model's forward pass; heads and neurons that go while it trains.
     """
     one, alone = train(tmp_path / "one", [], 4, *modes)
     two, together = train(tmp_path / "two", TWO, 2, *modes)
