@@ -28,14 +28,15 @@ FOLDERS = {
     "entailment": "sick",
     "pos": "ud_ewt_pos",
 }
+EQUAL = "tasks.slots.weight=1,tasks.pos.weight=1"
 ARMS = {
-    "unscaled": "fusion.normalize=none",
-    "product": "fusion.kind=product",
-    "uncertainty": "fusion.kind=uncertainty",
-    "gradient-norm": "fusion.kind=gradient_norm",
-    # Surgery needs several tasks in a step, so it is compared with a plain sum over the same kind of batches.
-    "mixed": "mixing.batches=mixed",
-    "upgrad": "mixing.batches=mixed,fusion.combination=upgrad",
+    "equal": EQUAL,
+    "scaled": f"{EQUAL},fusion.normalize=chance",
+    "one-source": "mixing.batches=one_source",
+    "product": f"{EQUAL},fusion.kind=product",
+    "uncertainty": f"{EQUAL},fusion.kind=uncertainty",
+    "gradient-norm": f"{EQUAL},fusion.kind=gradient_norm",
+    "upgrad": f"{EQUAL},fusion.combination=upgrad",
 }
 TEMPERATURE = {"temperature": "mixing.strategy=temperature"}
 """In `small` every source has the same number of rows, so this arm says something in `full` only."""

@@ -47,6 +47,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "iterative": (config.IterativeSchedule, None),
     "gradual": (config.GradualSchedule, None),
     "trim_vocabulary": (config.TrimVocabularyStep, None),
+    "trim_weights": (config.TrimWeightsStep, None),
     "quantize": (config.QuantizeStep, None),
     "export": (config.ExportStep, None),
     "budget": (config.BudgetConfig, None),

@@ -6,6 +6,7 @@ Importing the package makes `AutoConfig`, `AutoModel`, `AutoModelFor...` and `pi
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.schedule import GradualPruning
+from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
@@ -18,6 +19,7 @@ from hf_mtcompress.losses.fusion import Fusion, WeightedSum
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.sparse import save_sparse
 from hf_mtcompress.model.student import student_of
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.hub import push_folder
@@ -31,6 +33,7 @@ from hf_mtcompress.tasks import (
 )
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationMixin, DistillationTrainer
+from hf_mtcompress.trainers.masking import KeepTrimmed
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
 from hf_mtcompress.workflow import run as run_recipe
 
@@ -44,6 +47,7 @@ __all__ = [
     "Fusion",
     "GradualPruning",
     "ImageClassification",
+    "KeepTrimmed",
     "MTCompressError",
     "MultiTaskConfig",
     "MultiTaskModel",
@@ -68,8 +72,10 @@ __all__ = [
     "register_task",
     "render_card",
     "run_recipe",
+    "save_sparse",
     "student_of",
     "trim_vocabulary",
+    "trim_weights",
 ]
 
 register()

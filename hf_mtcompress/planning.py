@@ -19,6 +19,7 @@ from hf_mtcompress.config import (
     Recipe,
     StepConfig,
     TrimVocabularyStep,
+    TrimWeightsStep,
     teachers_of,
 )
 from hf_mtcompress.data.preprocessing import group_tasks
@@ -35,7 +36,8 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     """The plan of a recipe as plain values.
 
     Sizes are estimates from shapes alone: four bytes a parameter in float32; with onnxruntime one byte; with
-    bitsandbytes one or half a byte for linear layers and four for the rest. Measured sizes are in the record. The
+    bitsandbytes one or half a byte for linear layers and four for the rest; trimmed to a sparsity or a pattern, four
+    bytes for each weight that is left and a bit for its place. Measured sizes are in the record. The
     tokens that a vocabulary is cut to are counted, with the tokenizer of the recipe's encoder.
 
     Args:
@@ -143,6 +145,9 @@ class _Shape:
                 return self.parameters / 1e6
             case QuantizeStep(bits=bits):
                 return (linear * bits / 8 + (self.parameters - linear) * 4) / 1e6
+            case TrimWeightsStep(storage="sparse") if (trimmed := _trimmed(step)) is not None:
+                among = linear + (self.embedding if step.embeddings else 0.0)
+                return (self.parameters * 4 - among * max(4 * trimmed - 1 / 8, 0.0)) / 1e6
             case _:
                 return self.parameters * 4 / 1e6
 
@@ -175,6 +180,14 @@ def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None) -> _Shap
     )
 
 
+def _trimmed(step: TrimWeightsStep) -> float | None:
+    """Fraction of the weights that a step trims; None where only the weights could tell."""
+    if step.pattern is not None:
+        kept, group = map(int, step.pattern.split(":"))
+        return 1 - kept / group
+    return step.sparsity
+
+
 def _tokens_left(step: TrimVocabularyStep, recipe: Recipe, sources: Sources) -> int:
     tokenizer = load_processor(recipe)
     texts = texts_to_keep(step, Bench(recipe, Path(), sources, tokenizer))
@@ -193,7 +206,13 @@ def _teacher_or(source: str | None, step: StepConfig) -> str | None:
 
 def _training_size(step: StepConfig, recipe: Recipe, rows: int) -> dict[str, Any]:
     """Optimizer steps of the training in a step; None where it has none."""
-    trainings = recoveries(step, recipe.training) if isinstance(step, PruneStep) else [step]
+    match step:
+        case PruneStep():
+            trainings = recoveries(step, recipe.training)
+        case TrimWeightsStep():
+            trainings = [] if step.recover is None else [step.recover]
+        case _:
+            trainings = [step]
     steps, batch = 0, 0
     for training in trainings:
         if not isinstance(training, FinetuneStep | PretrainStep | DistillStep):

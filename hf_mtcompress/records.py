@@ -122,6 +122,8 @@ class StepRecord:
     """Tokens and size of the word embedding before and after, and how each split is read, where a step cut it."""
     pruning: dict[str, Any] | None = None
     """What a prune step removed and when, and the scores of the candidates that it chose from."""
+    sparsity: dict[str, Any] | None = None
+    """Weights that are 0 in each matrix and over all, and bytes stored dense and as saved, where a step trimmed."""
 
 
 @dataclass(kw_only=True)
@@ -271,7 +273,7 @@ class Candidate:
     missed: float | None
     """Sum over limits of how far each is missed, as a fraction of it; 0 where all are met, None where unknown."""
     on_front: bool = False
-    """Whether no other is at least as good in size, every time and retention, and better in one of them."""
+    """Whether no other is at least as good in size, every time and retention (or average), and better in one of them."""
 
 
 @dataclass(kw_only=True)

@@ -199,10 +199,14 @@ def _missed(row: dict[str, Any]) -> float:
 
 
 def mark_front(candidates: Sequence[Candidate]) -> None:
-    """Mark those that no other beats: at least as good in size, every time and retention, and better in one."""
+    """Mark those that no other beats: at least as good in size, every time and quality, and better in one.
+
+    Quality is retention; the average of scores where the reference has none above chance.
+    """
 
     def costs(item: Candidate) -> list[float]:
-        found = [item.size_mb, *item.ratios.values(), None if item.retention is None else -item.retention]
+        quality = item.retention if item.retention is not None else item.average
+        found = [item.size_mb, *item.ratios.values(), None if quality is None else -quality]
         return [math.inf if value is None else value for value in found]
 
     for item in candidates:

@@ -32,6 +32,7 @@ from hf_mtcompress.config import (
     Role,
     StepConfig,
     TrimVocabularyStep,
+    TrimWeightsStep,
     teachers_of,
 )
 from hf_mtcompress.config.load import dump_recipe
@@ -121,7 +122,9 @@ def step_sources(recipe: Recipe) -> list[str | None]:
         fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
         sources.append(None if fresh else step.source or latest)
         match step:
-            case FinetuneStep() | PretrainStep() | DistillStep() | PruneStep() | TrimVocabularyStep():
+            case (
+                FinetuneStep() | PretrainStep() | DistillStep() | PruneStep() | TrimVocabularyStep() | TrimWeightsStep()
+            ):
                 latest = step.name
             case QuantizeStep() | ExportStep():
                 if latest is None and step.source is None:
@@ -165,6 +168,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             interference=outcome.interference,
             vocabulary=outcome.vocabulary,
             pruning=outcome.pruning,
+            sparsity=outcome.sparsity,
         )
         for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):
             artefact.size = measure_size(scratch / made.folder)

@@ -31,6 +31,7 @@ from hf_mtcompress.config.steps import (
     StudentConfig,
     TeacherConfig,
     TrimVocabularyStep,
+    TrimWeightsStep,
     teachers_of,
 )
 from hf_mtcompress.config.tasks import (
@@ -87,6 +88,7 @@ __all__ = [
     "TokenClassificationConfig",
     "TrainingConfig",
     "TrimVocabularyStep",
+    "TrimWeightsStep",
     "WeightSchedule",
     "teachers_of",
 ]

@@ -22,6 +22,7 @@ from hf_mtcompress.config.steps import (
     StepConfig,
     StudentConfig,
     TrimVocabularyStep,
+    TrimWeightsStep,
     teachers_of,
 )
 from hf_mtcompress.config.tasks import (
@@ -37,6 +38,7 @@ from hf_mtcompress.config.timing import TimingConfig
 from hf_mtcompress.config.training import FusionConfig, MixingConfig
 
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]*")
+PATTERN = re.compile(r"([0-9]+):([0-9]+)")
 STEP_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
@@ -172,6 +174,9 @@ def check_steps(
             case TrimVocabularyStep():
                 if step.corpus is None and step.column != "text":
                     problems.add(join(path, "column"), "names a column of 'corpus', which is not there; remove the key")
+            case TrimWeightsStep():
+                _check_trimming(step, path, problems)
+                _check_recover(step.recover, path, earlier, names, problems)
             case QuantizeStep():
                 if step.bits == 4 and step.backend != "bitsandbytes":
                     problems.add(
@@ -179,7 +184,7 @@ def check_steps(
                     )
             case ExportStep():
                 _check_words(step.formats, join(path, "formats"), problems)
-        if source is None and isinstance(step, PruneStep | QuantizeStep | ExportStep):
+        if source is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):
             problems.add(path, "expected a finetune or distill step before it, whose model it can start from")
 
 
@@ -290,17 +295,48 @@ def _check_prune(
         )
     elif isinstance(step.schedule, GradualSchedule):
         _check_gradual(step, step.schedule, path, problems)
-    if step.recover is None:
+    _check_recover(step.recover, path, earlier, names, problems)
+
+
+def _check_trimming(step: TrimWeightsStep, path: str, problems: Problems) -> None:
+    ways = {"sparsity": step.sparsity, "threshold": step.threshold, "pattern": step.pattern}
+    given = [key for key, value in ways.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        problems.add(path, f"expected one of sparsity, threshold and pattern, found {found}; keep one")
+    if step.sparsity == 0:
+        problems.add(join(path, "sparsity"), "trims nothing; expected a fraction above 0 and below 1")
+    if step.pattern is not None:
+        found = PATTERN.fullmatch(step.pattern)
+        if found is None or not 1 <= int(found[1]) < int(found[2]):
+            problems.add(
+                join(path, "pattern"),
+                "expected N:M in quotes, of every M weights N stay and N is from 1 to M - 1, such as '2:4', "
+                f"found '{step.pattern}'",
+            )
+        if step.scope != "global":
+            problems.add(join(path, "scope"), "a pattern holds in every group of every row; remove the key")
+
+
+def _check_recover(
+    section: FinetuneStep | DistillStep | None,
+    path: str,
+    earlier: Mapping[str, Any],
+    names: Sequence[str],
+    problems: Problems,
+) -> None:
+    """The training after a cut belongs to the step that cuts."""
+    if section is None:
         return
     recover = join(path, "recover")
-    for key, value in (("name", step.recover.name), ("from", step.recover.source)):
+    for key, value in (("name", section.name), ("from", section.source)):
         if value is not None:
-            problems.add(join(recover, key), "recovery belongs to its prune step; remove the key")
-    if isinstance(step.recover, DistillStep):
-        if step.recover.student is not None:
-            problems.add(join(recover, "student"), "recovery trains the pruned model itself; remove the key")
+            problems.add(join(recover, key), "recovery belongs to its step; remove the key")
+    if isinstance(section, DistillStep):
+        if section.student is not None:
+            problems.add(join(recover, "student"), "recovery trains the cut model itself; remove the key")
         else:
-            _check_distill(step.recover, recover, earlier, names, problems)
+            _check_distill(section, recover, earlier, names, problems)
 
 
 def _check_gradual(step: PruneStep, schedule: GradualSchedule, path: str, problems: Problems) -> None:
@@ -462,14 +498,19 @@ def check_adapters(recipe: Recipe, problems: Problems) -> None:
                 _check_distilled_adapters(step, source in adapted, taught, path, problems)
                 if source in adapted:
                     adapted.add(step.name)
-            case PruneStep():
+            case PruneStep() | TrimWeightsStep():
                 if source in adapted:
-                    problems.add(path, f"prunes models without adapters, found those of '{source}'; prune before them")
+                    verb = "prunes" if isinstance(step, PruneStep) else "trims"
+                    problems.add(
+                        path,
+                        f"{verb} models without adapters, found those of '{source}'; {verb.removesuffix('s')} before "
+                        "them",
+                    )
                 recover = step.recover
                 if isinstance(recover, FinetuneStep) and recover.adapters is not None:
                     problems.add(
                         join(path, "recover.adapters"),
-                        "recovery trains the pruned model itself; remove the key, and add a finetune step that has it",
+                        "recovery trains the cut model itself; remove the key, and add a finetune step that has it",
                     )
                 elif isinstance(recover, DistillStep):
                     place = join(path, "recover")

@@ -239,6 +239,40 @@ class TrimVocabularyStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrimWeightsStep:
+    """Set single weights of small magnitude to 0, and store the model without them: smaller on disk, not faster.
+
+    ```yaml
+    - {kind: trim_weights, from: student, sparsity: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
+    ```
+    """
+
+    kind: Literal["trim_weights"] = "trim_weights"
+    """Always `trim_weights`."""
+    name: str | None = None
+    """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
+    source: str | None = None
+    """The finetune, distill or prune step to start from; default: the latest of them."""
+    sparsity: float | None = None
+    """Fraction of the weights of the encoder's linear layers that are 0 afterwards."""
+    threshold: float | None = None
+    """Instead of `sparsity`: weights of smaller magnitude are trimmed; with `scope: layer`, in standard deviations of
+    each matrix."""
+    pattern: str | None = None
+    """Instead of `sparsity`: N:M such as `"2:4"`, in quotes; of every M weights next to each other in a row the N
+    largest stay."""
+    scope: Literal["global", "layer"] = "global"
+    """Whether weights are compared over all matrices or within each one."""
+    embeddings: bool = False
+    """Whether the word embedding is trimmed too."""
+    storage: Literal["sparse", "dense"] = "sparse"
+    """`sparse` stores the weights that are left and one bit for each place; `dense` stores zeros like any number."""
+    recover: FinetuneStep | DistillStep | None = None
+    """Training after the cut, in which trimmed weights stay 0: a finetune or distill section without `name`, `from` and
+    `student`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeStep:
     """Store weights in 8 or 4 bits.
 
@@ -278,12 +312,21 @@ class ExportStep:
     """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads."""
 
 
-StepConfig = FinetuneStep | PretrainStep | DistillStep | PruneStep | TrimVocabularyStep | QuantizeStep | ExportStep
+StepConfig = (
+    FinetuneStep
+    | PretrainStep
+    | DistillStep
+    | PruneStep
+    | TrimVocabularyStep
+    | TrimWeightsStep
+    | QuantizeStep
+    | ExportStep
+)
 """Every step of a recipe, told apart by `kind`."""
 
 
 def teachers_of(step: StepConfig) -> tuple[str, ...]:
-    """Steps and saved models that teach in a step, in its recovery if it prunes."""
+    """Steps and saved models that teach in a step, in its recovery if it has one."""
     match step:
         case DistillStep(teachers=dict() as teachers):
             return tuple(dict.fromkeys(teachers.values()))
@@ -291,11 +334,11 @@ def teachers_of(step: StepConfig) -> tuple[str, ...]:
             return tuple(item.path for item in teachers)
         case DistillStep() | PretrainStep():
             return () if step.teacher is None else (step.teacher,)
-        case PruneStep(recover=DistillStep() as recover):
+        case PruneStep(recover=DistillStep() as recover) | TrimWeightsStep(recover=DistillStep() as recover):
             return teachers_of(recover)
         case _:
             return ()
 
 
-FLOAT_STEPS = ("finetune", "pretrain", "distill", "prune", "trim_vocabulary")
+FLOAT_STEPS = ("finetune", "pretrain", "distill", "prune", "trim_vocabulary", "trim_weights")
 """Kinds of steps that leave a model in float, from which others may start; quantized and exported ones are leaves."""

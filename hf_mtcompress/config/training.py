@@ -94,6 +94,12 @@ class TrainingConfig:
     """Steps, or a fraction of all steps below 1."""
     weight_decay: float | None = None
     """Decay of the weights, not of biases and norms."""
+    l1_penalty: float | None = None
+    """Pulls the encoder's linear weights towards 0 by the learning rate times this after each step, and leaves them
+    there: exact zeros, and weights that can be trimmed with less harm."""
+    l2_penalty: float | None = None
+    """Adds half of this times the sum of the squares of the encoder's linear weights to the loss. `weight_decay` pulls
+    at heads and embeddings too, and past the optimizer."""
     lr_scheduler_type: str | None = None
     """How the learning rate changes, such as `linear` or `cosine`."""
     bf16: bool | None = None

@@ -36,6 +36,7 @@ from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.marking import read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.sparse import MASK, VALUES
 from hf_mtcompress.model.surgery import apply_structure
 from hf_mtcompress.model.vanilla import stock_class
 from hf_mtcompress.records import LatencyRecord, SizeRecord
@@ -338,7 +339,9 @@ def _table_bytes(folder: Path, model: PreTrainedModel) -> int | None:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            for name in names & set(tensors.keys()):
+            # An embedding without its zeros is two tensors.
+            stored = {name + end for name in names for end in ("", VALUES, MASK)}
+            for name in stored & set(tensors.keys()):
                 part = tensors.get_slice(name)
                 total += int(np.prod(part.get_shape())) * _SAFETENSORS_BYTES[part.get_dtype()]
     return total or None

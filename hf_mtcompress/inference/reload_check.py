@@ -19,7 +19,7 @@ import torch
 
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.inference.runtimes import folder_form, read_config, task_folders
-from hf_mtcompress.model.marking import METHODS
+from hf_mtcompress.model.marking import is_ours
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -85,7 +85,7 @@ def _is_plain(check: ReloadCheck) -> bool:
     if check.form != "vanilla":
         return False
     marks = [read_config(path).get("quantization_config") or {} for path in task_folders(check.folder).values()]
-    return not any(mark.get("quant_method") in METHODS.values() for mark in marks)
+    return not any(is_ours(mark) for mark in marks)
 
 
 def _judge(check: ReloadCheck, result: dict[str, Any], *, plain: bool) -> dict[str, Any]:

@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 FLOAT_METHOD = "mtcompress"
 METHODS = {None: FLOAT_METHOD, 8: f"{FLOAT_METHOD}_8bit", 4: f"{FLOAT_METHOD}_4bit"}
 """By the bits that the weights are stored in."""
+SPARSE_METHOD = f"{FLOAT_METHOD}_sparse"
+"""Float weights of which some matrices are stored without their zeros; see `hf_mtcompress.model.sparse`."""
 
 
 class StructureConfig(QuantizationConfigMixin):
@@ -25,7 +27,7 @@ class StructureConfig(QuantizationConfigMixin):
         structure: see `hf_mtcompress.model.surgery`; None where nothing was cut or the model knows it by itself.
         bitsandbytes: fields of a `BitsAndBytesConfig` for weights of 8 or 4 bits; None for float weights.
         format_version: of this entry; newer ones are refused.
-        quant_method: name of the method; follows from `bitsandbytes`.
+        quant_method: name of the method; follows from `bitsandbytes`, unless it is `SPARSE_METHOD`.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class StructureConfig(QuantizationConfigMixin):
             )
         bits = None if bitsandbytes is None else 8 if bitsandbytes.get("load_in_8bit") else 4
         # The base class names the type of its own methods, an enumeration; plain names are what registration takes.
-        self.quant_method = METHODS[bits]  # pyright: ignore[reportAttributeAccessIssue]
+        method = SPARSE_METHOD if quant_method == SPARSE_METHOD else METHODS[bits]
+        self.quant_method = method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.structure = None if structure is None else dict(structure)
         self.bitsandbytes = None if bitsandbytes is None else dict(bitsandbytes)
@@ -53,9 +56,14 @@ def read_mark(config: PreTrainedConfig) -> StructureConfig | None:
     found = config.__dict__.get("quantization_config")
     if isinstance(found, StructureConfig):
         return found
-    if isinstance(found, dict) and found.get("quant_method") in METHODS.values():
+    if isinstance(found, dict) and is_ours(found):
         return StructureConfig(**found)
     return None
+
+
+def is_ours(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry `quantization_config` names one of our methods."""
+    return entry.get("quant_method") in (*METHODS.values(), SPARSE_METHOD)
 
 
 def write_mark(config: PreTrainedConfig, structure: Mapping[str, Any] | None) -> None:

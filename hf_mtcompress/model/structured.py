@@ -15,8 +15,9 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from hf_mtcompress.model.anatomy import encoder_of
-from hf_mtcompress.model.marking import METHODS, StructureConfig, write_mark
+from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, StructureConfig, write_mark
 from hf_mtcompress.model.modeling import align_weights
+from hf_mtcompress.model.sparse import Expand, expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 
 
@@ -69,6 +70,21 @@ class StructureQuantizer(HfQuantizer):
         return True
 
 
+class SparseQuantizer(StructureQuantizer):
+    """Fills matrices that were stored without their zeros; the model is then like any other, and saves dense."""
+
+    def get_weight_conversions(self) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return [expanding_conversion()]
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # What was converted on loading would be converted back on saving.
+        conversions: list[Any] = vars(model).get("_weight_conversions") or []
+        vars(model)["_weight_conversions"] = [item for item in conversions if not _expands(item)]
+        super().postprocess_model(model, **kwargs)
+        write_mark(model.config, self.quantization_config.structure)
+        return model
+
+
 class Structured8BitQuantizer(Bnb8BitHfQuantizer):
     """Reshapes a model, then lets bitsandbytes fill it with 8-bit weights."""
 
@@ -112,7 +128,12 @@ QUANTIZERS: dict[str, type[HfQuantizer]] = {
     METHODS[None]: StructureQuantizer,
     METHODS[8]: Structured8BitQuantizer,
     METHODS[4]: Structured4BitQuantizer,
+    SPARSE_METHOD: SparseQuantizer,
 }
+
+
+def _expands(conversion: Any) -> bool:
+    return any(isinstance(operation, Expand) for operation in getattr(conversion, "operations", ()))
 
 
 def _bitsandbytes(config: StructureConfig) -> BitsAndBytesConfig:

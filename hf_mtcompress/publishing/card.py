@@ -28,7 +28,14 @@ from hf_mtcompress.publishing.facts import (
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
 from hf_mtcompress.publishing.portable import portable, portable_recipe
-from hf_mtcompress.publishing.report import lineage, markdown, pruning_lines, task_scores, vocabulary_lines
+from hf_mtcompress.publishing.report import (
+    lineage,
+    markdown,
+    pruning_lines,
+    sparsity_lines,
+    task_scores,
+    vocabulary_lines,
+)
 from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
@@ -65,9 +72,14 @@ HUB_METRICS = {
     "token_accuracy": "accuracy",
 }
 """Names of the Hub for our metrics, where they differ."""
-MADE = {"distill": "distilled", "prune": "pruned", "trim_vocabulary": "cut to a smaller vocabulary"}
+MADE = {
+    "distill": "distilled",
+    "prune": "pruned",
+    "trim_vocabulary": "cut to a smaller vocabulary",
+    "trim_weights": "trimmed of small weights",
+}
 """What a kind of step does to a model, in words."""
-KIND_TAGS = {"distill": "distillation", "prune": "pruned", "quantize": "quantized"}
+KIND_TAGS = {"distill": "distillation", "prune": "pruned", "trim_weights": "sparse", "quantize": "quantized"}
 
 _SEAL = "<!-- written by hf_mtcompress from the record, {} -->"
 _STUB = "<!-- Text between these two marks is kept when the card is written again. -->"
@@ -468,6 +480,10 @@ class _Page:
     def vocabulary(self) -> list[str]:
         """What steps that cut the vocabulary left of it."""
         return vocabulary_lines(self.record, self.n)
+
+    def sparsity(self) -> list[str]:
+        """What steps that trimmed weights left of them."""
+        return sparsity_lines(self.record, self.n)
 
     def _shape(self, step: StepRecord) -> list[str]:
         shapes = list(layers_of(step.structure).values())

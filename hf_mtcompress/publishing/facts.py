@@ -122,6 +122,11 @@ def scheduled_prunings(record: RunRecord) -> list[StepRecord]:
     ]
 
 
+def trimmed_steps(record: RunRecord) -> list[StepRecord]:
+    """Steps that set single weights to 0."""
+    return [step for step in record.steps if step.sparsity is not None]
+
+
 def shipped_artefact(record: RunRecord, form: LoadableForm) -> tuple[StepRecord, Artefact] | None:
     """The artefact of one form that goes into the repository: the delivered one, else the last of that form."""
     delivered = delivered_step(record)

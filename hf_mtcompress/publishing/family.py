@@ -102,14 +102,15 @@ def _draw_panel(axes: "Axes", record: SearchRecord, size: str) -> None:
     axes.set_xlim(left=0)
     axes.margins(x=0.18, y=0.1)
     axes.set_xlabel(f"time at batch size {size}, % of {record.reference}")
-    axes.set_ylabel("kept, % (validation)")
+    kept = any(item.retention is not None for item in record.candidates)
+    axes.set_ylabel("kept, % (validation)" if kept else "average x 100 (validation)")
     axes.grid(color="#DDDDDD", linewidth=0.7, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _place(item: Candidate, size: str) -> tuple[float, float] | None:
-    ratio = item.ratios.get(size)
-    return None if ratio is None or item.retention is None else (100 * ratio, 100 * item.retention)
+    ratio, quality = item.ratios.get(size), item.average if item.retention is None else item.retention
+    return None if ratio is None or quality is None else (100 * ratio, 100 * quality)
 
 
 def _batch_sizes(record: SearchRecord) -> list[str]:

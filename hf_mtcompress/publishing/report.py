@@ -16,6 +16,7 @@ from hf_mtcompress.publishing.facts import (
     parent_of,
     scheduled_prunings,
     short_precision,
+    trimmed_steps,
     vocabulary_cuts,
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, Figures
@@ -31,9 +32,9 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
         Objects with `step`, `kind`, `from`, `split`, `rows`, `average`, `retention`, `retention_above_chance`,
         `worst_task_retention`, `worst_task`, `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
         weights and graph), `latency_b1_ratio` and `latency_b32_ratio` (minimum over minimum of the reference), the same
-        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `vocabulary` (where the step cut it), `pruning`
-        (where it cut parts), `seconds`, `delivered`, and `artefacts`: the same of every saved form, with `form`,
-        `folder` and `precision`. A step's own numbers are its first artefact's.
+        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `pruning`, `vocabulary` and `sparsity` (where the
+        step cut parts, tokens or single weights), `seconds`, `delivered`, and `artefacts`: the same of every saved
+        form, with `form`, `folder` and `precision`. A step's own numbers are its first artefact's.
     """
     delivered = delivered_step(record).name if any(step.artefacts for step in record.steps) else None
     return [
@@ -44,6 +45,7 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
             **_measured(record, step.artefacts[0] if step.artefacts else None),
             **({"vocabulary": step.vocabulary} if step.vocabulary is not None else {}),
             **({"pruning": step.pruning} if step.pruning is not None else {}),
+            **({"sparsity": step.sparsity} if step.sparsity is not None else {}),
             "seconds": step.seconds,
             "delivered": step.name == delivered,
             "artefacts": [
@@ -119,7 +121,11 @@ def report_table(record: RunRecord) -> str:
         else "No step has saved anything yet.",
         f"Metrics: {metrics}." if metrics else "",
     ]
-    notes += [*pruning_lines(record, figures), *vocabulary_lines(record, figures)]
+    notes += [
+        *pruning_lines(record, figures),
+        *vocabulary_lines(record, figures),
+        *sparsity_lines(record, figures),
+    ]
     if record.budget:
         notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
     cells = [[cell.replace(NOT_MEASURED, "-") for cell in row] for row in [header, *rows]]
@@ -210,6 +216,27 @@ def vocabulary_lines(record: RunRecord, figures: Figures) -> list[str]:
             f"tokens, {figures.megabytes(cut['embedding_bytes_after'])} of "
             f"{figures.megabytes(cut['embedding_bytes_before'])} of word embeddings. "
             f"Unknown tokens: {', '.join(unknown)}."
+        )
+    return lines
+
+
+def sparsity_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """Two sentences for each step that trimmed weights: how many are 0, and what that saves."""
+    lines = []
+    for step in trimmed_steps(record):
+        found = step.sparsity or {}
+        how = f" in the pattern {figures.text(found['pattern'])}" if found["pattern"] else ""
+        dense = figures.megabytes(found["dense_bytes"])
+        stored = (
+            f"Stored without zeros, the weights of the whole model take {figures.megabytes(found['stored_bytes'])}; "
+            f"dense they would take {dense}."
+            if found["stored_bytes"] < found["dense_bytes"]
+            else f"The weights of the whole model are stored dense, in {dense}."
+        )
+        lines.append(
+            f"Step {step.name} trimmed{how}: {figures.count(found['zeros_saved'])} of "
+            f"{figures.count(found['weights'])} weights of the trimmed matrices are 0 "
+            f"({figures.percent(found['sparsity_saved'])}). {stored} Time is that of the dense model."
         )
     return lines
 

@@ -88,6 +88,7 @@ class StepOutcome:
     interference: dict[str, Any] | None = None
     vocabulary: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
     probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """By artefact folder: logits by task of the model in memory, for the check that it reloads."""
 
@@ -111,6 +112,14 @@ def start_model(source: str | None, bench: Bench) -> MultiTaskModel:
         return bench.load(source)
     encoder = bench.recipe.encoder
     return new_model(encoder.path, bench, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code)
+
+
+def reopened(cut: Path, bench: Bench) -> MultiTaskModel:
+    """The model of a cut that is done, from its work folder, with the tasks of this recipe."""
+    model = MultiTaskModel.from_pretrained(cut)
+    for name, task in bench.sources.tasks.items():
+        model.tasks[name] = task
+    return model
 
 
 def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:

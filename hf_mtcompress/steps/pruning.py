@@ -21,7 +21,6 @@ from typing import Any, assert_never
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.compression.pruning import PruneReport, TimeBudget, Whole, mean_length, prune
@@ -40,11 +39,11 @@ from hf_mtcompress.evaluation.evaluate import evaluate_predictor
 from hf_mtcompress.inference.predictor import Predictor
 from hf_mtcompress.inference.runtimes import Runtime
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, start_model
+from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, reopened, start_model
 from hf_mtcompress.steps.rows import calibration_batches, validation_rows
-from hf_mtcompress.steps.teaching import load_faculty, train_taught
+from hf_mtcompress.steps.teaching import recover
 from hf_mtcompress.steps.timing import latency_table
-from hf_mtcompress.steps.training import Fit, merged_training, save_trained, train_finetune
+from hf_mtcompress.steps.training import Fit, merged_training, save_trained
 
 logger = logging.getLogger(__name__)
 _REPORT = "report.json"
@@ -120,7 +119,7 @@ def _prune_in_rounds(
                 fits.append(Fit(**json.loads((recovered / _FIT).read_text(encoding="utf-8"))))
             continue
         model = _loader(place / "cut", bench)()
-        fits.append(_recover(trainings[number], Start(model, processor), bench, place))
+        fits.append(recover(trainings[number], Start(model, processor), bench, place))
         if not last:
             with whole_folder(recovered) as scratch:
                 torch.nn.Module.to(model, "cpu")
@@ -160,12 +159,7 @@ def _loader(place: str | Path | None, bench: Bench) -> Callable[[], MultiTaskMod
     """Loads the model of a step, of the recipe, or of a work folder, with the columns of this recipe."""
 
     def load() -> MultiTaskModel:
-        if not isinstance(place, Path):
-            return start_model(place, bench)
-        model = MultiTaskModel.from_pretrained(place)
-        for name, task in bench.sources.tasks.items():
-            model.tasks[name] = task
-        return model
+        return reopened(place, bench) if isinstance(place, Path) else start_model(place, bench)
 
     return load
 
@@ -220,22 +214,6 @@ def _cut(
     with whole_folder(place / "cut") as scratch:
         model.save_pretrained(scratch)
         (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report), default=str))
-
-
-def _recover(
-    recover: FinetuneStep | DistillStep,
-    start: Start,
-    bench: Bench,
-    work: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Fit:
-    match recover:
-        case FinetuneStep():
-            return train_finetune(recover, start, bench, work, callbacks)
-        case DistillStep():
-            return train_taught(recover, start, load_faculty(recover, bench), bench, work, callbacks)
-        case _:
-            assert_never(recover)
 
 
 def _joined(fits: Sequence[Fit]) -> Fit | None:
@@ -350,7 +328,7 @@ def _prune_gradually(
         multiple_of=step.multiple_of,
     )
     try:
-        fit = _recover(step.recover, start, bench, work, [pruning])
+        fit = recover(step.recover, start, bench, work, [pruning])
     except MTCompressError:
         raise
     except ValueError as error:

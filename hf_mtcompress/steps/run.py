@@ -20,11 +20,12 @@ from hf_mtcompress.config import (
     Recipe,
     StepConfig,
     TrimVocabularyStep,
+    TrimWeightsStep,
 )
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import MissingExtraError, RecipeError
 from hf_mtcompress.steps.bench import Bench, StepOutcome
-from hf_mtcompress.steps.compressing import quantize_step, trim_vocabulary_step
+from hf_mtcompress.steps.compressing import quantize_step, trim_vocabulary_step, trim_weights_step
 from hf_mtcompress.steps.exporting import export_step
 from hf_mtcompress.steps.pruning import prune_step
 from hf_mtcompress.steps.teaching import teach_step
@@ -51,6 +52,8 @@ def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, w
             return prune_step(step, source, bench, folder, work)
         case TrimVocabularyStep():
             return trim_vocabulary_step(step, source, bench, folder)
+        case TrimWeightsStep():
+            return trim_weights_step(step, source, bench, folder, work)
         case QuantizeStep():
             return quantize_step(step, source, bench, folder, work)
         case ExportStep():

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from hf_mtcompress.artifacts import ONNX_SETTINGS, WORK
 from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.pruning import prune
-from hf_mtcompress.config import DistillStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
+from hf_mtcompress.config import DistillStep, FinetuneStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.inference.runtimes import Runtime, open_runtime
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
@@ -25,7 +25,15 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.student import fresh_student_of, student_of
 from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, new_model, start_of
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
-from hf_mtcompress.steps.training import Fit, MarkComplete, fit_of, merged_training, save_trained, training_arguments
+from hf_mtcompress.steps.training import (
+    Fit,
+    MarkComplete,
+    fit_of,
+    merged_training,
+    save_trained,
+    train_finetune,
+    training_arguments,
+)
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
 from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
@@ -128,8 +136,24 @@ def train_taught(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Fit:
     """Train a model on the answers of teachers; a killed training goes on."""
-    trainer = _taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench), callbacks)
-    return fit_of(trainer, work)
+    return fit_of(_taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench), callbacks), work)
+
+
+def recover(
+    section: FinetuneStep | DistillStep,
+    start: Start,
+    bench: Bench,
+    work: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fit:
+    """Train what a cut has left, on labels or on the answers of teachers."""
+    match section:
+        case FinetuneStep():
+            return train_finetune(section, start, bench, work, callbacks)
+        case DistillStep():
+            return train_taught(section, start, load_faculty(section, bench), bench, work, callbacks)
+        case _:
+            assert_never(section)
 
 
 def _taught_trainer(

@@ -116,6 +116,8 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
+        "l1_penalty": config.l1_penalty,
+        "l2_penalty": config.l2_penalty,
         "lr_scheduler_type": config.lr_scheduler_type,
         "bf16": config.bf16,
         "save_steps": config.save_steps,

@@ -80,6 +80,20 @@ class MultiTaskTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Of the heads, which start from nothing; default: learning_rate, which the encoder has."},
     )
+    l1_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "Pull the linear weights of the encoder towards 0 by learning rate * l1_penalty after each step, "
+            "and leave them there; for trimming."
+        },
+    )
+    l2_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "Add l2_penalty / 2 times the sum of the squares of the encoder's linear weights to the loss; "
+            "weight_decay is not part of the loss."
+        },
+    )
     normalize_losses: str = field(
         default="chance",
         metadata={"help": "'chance' divides each task's loss by that of an uninformed guess; 'none' leaves it."},

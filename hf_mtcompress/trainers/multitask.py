@@ -35,6 +35,7 @@ from hf_mtcompress.model.adapters import adapter_of, trains_adapters
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import divisor
+from hf_mtcompress.trainers.penalties import WeightPenalty
 from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedGradients, refuse_sharded
 
 ItemCounts = dict[str, Tensor]
@@ -154,6 +155,7 @@ class MultiTaskTrainer(Trainer):
                 compute_metrics=compute_metrics,
                 **kwargs,
             )
+        self.penalty = self._set_up_penalty()
         if self.multi_task:
             # Losses are divided by item counts of the whole window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
@@ -301,6 +303,21 @@ class MultiTaskTrainer(Trainer):
                 f"expected no settings that compare the tasks' gradients with adapters, found {', '.join(found)}; the "
                 "encoder is frozen and every task trains weights of its own: leave them out"
             )
+
+    def _set_up_penalty(self) -> WeightPenalty | None:
+        """What pulls weights towards 0, if anything does.
+
+        Raises:
+            TrainingError: a penalty is out of its range, or there is nothing whole to pull at.
+        """
+        l1, l2 = (float(getattr(self.args, name, 0.0)) for name in ("l1_penalty", "l2_penalty"))
+        if not (l1 or l2):
+            return None
+        refuse_sharded(self, "l1_penalty and l2_penalty")
+        core: Any = self.accelerator.unwrap_model(self.model)
+        penalty = WeightPenalty(core, l1, l2)
+        self.add_callback(penalty)
+        return penalty
 
     def start_training(self) -> None:
         """Set up what lives while training runs."""
@@ -546,15 +563,17 @@ class MultiTaskTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one batch; after the last one of a window, fusion and mixing learn from it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self.multi_task or not num_items_in_batch:
-            return loss
         last = self.accelerator.sync_gradients
-        if self.surgery is not None and self._several_sources:
-            self.surgery.keep(_source(inputs), last)
+        if self.multi_task and num_items_in_batch:
+            if self.surgery is not None and self._several_sources:
+                self.surgery.keep(_source(inputs), last)
+                if last:
+                    self.surgery.combine()
             if last:
-                self.surgery.combine()
-        if last:
-            self._finish_window()
+                self._finish_window()
+        if last and self.penalty is not None:
+            scaler = self.accelerator.scaler
+            self.penalty.pull(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def _finish_window(self) -> None:
@@ -658,7 +677,7 @@ class MultiTaskTrainer(Trainer):
         return getattr(self.args, "mixing", "proportional")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `loss_<task>`, and `weight_<task>` where weights change, to training logs; else as `Trainer.log`."""
+        """Add `loss_<task>`, `weight_<task>` where weights change, and penalties to training logs; else `Trainer`'s."""
         if self.multi_task and "loss" in logs:
             losses = self._over_ranks({name: total for name, (total, _) in self._logged.items()})
             for name, total in losses.items():
@@ -669,6 +688,8 @@ class MultiTaskTrainer(Trainer):
             if self.surgery is not None:
                 logs |= {f"combination_{name}": weight for name, weight in self.surgery.weights.items()}
             self._logged = {}
+        if self.penalty is not None and "loss" in logs:
+            logs |= self.penalty.figures()
         super().log(logs, start_time)
 
     # ---- what a checkpoint holds beside weights ----

@@ -222,15 +222,19 @@ class GradientSurgery:
         self._kept, self._at_features, self._head_scale = {}, {}, {}
 
 
-def refuse_sharded(trainer: Any) -> None:
-    """Surgery needs whole gradients on every process.
+def refuse_sharded(trainer: Any, what: str = "gradient_combination") -> None:
+    """Surgery, and what else looks at weights one by one, needs whole gradients on every process.
+
+    Args:
+        trainer: a `Trainer`.
+        what: the setting that needs them.
 
     Raises:
         TrainingError: the run is sharded by FSDP or DeepSpeed.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise TrainingError(
-            "expected one process or DDP with gradient_combination, found "
+            f"expected one process or DDP with {what}, found "
             f"{'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'}, which keeps only pieces of each gradient; leave "
-            "gradient_combination out, or train without sharding"
+            f"{what} out, or train without sharding"
         )

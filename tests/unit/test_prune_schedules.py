@@ -103,7 +103,7 @@ def test_rounds_and_a_kill_in_each(
     assert sum(layer["heads"] for layer in first) == 9
     assert sum(layer["feed_forward"] for layer in first) == 288
     calls: list[str] = []
-    for name in ("prune", "train_taught"):
+    for name in ("prune", "recover"):
         real = getattr(pruning_steps, name)
 
         def killed(*args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ def test_rounds_and_a_kill_in_each(
         with pytest.raises(Killed):
             prune_as(taught, "killed", schedule=schedule, layers=1)
     prune_as(taught, "killed", schedule=schedule, layers=1)
-    assert calls == ["prune", "prune", "train_taught", "train_taught"] * 2
+    assert calls == ["prune", "prune", "recover", "recover"] * 2
     assert_equal(folder, folder.parent / "killed")
 
 

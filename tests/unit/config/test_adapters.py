@@ -93,7 +93,7 @@ def test_steps_that_go_together(steps: tuple[dict[str, Any], ...]) -> None:
         (
             (FIRST, {"kind": "prune", "name": "p", "heads": 0.5, "recover": {"kind": "finetune", "adapters": {}}}),
             {},
-            "steps.p.recover.adapters: recovery trains the pruned model itself",
+            "steps.p.recover.adapters: recovery trains the cut model itself",
         ),
         ((ADAPTED,), {"branches": {"side": ["mood"]}}, "one whole encoder, found branches side"),
         ((ADAPTED,), {"tasks": {"mood": {**TASK, "layer": 1}}}, "found tasks with a layer: mood"),

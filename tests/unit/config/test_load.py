@@ -543,7 +543,7 @@ def test_rows_are_not_shared_in_a_chain():
         ),
         (
             {"kind": "prune", "heads": 0.5, "recover": {"kind": "finetune", "from": "teacher"}},
-            "steps.1 (prune).recover.from: recovery belongs to its prune step",
+            "steps.1 (prune).recover.from: recovery belongs to its step",
         ),
         (
             {"kind": "prune", "heads": 0.5, "recover": {"kind": "distill", "teacher": "nobody"}},

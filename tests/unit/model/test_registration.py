@@ -17,12 +17,14 @@ from transformers import (
     pipeline,
 )
 
+from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.errors import ArtifactError, TaskError
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.marking import StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.sparse import save_sparse
 from hf_mtcompress.model.structured import mark_structure
 from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers
 from hf_mtcompress.tasks import SequenceClassification, TokenClassification
@@ -90,6 +92,14 @@ def test_fresh_process_is_bit_equal(tmp_path: Path) -> None:
             encoder.save_pretrained(folder)
             torch.save(tiny_inputs(family), folder / "inputs.pt")
             encoders[folder] = laws.hidden(encoder, family)
+        # Cut, trimmed, and stored without zeros.
+        folder = tmp_path / f"{family}-sparse"
+        encoder = tiny_encoder(family)
+        cut(encoder, laws.UNEVEN_HEADS, laws.UNEVEN_NEURONS)
+        trim_weights(encoder, sparsity=0.7)
+        assert save_sparse(encoder, folder).matrices
+        torch.save(tiny_inputs(family), folder / "inputs.pt")
+        encoders[folder] = laws.hidden(encoder, family)
     done = subprocess.run(
         [sys.executable, "-c", _FRESH, *map(str, encoders)],
         cwd=Path(__file__).parents[3],

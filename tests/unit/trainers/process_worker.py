@@ -61,6 +61,8 @@ def main(
             fusion="gradient_norm" if mixed else "sum",
             fusion_options={"share": 0.3} if mixed else None,
             gradient_combination="upgrad" if mixed else None,
+            l1_penalty=0.05 if distill else 0.0,
+            l2_penalty=0.1 if distill else 0.0,
             dataloader_pin_memory=False,
             disable_tqdm=True,
         ),
@@ -75,7 +77,8 @@ def main(
     if trainer.is_world_process_zero():
         model.save_pretrained(folder)
         losses = [
-            {key: value for key, value in row.items() if key.startswith("loss")} for row in trainer.state.log_history
+            {key: value for key, value in row.items() if key.startswith(("loss", "penalty"))}
+            for row in trainer.state.log_history
         ]
         result = {
             "processes": trainer.args.world_size,
