@@ -43,6 +43,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "embedding": (config.EmbeddingCriterionConfig, None),
     "feature_map": (config.FeatureMapCriterionConfig, None),
     "prune": (config.PruneStep, None),
+    "timing": (config.TimingConfig, None),
     "one_shot": (config.OneShotSchedule, None),
     "iterative": (config.IterativeSchedule, None),
     "gradual": (config.GradualSchedule, None),
@@ -51,6 +52,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "quantize": (config.QuantizeStep, None),
     "export": (config.ExportStep, None),
     "budget": (config.BudgetConfig, None),
+    "search": (config.SearchConfig, None),
     "benchmark": (config.BenchmarkConfig, None),
     "publish": (config.PublishConfig, None),
 }

@@ -273,7 +273,7 @@ class Candidate:
     missed: float | None
     """Sum over limits of how far each is missed, as a fraction of it; 0 where all are met, None where unknown."""
     on_front: bool = False
-    """Whether no other is at least as good in size, every time and retention (or average), and better in one of them."""
+    """Whether no other is at least as good in size, every time and quality, and better in one of them."""
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """Makes a trained model smaller: whole heads, neurons, layers and tokens cut, weights in fewer bits."""
 
-from hf_mtcompress.compression.pruning import PruneReport, prune
+from hf_mtcompress.compression.latency import LatencyTable, measure_latency
+from hf_mtcompress.compression.pruning import PruneReport, TimeBudget, prune
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.schedule import GradualPruning, GradualReport
 from hf_mtcompress.compression.sparsity import TrimReport, trim_weights
@@ -9,9 +10,12 @@ from hf_mtcompress.compression.vocabulary import VocabularyReport, trim_vocabula
 __all__ = [
     "GradualPruning",
     "GradualReport",
+    "LatencyTable",
     "PruneReport",
+    "TimeBudget",
     "TrimReport",
     "VocabularyReport",
+    "measure_latency",
     "prune",
     "quantize_bitsandbytes",
     "trim_vocabulary",
