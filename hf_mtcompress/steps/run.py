@@ -86,11 +86,15 @@ def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
 def _extras_of(recipe: Recipe) -> list[str]:
     """The extras that a recipe needs."""
     needed = ["surgery"] if recipe.fusion.combination not in (None, "mean") else []
+    if recipe.search is not None and recipe.search.timing.runtime != "torch":
+        needed.append("onnx")
     for step in recipe.steps:
         match step:
             case QuantizeStep():
                 needed.append("onnx" if step.backend == "onnxruntime" else "bitsandbytes")
             case ExportStep() if "onnx" in step.formats:
+                needed.append("onnx")
+            case PruneStep() if step.latency and step.timing.runtime != "torch":
                 needed.append("onnx")
             case _:
                 pass

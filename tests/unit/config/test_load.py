@@ -535,7 +535,7 @@ def test_rows_are_not_shared_in_a_chain():
         ),
         (
             {"kind": "prune"},
-            "steps.1 (prune): removes nothing; expected heads, feed_forward, layers or compute above 0",
+            "steps.1 (prune): removes nothing; expected heads, feed_forward, layers, compute or latency above 0",
         ),
         (
             {"kind": "prune", "feed_forward": 1},
