@@ -50,6 +50,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "trim_vocabulary": (config.TrimVocabularyStep, None),
     "trim_weights": (config.TrimWeightsStep, None),
     "quantize": (config.QuantizeStep, None),
+    "calibration": (config.CalibrationConfig, None),
     "export": (config.ExportStep, None),
     "budget": (config.BudgetConfig, None),
     "search": (config.SearchConfig, None),

@@ -11,7 +11,8 @@ from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.errors import MTCompressError
-from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
 from hf_mtcompress.inference.pipeline import MultiTaskPipeline, register_pipeline
 from hf_mtcompress.inference.predictor import Predictor, load_predictor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of

@@ -30,6 +30,8 @@ CARD = "README.md"
 ASSETS = "assets"
 STEP_RECORD = "step.json"
 WORK = ".work"
+GRAPHS = "graphs"
+"""Folder of half-done things with float graphs that several steps may quantize."""
 COMPARISON = "compare.json"
 COMPARISON_PICTURE = "compare.png"
 

@@ -37,6 +37,10 @@ class TrainingError(MTCompressError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 
 
+class QualityError(MTCompressError, ValueError):
+    """What was saved keeps less of the model it was made from than was asked for."""
+
+
 class ArtifactError(MTCompressError, OSError):
     """A folder or file is missing, not writable, of a newer format, or does not reload."""
 

@@ -124,6 +124,8 @@ class StepRecord:
     """What a prune step removed and when, and the scores of the candidates that it chose from."""
     sparsity: dict[str, Any] | None = None
     """Weights that are 0 in each matrix and over all, and bytes stored dense and as saved, where a step trimmed."""
+    quantization: dict[str, Any] | None = None
+    """How a quantize step stored weights, and what its gate found."""
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import ASSETS, CARD, RECIPE, RECORD, STEP_RECORD, WORK, whole_folder, write_text
+from hf_mtcompress.artifacts import ASSETS, CARD, GRAPHS, RECIPE, RECORD, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.config import (
     BenchmarkConfig,
     DistillStep,
@@ -40,9 +40,9 @@ from hf_mtcompress.config.sections import near
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
-from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
+from hf_mtcompress.errors import ArtifactError, PublishingError, QualityError, RecipeError
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
-from hf_mtcompress.evaluation.compare import check_budget, compare
+from hf_mtcompress.evaluation.compare import check_budget, check_gate, compare
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.inference.probes import reload_checks, save_probes
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
@@ -54,6 +54,7 @@ from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, render_card
 from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
+from hf_mtcompress.publishing.report import align
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
 from hf_mtcompress.steps.bench import Bench, load_processor, probe_batch, probe_samples
 from hf_mtcompress.steps.rows import texts_to_keep
@@ -91,6 +92,7 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
     done: dict[str, StepRecord] = {}
     for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
         done[str(step.name)] = do_step(step, source, done, bench)
+    shutil.rmtree(output / WORK / GRAPHS, ignore_errors=True)
     record = _measure(bench, list(done.values()))
     _write_results(bench, record)
     return record
@@ -146,6 +148,10 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     found = read_step(folder / STEP_RECORD)
     if found is not None and found.fingerprint == fingerprint:
         logger.warning("%s: done already, skipped", name)
+        if isinstance(step, QuantizeStep):
+            # The limits of a gate do not change what was made: they are held against it again.
+            _pass_gate(step, done[str(source)], found, bench)
+            found.settings = _plain(step)
         return found
     logger.warning("%s: %s%s", name, step.kind, f" from {source}" if source else "")
     work = bench.output / WORK / f"{name}-{fingerprint[:8]}"
@@ -169,10 +175,13 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             vocabulary=outcome.vocabulary,
             pruning=outcome.pruning,
             sparsity=outcome.sparsity,
+            quantization=outcome.quantization,
         )
         for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):
             artefact.size = measure_size(scratch / made.folder)
             artefact.scores["validation"] = score_folder(bench, scratch / made.folder, "validation")
+        if isinstance(step, QuantizeStep):
+            _pass_gate(step, done[str(source)], record, bench)
         save_probes(scratch, probe_batch(bench, outcome.processor), outcome.probes)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))
@@ -181,12 +190,84 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     return record
 
 
+def _pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench: Bench) -> None:
+    """Hold what a quantize step saved against the limits of its gate, and write the outcome into its record.
+
+    Raises:
+        QualityError: a limit is missed and the step is not told to keep the result.
+    """
+    record.quantization = {**(record.quantization or {}), "gate": None}
+    if step.retention is None and step.worst_task_retention is None:
+        return
+    tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
+    comparison = compare(tasks, source.artefacts[0], record.artefacts[0], step=record.name, split="validation")
+    limits = check_gate(comparison, step.retention, step.worst_task_retention)
+    met = all(row["met"] for row in limits.values())
+    record.quantization["gate"] = {
+        "reference": source.name,
+        "split": comparison.split,
+        "limits": limits,
+        "met": met,
+        "tasks": comparison.tasks,
+    }
+    if met:
+        return
+    message = _gate_message(step, source, limits, comparison, tasks)
+    if not step.keep:
+        raise QualityError(message)
+    logger.warning("%s\nIt is kept, as the recipe says.", message)
+
+
+def _gate_message(
+    step: QuantizeStep,
+    source: StepRecord,
+    limits: Mapping[str, dict[str, Any]],
+    comparison: records.Comparison,
+    tasks: Mapping[str, TaskRecord],
+) -> str:
+    """What was expected, what was found, task by task, and what can be done."""
+
+    def shown(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.4f}"
+
+    missed = [
+        f"{name} of at least {row['limit']:g}, found {shown(row['found'])}"
+        for name, row in limits.items()
+        if not row["met"]
+    ]
+    rows = [["task", "metric", source.name, str(step.name), "retention"]]
+    for name, row in comparison.tasks.items():
+        values = [shown(row["reference"]), shown(row["score"]), shown(row["retention"])]
+        reason = f" ({comparison.undefined[name]})" if name in comparison.undefined else ""
+        rows.append([name, tasks[name].metric, *values[:2], values[2] + reason])
+    better = ["float_layers: [...] keeps layers in float"] if step.backend == "onnxruntime" and step.bits < 16 else []
+    match step.bits:
+        case 4 if step.backend == "onnxruntime":
+            better += ["block_size: 32 or embedding_bits: 8 is closer to float", "bits: 8 closer still"]
+        case 4:
+            better.append("bits: 8 is closer to float")
+        case 8 if step.calibration is not None:
+            better.append("no calibration (dynamic), more rows or another method may be closer to float")
+        case 8 if step.backend == "onnxruntime":
+            better.append("bits: 16 is almost exact")
+        case _:
+            better.append("backend: onnxruntime with bits: 16 is almost exact")
+    return (
+        f"steps.{step.name}: expected {' and '.join(missed)} of '{source.name}' on the {comparison.split} split\n"
+        + align(rows)
+        + f"\nWhat to do: {'; '.join(better)}; keep: true keeps it all the same"
+    )
+
+
 def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> str:
     """Digest of everything a step's result depends on: its settings, its inputs, the data and the encoder."""
     recipe = bench.recipe
     parts = {
         "format": records.FORMAT_VERSION,
-        "step": {"kind": step.kind, **_chosen(step)},
+        "step": {
+            "kind": step.kind,
+            **{key: value for key, value in _chosen(step).items() if key not in _LIMITS_OF_A_STEP},
+        },
         "source": done[source].fingerprint if source is not None else None,
         "teachers": [done[name].fingerprint if name in done else _saved(name) for name in teachers_of(step)],
         **_other_inputs(step, bench),
@@ -202,6 +283,10 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
         **({"corpus": _corpus_digest(step, bench)} if isinstance(step, TrimVocabularyStep) and step.corpus else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_LIMITS_OF_A_STEP = ("retention", "worst_task_retention", "keep")
+"""Keys of a step that judge what it made, and do not change it."""
 
 
 def _saved(place: str) -> Any:

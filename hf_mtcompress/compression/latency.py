@@ -27,7 +27,8 @@ from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.environment import available_cores, environment_facts
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import benchmark
-from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, keep_layers

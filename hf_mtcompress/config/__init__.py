@@ -21,6 +21,7 @@ from hf_mtcompress.config.search import SearchConfig
 from hf_mtcompress.config.steps import (
     AdapterConfig,
     AdapterTargets,
+    CalibrationConfig,
     DistillStep,
     ExportStep,
     FinetuneStep,
@@ -52,6 +53,7 @@ __all__ = [
     "AdapterTargets",
     "BenchmarkConfig",
     "BudgetConfig",
+    "CalibrationConfig",
     "CriterionConfig",
     "DataConfig",
     "DistillStep",

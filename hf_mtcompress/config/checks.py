@@ -178,14 +178,35 @@ def check_steps(
                 _check_trimming(step, path, problems)
                 _check_recover(step.recover, path, earlier, names, problems)
             case QuantizeStep():
-                if step.bits == 4 and step.backend != "bitsandbytes":
-                    problems.add(
-                        join(path, "bits"), f"backend {step.backend} has 8 bits only; 4 need backend: bitsandbytes"
-                    )
+                _check_quantize(step, path, problems)
             case ExportStep():
                 _check_words(step.formats, join(path, "formats"), problems)
         if source is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):
             problems.add(path, "expected a finetune or distill step before it, whose model it can start from")
+
+
+def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
+    onnx = step.backend == "onnxruntime"
+    if step.bits == 16 and not onnx:
+        problems.add(join(path, "bits"), "backend bitsandbytes has 8 and 4 bits; 16 need backend: onnxruntime")
+    for key, given, bits in (
+        ("block_size", step.block_size != 64, (4,)),
+        ("embedding_bits", step.embedding_bits is not None, (4,)),
+        ("float_layers", bool(step.float_layers), (8, 4)),
+        ("calibration", step.calibration is not None, (8,)),
+    ):
+        if given and not (onnx and step.bits in bits):
+            wanted = " or ".join(map(str, bits))
+            problems.add(
+                join(path, key),
+                f"expected backend onnxruntime with bits {wanted} beside it, found {step.backend} with {step.bits}; "
+                "remove the key",
+            )
+    calibration = step.calibration
+    if calibration is not None and calibration.method != "percentile" and calibration.percentile != 99.99:
+        problems.add(join(path, "calibration.percentile"), "belongs to method: percentile; remove the key")
+    if step.keep and step.retention is None and step.worst_task_retention is None:
+        problems.add(join(path, "keep"), "expected 'retention' or 'worst_task_retention' beside it; remove the key")
 
 
 def _check_earlier(name: str, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems) -> None:

@@ -273,8 +273,21 @@ class TrimWeightsStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """Ranges of activations fixed beforehand on training rows, instead of found while the model runs."""
+
+    method: Literal["percentile", "entropy", "minmax"] = "percentile"
+    """`percentile` leaves out the rarest numbers, `entropy` takes the range that changes the distribution least,
+    `minmax` takes all."""
+    rows: int = 256
+    """Training rows, over all tasks."""
+    percentile: float = 99.99
+    """With `percentile`: the share of the numbers inside the range, in percent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeStep:
-    """Store weights in 8 or 4 bits.
+    """Store weights in 16, 8 or 4 bits.
 
     ```yaml
     - {kind: quantize, from: pruned, backend: onnxruntime, bits: 8}
@@ -289,8 +302,25 @@ class QuantizeStep:
     """The finetune, distill or prune step to start from; default: the latest of them."""
     backend: Literal["bitsandbytes", "onnxruntime"]
     """`onnxruntime` exports a graph and is fast on CPUs; `bitsandbytes` stays in torch."""
-    bits: Literal[8, 4] = 8
-    """4 needs `bitsandbytes`."""
+    bits: Literal[16, 8, 4] = 8
+    """16 is half precision, with `onnxruntime` only: half the file, at the speed of float."""
+    block_size: int = 64
+    """With `onnxruntime` in 4 bits: weights that share a scale, 16, 32, 64, 128 or 256. Smaller is closer to float and
+    larger on disk."""
+    embedding_bits: Literal[8, 4] | None = None
+    """With `onnxruntime` in 4 bits: bits of the embeddings; default: 4."""
+    float_layers: tuple[int, ...] = ()
+    """With `onnxruntime` in 8 or 4 bits: encoder layers whose matrices stay in float, counted from 0."""
+    calibration: CalibrationConfig | None = None
+    """With `onnxruntime` in 8 bits: ranges of activations are measured on training rows and fixed (static); default:
+    they are found while the model runs (dynamic)."""
+    retention: float | None = None
+    """The gate: share of the validation scores of the float model it starts from that must be kept, as a mean over
+    the main tasks. The saved files are scored; below this the step fails."""
+    worst_task_retention: float | None = None
+    """The same for the task that keeps least."""
+    keep: bool = False
+    """Keep a result that does not reach these limits; record and card then say so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -137,6 +137,28 @@ def check_budget(budget: BudgetConfig, artefact: Artefact, comparison: Compariso
     return checked
 
 
+def check_gate(
+    comparison: Comparison, retention: float | None, worst_task_retention: float | None
+) -> dict[str, dict[str, Any]]:
+    """Hold a quantized artefact against what it must keep of the model it was made from.
+
+    Args:
+        comparison: of the artefact with that model, on validation rows.
+        retention: smallest mean over the main tasks; None where it is not limited.
+        worst_task_retention: smallest of any main task; None where it is not limited.
+
+    Returns:
+        By limit `{"limit", "found", "met"}`; what is undefined for all tasks is not met.
+    """
+    limits = {"retention": retention, "worst_task_retention": worst_task_retention}
+    values = {"retention": comparison.retention, "worst_task_retention": comparison.worst_task_retention}
+    return {
+        name: {"limit": limit, "found": values[name], "met": (found := values[name]) is not None and found >= limit}
+        for name, limit in limits.items()
+        if limit is not None
+    }
+
+
 def latency_ratio(latency: list[LatencyRecord], batch_size: int) -> float | None:
     """Ratio of the minimum time to the reference's at one batch size, None where it was not measured."""
     for row in latency:

@@ -22,7 +22,9 @@ class OnnxSettings:
         tasks: task specs without columns (`Task.to_dict`), in order.
         preprocessing: `max_length` in tokens or `image_size` in pixels, where they are set.
         inputs: names of the graph's inputs.
-        precision: `float32` or `int8`.
+        precision: `float32`, `float16`, `int8` or `int4`.
+        quantization: how the weights got there, empty for float32: `block_size`, `embedding_bits`, `float_layers`,
+            `calibration`, and `exceptions` (numbers of matrices that were not stored as asked for, by reason).
         parameters: numbers of parameters: `encoder`, `embedding` (word embeddings, part of the encoder) and `head`.
         stored_bytes: bytes of weights by the type they are stored in.
         embedding_bytes: bytes of word embeddings, None for images.
@@ -37,6 +39,7 @@ class OnnxSettings:
     parameters: dict[str, int]
     stored_bytes: dict[str, int] = field(default_factory=dict)
     embedding_bytes: int | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
 
     def build_tasks(self) -> dict[str, Task]:

@@ -29,6 +29,7 @@ from hf_mtcompress.publishing.facts import (
 from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
 from hf_mtcompress.publishing.portable import portable, portable_recipe
 from hf_mtcompress.publishing.report import (
+    gate_lines,
     lineage,
     markdown,
     pruning_lines,
@@ -484,6 +485,10 @@ class _Page:
     def sparsity(self) -> list[str]:
         """What steps that trimmed weights left of them."""
         return sparsity_lines(self.record, self.n)
+
+    def gates(self) -> list[str]:
+        """What quantized models had to keep, and kept."""
+        return gate_lines(self.record, self.n)
 
     def _shape(self, step: StepRecord) -> list[str]:
         shapes = list(layers_of(step.structure).values())

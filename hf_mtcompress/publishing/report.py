@@ -46,6 +46,7 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
             **({"vocabulary": step.vocabulary} if step.vocabulary is not None else {}),
             **({"pruning": step.pruning} if step.pruning is not None else {}),
             **({"sparsity": step.sparsity} if step.sparsity is not None else {}),
+            **({"quantization": step.quantization} if step.quantization is not None else {}),
             "seconds": step.seconds,
             "delivered": step.name == delivered,
             "artefacts": [
@@ -125,6 +126,7 @@ def report_table(record: RunRecord) -> str:
         *pruning_lines(record, figures),
         *vocabulary_lines(record, figures),
         *sparsity_lines(record, figures),
+        *gate_lines(record, figures),
     ]
     if record.budget:
         notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
@@ -239,6 +241,27 @@ def sparsity_lines(record: RunRecord, figures: Figures) -> list[str]:
             f"({figures.percent(found['sparsity_saved'])}). {stored} Time is that of the dense model."
         )
     return lines
+
+
+def gate_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """A sentence for each quantize step with a gate: what it had to keep, and what it kept."""
+    lines = []
+    for step in record.steps:
+        gate = (step.quantization or {}).get("gate")
+        if gate is None:
+            continue
+        parts = [
+            f"{GATE_WORDS[name]} {figures.percent(row['found'])} (asked for: at least {figures.percent(row['limit'])})"
+            for name, row in gate["limits"].items()
+        ]
+        verdict = "" if gate["met"] else " It missed that and was kept on request."
+        lines.append(
+            f"Step {step.name} kept of {gate['reference']} on the {gate['split']} split: {', '.join(parts)}.{verdict}"
+        )
+    return lines
+
+
+GATE_WORDS = {"retention": "on average", "worst_task_retention": "in the task that kept least"}
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

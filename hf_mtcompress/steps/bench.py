@@ -89,6 +89,7 @@ class StepOutcome:
     vocabulary: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
     sparsity: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """By artefact folder: logits by task of the model in memory, for the check that it reloads."""
 

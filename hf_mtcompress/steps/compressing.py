@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
-from hf_mtcompress.artifacts import whole_folder
+from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.sparsity import trim_weights, zeros_of
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
 from hf_mtcompress.config import QuantizeStep, Role, TrimVocabularyStep, TrimWeightsStep
 from hf_mtcompress.errors import DataError, RecipeError, UnsupportedEncoderError
-from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.exporting.onnx_quantization import Calibration, quantize_onnx
+from hf_mtcompress.inference.onnx_settings import read_onnx_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.matrices import encoder_matrices
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -28,7 +32,7 @@ from hf_mtcompress.steps.bench import (
     start_of,
     structure_of,
 )
-from hf_mtcompress.steps.rows import texts_of, texts_to_keep
+from hf_mtcompress.steps.rows import calibration_rows, texts_of, texts_to_keep
 from hf_mtcompress.steps.teaching import recover
 from hf_mtcompress.steps.training import save_trained
 from hf_mtcompress.trainers.masking import KeepTrimmed
@@ -36,6 +40,8 @@ from hf_mtcompress.trainers.masking import KeepTrimmed
 logger = logging.getLogger(__name__)
 
 _REPORT = "report.json"
+_QUANTIZED = "quantized"
+_STRUCTURE = "structure.json"
 
 
 def trim_vocabulary_step(step: TrimVocabularyStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
@@ -108,9 +114,10 @@ def trim_weights_step(step: TrimWeightsStep, source: str | None, bench: Bench, f
 def quantize_step(step: QuantizeStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
     """Store weights in fewer bits: a bitsandbytes folder or an ONNX graph."""
     assert source is not None
-    model, processor = bench.load(source).eval(), bench.processor_of(source)
     match step.backend:
         case "bitsandbytes":
+            assert step.bits != 16
+            model, processor = bench.load(source).eval(), bench.processor_of(source)
             quantized = quantize_bitsandbytes(model, step.bits)
             assert isinstance(quantized, MultiTaskModel)
             probes = {".": probe(quantized, bench, processor)}
@@ -120,12 +127,83 @@ def quantize_step(step: QuantizeStep, source: str | None, bench: Bench, folder: 
                 "int8 linear layers, float32 embeddings" if step.bits == 8 else "nf4 linear layers, float32 embeddings"
             )
             artefact = Artefact(form="bitsandbytes", folder=".", precision=precision)
-            return StepOutcome([artefact], processor, structure_of(model), probes=probes)
+            quantization = {"backend": step.backend, "bits": step.bits}
+            return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
         case "onnxruntime":
-            with whole_folder(work / "float32") as scratch:
-                export_onnx(model, processor, scratch)
-            quantize_onnx(work / "float32", folder, bits=step.bits)
-            artefact = Artefact(form="onnx", folder=".", precision=f"int{step.bits}, dynamic, per channel")
-            # There is no model in memory with these weights: the graph is held against itself in another process.
-            answers = load_predictor(folder).logits(probe_batch(bench, processor))
-            return StepOutcome([artefact], processor, structure_of(model), probes={".": answers})
+            return _quantize_graph(step, source, bench, folder, work)
+
+
+def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+    processor = bench.processor_of(source)
+    structure = work / _STRUCTURE
+    if not structure.exists():
+        # What is done stays in the work folder until the step is: its gate may send it back.
+        model = bench.load(source).eval()
+        start = float_graph(source, bench, model, processor)
+        with whole_folder(work / _QUANTIZED) as scratch:
+            try:
+                quantize_onnx(
+                    start,
+                    scratch,
+                    bits=step.bits,
+                    block_size=step.block_size,
+                    embedding_bits=step.embedding_bits,
+                    float_layers=step.float_layers,
+                    calibration=_calibration_of(step, Start(model, processor), bench),
+                )
+            except RecipeError as error:
+                raise RecipeError([f"steps.{step.name}.{problem}" for problem in error.problems]) from error
+        write_text(structure, json.dumps(structure_of(model)))
+    shutil.copytree(work / _QUANTIZED, folder, dirs_exist_ok=True)
+    settings = read_onnx_settings(folder)
+    artefact = Artefact(form="onnx", folder=".", precision=_graph_precision(step))
+    # There is no model in memory with these weights: the graph is held against itself in another process.
+    answers = load_predictor(folder).logits(probe_batch(bench, processor))
+    return StepOutcome(
+        [artefact],
+        processor,
+        json.loads(structure.read_text(encoding="utf-8")),
+        probes={".": answers},
+        quantization={
+            "backend": step.backend,
+            "bits": step.bits,
+            **settings.quantization,
+            "stored_bytes": settings.stored_bytes,
+        },
+    )
+
+
+def float_graph(source: str, bench: Bench, model: MultiTaskModel, processor: Any) -> Path:
+    """The float graph of a step's model, exported once for all steps that quantize it.
+
+    It lies among the half-done things of the run and goes with them when the run is done.
+    """
+    record = json.loads((bench.step_folder(source) / STEP_RECORD).read_text(encoding="utf-8"))
+    graphs = bench.output / WORK / GRAPHS
+    graphs.mkdir(parents=True, exist_ok=True)
+    folder = graphs / f"{source}-{record['fingerprint'][:8]}"
+    if not folder.exists():
+        with whole_folder(folder) as scratch:
+            export_onnx(model, processor, scratch)
+    return folder
+
+
+def _calibration_of(step: QuantizeStep, start: Start, bench: Bench) -> Calibration | None:
+    if step.calibration is None:
+        return None
+    rows = calibration_rows(start, bench, step.calibration.rows)
+    return Calibration(rows, step.calibration.method, step.calibration.percentile)
+
+
+def _graph_precision(step: QuantizeStep) -> str:
+    """Kind of numbers first, then how."""
+    kept = f", layers {', '.join(map(str, step.float_layers))} in float" if step.float_layers else ""
+    match step.bits:
+        case 16:
+            return "float16 weights, computed in float32"
+        case 8 if step.calibration is not None:
+            return f"int8, static, {step.calibration.method} of {step.calibration.rows} rows{kept}"
+        case 8:
+            return f"int8, dynamic, per channel{kept}"
+        case 4:
+            return f"int4, blocks of {step.block_size}, embeddings in int{step.embedding_bits or 4}{kept}"

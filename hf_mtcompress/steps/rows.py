@@ -48,6 +48,26 @@ def calibration_batches(start: Start, bench: Bench, rows: int) -> list[dict[str,
     return list(loader)
 
 
+def calibration_rows(start: Start, bench: Bench, rows: int) -> list[dict[str, np.ndarray]]:
+    """About `rows` training rows as model inputs, one in each batch and none padded.
+
+    Padding would count among the activations whose ranges are measured.
+    """
+    found = []
+    for batch in calibration_batches(start, bench, rows):
+        inputs = {name: tensor.numpy() for name, tensor in inputs_of(batch).items()}
+        lengths = inputs["attention_mask"].sum(axis=1) if "attention_mask" in inputs else None
+        for row in range(len(next(iter(inputs.values())))):
+            end = None if lengths is None else int(lengths[row])
+            found.append(
+                {
+                    name: array[row : row + 1, :end] if lengths is not None else array[row : row + 1]
+                    for name, array in inputs.items()
+                }
+            )
+    return found
+
+
 def validation_rows(bench: Bench, rows: int) -> dict[str, Dataset]:
     """At most `rows` validation rows of each source, by task; tasks that share rows still share them."""
     generator = np.random.default_rng(bench.recipe.seed)

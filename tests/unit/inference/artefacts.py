@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_mtcompress.exporting.onnx import export_onnx, quantize_onnx
+from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, TokenClassification
 from tests.tiny import (
