@@ -563,8 +563,37 @@ def test_rows_are_not_shared_in_a_chain():
         ({"kind": "prune", "heads": 0.5, "importance": "fischer"}, "found 'fischer'; did you mean 'fisher'?"),
         ({"kind": "prune", "heads": 0.5, "repair": "all"}, "repair: expected true or false, found 'all'"),
         ({"kind": "quantize"}, "steps.1 (quantize).backend: is required: expected one of bitsandbytes, onnxruntime"),
-        ({"kind": "quantize", "backend": "onnxruntime", "bits": 4}, "bits: backend onnxruntime has 8 bits only"),
-        ({"kind": "quantize", "backend": "onnxruntime", "bits": 3}, "bits: expected one of 8, 4, found 3"),
+        ({"kind": "quantize", "backend": "onnxruntime", "bits": 5}, "bits: expected one of 16, 8, 4, found 5"),
+        ({"kind": "quantize", "backend": "onnxruntime", "bits": 3}, "bits: expected one of 16, 8, 4, found 3"),
+        ({"kind": "quantize", "backend": "bitsandbytes", "bits": 16}, "bits: backend bitsandbytes has 8 and 4 bits"),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": 8, "block_size": 32},
+            "block_size: expected backend onnxruntime with bits 4 beside it, found onnxruntime with 8",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": 4, "block_size": 48},
+            "block_size: expected 16, 32, 64, 128 or 256, found 48",
+        ),
+        (
+            {"kind": "quantize", "backend": "bitsandbytes", "float_layers": [0]},
+            "float_layers: expected backend onnxruntime with bits 8 or 4 beside it, found bitsandbytes with 8",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": 4, "calibration": {"rows": 8}},
+            "calibration: expected backend onnxruntime with bits 8 beside it, found onnxruntime with 4",
+        ),
+        (
+            {
+                "kind": "quantize",
+                "backend": "onnxruntime",
+                "calibration": {"method": "minmax", "percentile": 99.0},
+            },
+            "calibration.percentile: belongs to method: percentile",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "keep": True},
+            "keep: expected 'retention' or 'worst_task_retention' beside it",
+        ),
         ({"kind": "export", "formats": ["onnx", "onnx"]}, "formats: expected at least one word and none twice"),
     ],
 )

@@ -1,0 +1,142 @@
+"""The step quantize of a recipe: every kind of ONNX graph, and the gate that judges what was saved."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_mtcompress.artifacts import CARD, WORK
+from hf_mtcompress.cli import main
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.errors import QualityError
+from hf_mtcompress.evaluation.compare import check_gate
+from hf_mtcompress.publishing.lint import lint_card
+from hf_mtcompress.publishing.report import report_rows, report_table
+from hf_mtcompress.records import Comparison
+from hf_mtcompress.workflow import load_record, run
+from tests.tiny_recipe import write_tiny_recipe
+
+TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 6}
+FORMS: dict[str, dict[str, Any]] = {
+    "half": {"bits": 16},
+    "int4": {"bits": 4, "block_size": 32, "embedding_bits": 8},
+    "static": {"bits": 8, "calibration": {"method": "percentile", "rows": 12}, "float_layers": [1]},
+}
+
+
+def quantized(name: str, **options: Any) -> dict[str, Any]:
+    return {"kind": "quantize", "name": name, "from": "teacher", "backend": "onnxruntime", **options}
+
+
+def test_a_gate_that_nothing_is_known_of_is_shut():
+    """None compared with a limit would raise, or, taken for 1, let everything pass."""
+    comparison = Comparison(
+        step="a",
+        folder="a",
+        split="validation",
+        retention=0.96,
+        retention_above_chance=None,
+        worst_task_retention=None,
+        worst_task=None,
+        tasks={},
+    )
+    limits = check_gate(comparison, 0.96, 0.5)
+    assert limits["retention"] == {"limit": 0.96, "found": 0.96, "met": True}
+    assert limits["worst_task_retention"] == {"limit": 0.5, "found": None, "met": False}
+    assert check_gate(comparison, None, None) == {}
+
+
+def test_sizes_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Who plans for a device reads the estimate first."""
+    steps = [TEACHER, *(quantized(name, **options) for name, options in FORMS.items()), quantized("int8", bits=8)]
+    path = write_tiny_recipe(tmp_path, steps=steps)
+    assert main(["plan", str(path), "--json"]) == 0
+    planned = {step["step"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+    parameters = planned["teacher"]["parameters"]
+    assert planned["half"]["estimated_mb"] == pytest.approx(parameters * 2 / 1e6, abs=0.06)
+    assert planned["int8"]["estimated_mb"] == pytest.approx(parameters / 1e6, abs=0.06)
+    assert planned["int4"]["estimated_mb"] <= planned["int8"]["estimated_mb"]
+
+
+@pytest.mark.slow
+def test_every_graph_through_a_recipe(tmp_path: Path):
+    """Saved, scored, reloaded to the bit, timed, and shown with what it is."""
+    path = write_tiny_recipe(
+        tmp_path, steps=[TEACHER, *(quantized(name, **options) for name, options in FORMS.items())], budget=None
+    )
+    output = tmp_path / "out"
+    record = run(load_recipe(path), output)
+    steps = {step.name: step for step in record.steps}
+    assert {name: steps[name].artefacts[0].precision for name in FORMS} == {
+        "half": "float16 weights, computed in float32",
+        "int4": "int4, blocks of 32, embeddings in int8",
+        "static": "int8, static, percentile of 12 rows, layers 1 in float",
+    }
+    for name in FORMS:
+        artefact = steps[name].artefacts[0]
+        assert artefact.reload is not None
+        assert artefact.reload["passed"], artefact.reload
+        assert artefact.reload["max_difference"] == 0.0
+        assert artefact.size is not None
+        assert artefact.latency
+        assert {"validation", "test"} <= set(artefact.scores)
+        assert steps[name].quantization is not None
+        assert steps[name].quantization["bits"] == FORMS[name]["bits"]
+        assert steps[name].quantization["gate"] is None
+    half, teacher = steps["half"].artefacts[0], steps["teacher"].artefacts[0]
+    assert half.scores["validation"].average == pytest.approx(teacher.scores["validation"].average, abs=1e-3)
+    card = (output / CARD).read_text(encoding="utf-8")
+    assert lint_card(card, output, record) == []
+    assert "int4" in card
+    # One export served all of them, and is gone.
+    assert not any((output / WORK).iterdir())
+    assert load_record(output) == record
+
+
+@pytest.mark.slow
+def test_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A step that keeps too little must leave nothing that looks done, and not do everything again when let through."""
+    output = tmp_path / "out"
+
+    def recipe(**limits: Any) -> Path:
+        return write_tiny_recipe(
+            tmp_path, steps=[TEACHER, quantized("int4", bits=4, block_size=32, **limits)], budget=None
+        )
+
+    path = recipe(retention=3.0)
+    with pytest.raises(QualityError) as caught:
+        run(load_recipe(path), output)
+    message = str(caught.value)
+    assert message.startswith("steps.int4: expected retention of at least 3, found ")
+    assert "of 'teacher' on the validation split" in message
+    assert all(word in message for word in ("mood", "strength", "float_layers", "bits: 8", "keep: true"))
+    assert not (output / "int4").exists()
+    waiting = list((output / WORK).glob("int4-*/quantized/model.onnx"))
+    assert len(waiting) == 1
+    made = waiting[0].stat().st_mtime_ns
+    shutil.rmtree(output / WORK / "graphs")  # an export would have to put it back
+
+    path = recipe(retention=3.0, keep=True)
+    record = run(load_recipe(path), output)
+    gate = (record.steps[-1].quantization or {})["gate"]
+    assert gate["met"] is False
+    assert gate["limits"]["retention"]["limit"] == 3.0
+    assert not (output / WORK / "graphs").exists()
+    assert (output / "int4" / "model.onnx").is_file()
+    assert not waiting[0].exists()
+    assert made
+    card = (output / CARD).read_text(encoding="utf-8")
+    assert "It missed that and was kept on request." in card
+    assert lint_card(card, output, record) == []
+    assert "kept on request" in report_table(record)
+    assert report_rows(record)[-1]["quantization"]["gate"] == gate
+
+    # What is done is judged again when the limit changes, and not made again.
+    step = (output / "int4" / "step.json").read_bytes()
+    with pytest.raises(QualityError, match=r"at least 2\.5"):
+        run(load_recipe(recipe(retention=2.5)), output)
+    assert run(load_recipe(recipe(worst_task_retention=1e-6)), output).steps[-1].quantization["gate"]["met"]
+    assert (output / "int4" / "step.json").read_bytes() == step
+    capsys.readouterr()
