@@ -340,6 +340,8 @@ class ExportStep:
     """The finetune, distill or prune step to start from; default: the latest of them."""
     formats: tuple[Literal["vanilla", "onnx"], ...] = ("vanilla",)
     """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads."""
+    per_task: bool = False
+    """With `onnx`: write a graph of its own for each task, too, with nothing in it that the task does not need."""
 
 
 StepConfig = (

@@ -3,7 +3,9 @@
 import ast
 import copy
 import io
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX_MODEL
+from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.evaluation.benchmark import count_parameters
 from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, run_graph, stored_bytes
-from hf_mtcompress.inference.onnx_settings import OnnxSettings, write_onnx_settings
+from hf_mtcompress.inference.onnx_settings import OnnxSettings, read_onnx_settings, write_onnx_settings
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -90,6 +92,68 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
         ),
     )
     return folder
+
+
+def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict[str, Path]:
+    """Write a graph for each task from the graph of all, with the nodes and weights that this task needs.
+
+    Nothing is traced again, so each answers as the whole graph does, to the bit where the runtime fuses alike.
+
+    Args:
+        source_folder: what `export_onnx` wrote.
+        folder: gets an ONNX folder for each task, by name.
+        model: what it was made from, for the number of parameters of each head.
+
+    Returns:
+        The folders by task.
+
+    Raises:
+        ArtifactError: the source is no ONNX folder.
+        MissingExtraError: the extra `onnx` is not installed.
+    """
+    require_extra("onnx")
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    settings = read_onnx_settings(source_folder)
+    made = {}
+    for name, task in settings.build_tasks().items():
+        graph = onnx_ir.load(source_folder / ONNX_MODEL)
+        whole = _count_weights(graph)
+        kept = [output for output in graph.graph.outputs if output.name == task.logits_name]
+        graph.graph.outputs[:] = kept
+        RemoveUnusedNodesPass()(graph)
+        made[name] = folder / name
+        made[name].mkdir(parents=True, exist_ok=True)
+        onnx_ir.save(graph, made[name] / ONNX_MODEL)
+        for item in source_folder.iterdir():
+            if item.is_file() and item.name not in (ONNX_MODEL, ONNX_SETTINGS):
+                shutil.copy2(item, made[name] / item.name)
+        own = [model.heads[task.head_name], *(model.adapters[key] for key in model.adapters if key == task.head_name)]
+        head = sum(parameter.numel() for part in own for parameter in part.parameters())
+        # What else is gone belonged to the encoder: a pooler that this head does not read.
+        gone = max(whole - _count_weights(graph) - (settings.parameters["head"] - head), 0)
+        encoder = settings.parameters["encoder"] - gone
+        write_onnx_settings(
+            made[name],
+            replace(
+                settings,
+                tasks=[task.to_dict()],
+                parameters={**settings.parameters, "encoder": encoder, "head": head},
+                **stored_bytes(made[name] / ONNX_MODEL),
+            ),
+        )
+    return made
+
+
+def _count_weights(graph: Any) -> int:
+    import onnx_ir
+
+    return sum(
+        value.const_value.size
+        for value in graph.graph.initializers.values()
+        if value.const_value.dtype == onnx_ir.DataType.FLOAT
+    )
 
 
 # ---- tracing ----

@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX, VANILLA
+from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, VANILLA
 from hf_mtcompress.config import ExportStep
-from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.bench import Bench, StepOutcome, probe, probe_batch, structure_of
 
 
 def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
-    """The same weights in other forms: plain folders, one a task, or one ONNX graph."""
+    """The same weights in other forms: plain folders, one a task; ONNX graphs, one of all tasks and one for each."""
     assert source is not None
     model, processor = bench.load(source).eval(), bench.processor_of(source)
     outcome = StepOutcome([], processor, structure_of(model))
@@ -34,6 +34,13 @@ def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path
                 export_onnx(model, processor, folder / ONNX)
                 outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
                 outcome.probes[ONNX] = probe(model, bench, processor)
+                if step.per_task:
+                    for name in split_onnx(folder / ONNX, folder / ONNX_TASKS, model):
+                        place = f"{ONNX_TASKS}/{name}"
+                        outcome.artefacts.append(
+                            Artefact(form="onnx", folder=place, precision=f"float32, task {name} alone")
+                        )
+                        outcome.probes[place] = {name: outcome.probes[ONNX][name]}
     return outcome
 
 

@@ -64,7 +64,13 @@ def test_sizes_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_every_graph_through_a_recipe(tmp_path: Path):
     """Saved, scored, reloaded to the bit, timed, and shown with what it is."""
     path = write_tiny_recipe(
-        tmp_path, steps=[TEACHER, *(quantized(name, **options) for name, options in FORMS.items())], budget=None
+        tmp_path,
+        steps=[
+            TEACHER,
+            *(quantized(name, **options) for name, options in FORMS.items()),
+            {"kind": "export", "name": "graphs", "from": "teacher", "formats": ["onnx"], "per_task": True},
+        ],
+        budget=None,
     )
     output = tmp_path / "out"
     record = run(load_recipe(path), output)
@@ -85,6 +91,14 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         assert steps[name].quantization is not None
         assert steps[name].quantization["bits"] == FORMS[name]["bits"]
         assert steps[name].quantization["gate"] is None
+    assert [artefact.folder for artefact in steps["graphs"].artefacts] == [
+        "graphs/onnx",
+        "graphs/onnx_tasks/mood",
+        "graphs/onnx_tasks/strength",
+    ]
+    for artefact in steps["graphs"].artefacts:
+        assert artefact.reload is not None
+        assert artefact.reload["passed"], artefact.reload
     half, teacher = steps["half"].artefacts[0], steps["teacher"].artefacts[0]
     assert half.scores["validation"].average == pytest.approx(teacher.scores["validation"].average, abs=1e-3)
     card = (output / CARD).read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import count_parameters
 from hf_mtcompress.exporting.graphs import largest_difference
-from hf_mtcompress.exporting.onnx import export_onnx
+from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
 from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
 from hf_mtcompress.inference.onnx_session import open_session, run_session
 from hf_mtcompress.inference.onnx_settings import read_onnx_settings
@@ -162,6 +162,26 @@ def test_every_family_exports(family: str, tmp_path: Path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     rounded = run_session(open_session(tmp_path / "int8" / ONNX_MODEL, 1), feed)["logits_mood"]
     assert np.abs(rounded - expected).max() < 0.15 * max(1.0, np.abs(expected).max())
+
+
+def test_a_graph_for_each_task(saved: Saved, tmp_path: Path):
+    """A head too many would be computed for nothing; one that is cut out with something it needs would not open."""
+    folders = split_onnx(saved.folders["onnx"], tmp_path, saved.model)
+    assert list(folders) == list(saved.model.tasks)
+    whole = read_onnx_settings(saved.folders["onnx"])
+    for name, folder in folders.items():
+        predictor = load_predictor(folder, threads=1)
+        assert list(predictor.tasks) == [name]
+        found = predictor.logits(saved.inputs)[name]
+        np.testing.assert_allclose(found, saved.logits()[name], rtol=1e-4, atol=1e-5)
+        assert list(predictor.predict(saved.samples[:2])[0]) == [name]
+        alone = read_onnx_settings(folder)
+        head = saved.model.heads[saved.model.tasks[name].head_name]
+        assert alone.parameters["head"] == sum(parameter.numel() for parameter in head.parameters())
+        assert alone.parameters["encoder"] <= whole.parameters["encoder"]
+        floats = alone.stored_bytes["float"] / 4
+        assert floats == pytest.approx(alone.parameters["encoder"] + alone.parameters["head"], rel=0.01)
+        assert [item.name for item in folder.iterdir() if item.suffix == ".data"] == []
 
 
 def test_largest_difference_is_relative_and_strict():
