@@ -182,6 +182,14 @@ def check_steps(
                     problems.add(
                         join(path, "bits"), f"backend {step.backend} has 8 bits only; 4 need backend: bitsandbytes"
                     )
+                for key in ("quant_type", "double_quantization", "embeddings"):
+                    if getattr(step, key) != getattr(QuantizeStep(backend="bitsandbytes"), key):
+                        if step.backend != "bitsandbytes":
+                            problems.add(
+                                join(path, key), f"is for backend: bitsandbytes, found {step.backend}; remove it"
+                            )
+                        elif step.bits == 8 and key != "embeddings":
+                            problems.add(join(path, key), "is about 4 bits; say bits: 4, or remove the key")
             case ExportStep():
                 _check_words(step.formats, join(path, "formats"), problems)
         if source is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):

@@ -291,6 +291,12 @@ class QuantizeStep:
     """`onnxruntime` exports a graph and is fast on CPUs; `bitsandbytes` stays in torch."""
     bits: Literal[8, 4] = 8
     """4 needs `bitsandbytes`."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Of 4 bits with `bitsandbytes`: quantiles of a normal distribution, or floats of 4 bits."""
+    double_quantization: bool = False
+    """Of 4 bits with `bitsandbytes`: the scales of the blocks in 8 bits too."""
+    embeddings: bool = False
+    """With `bitsandbytes`: the word embedding in as many bits too; `onnxruntime` always does so in 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
