@@ -1,7 +1,7 @@
 """Word embeddings in 8 or 4 bits, which bitsandbytes can neither save nor load.
 
-A row is looked up, then brought back to float, so only the rows of a text's tokens are computed. The weights stay in few
-bits on disk and in memory.
+A row is looked up, then brought back to float, so only the rows of a text's tokens are computed. The weights stay in
+few bits on disk and in memory.
 
 Reference:
     Dettmers et al.: QLoRA: Efficient Finetuning of Quantized LLMs. NeurIPS 2023 (NF4, the sixteen numbers below).
