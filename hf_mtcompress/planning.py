@@ -154,8 +154,9 @@ class _Shape:
         match step:
             case QuantizeStep(backend="onnxruntime"):
                 return self._graph_bytes(step) / 1e6
-            case QuantizeStep(bits=bits):
-                return (linear * bits / 8 + (self.parameters - linear) * 4) / 1e6
+            case QuantizeStep(bits=bits, embeddings=embeddings):
+                few = linear + (self.embedding if embeddings else 0)
+                return (few * bits / 8 + (self.parameters - few) * 4) / 1e6
             case TrimWeightsStep(storage="sparse") if (trimmed := _trimmed(step)) is not None:
                 among = linear + (self.embedding if step.embeddings else 0.0)
                 return (self.parameters * 4 - among * max(4 * trimmed - 1 / 8, 0.0)) / 1e6

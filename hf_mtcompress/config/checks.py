@@ -204,6 +204,12 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
                 f"expected backend onnxruntime with bits {wanted} beside it, found {step.backend} with {step.bits}; "
                 "remove the key",
             )
+    for key in ("quant_type", "double_quantization", "embeddings"):
+        if getattr(step, key) != getattr(QuantizeStep(backend="bitsandbytes"), key):
+            if onnx:
+                problems.add(join(path, key), f"is for backend: bitsandbytes, found {step.backend}; remove it")
+            elif step.bits == 8 and key != "embeddings":
+                problems.add(join(path, key), "is about 4 bits; say bits: 4, or remove the key")
     calibration = step.calibration
     if calibration is not None and calibration.method != "percentile" and calibration.percentile != 99.99:
         problems.add(join(path, "calibration.percentile"), "belongs to method: percentile; remove the key")

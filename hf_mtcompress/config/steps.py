@@ -321,6 +321,12 @@ class QuantizeStep:
     """The same for the task that keeps least."""
     keep: bool = False
     """Keep a result that does not reach these limits; record and card then say so."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Of 4 bits with `bitsandbytes`: quantiles of a normal distribution, or floats of 4 bits."""
+    double_quantization: bool = False
+    """Of 4 bits with `bitsandbytes`: the scales of the blocks in 8 bits too."""
+    embeddings: bool = False
+    """With `bitsandbytes`: the word embedding in as many bits too; `onnxruntime` always does so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ shapes must change. `import hf_mtcompress` registers the methods; see `hf_mtcomp
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -26,6 +26,7 @@ class StructureConfig(QuantizationConfigMixin):
     Args:
         structure: see `hf_mtcompress.model.surgery`; None where nothing was cut or the model knows it by itself.
         bitsandbytes: fields of a `BitsAndBytesConfig` for weights of 8 or 4 bits; None for float weights.
+        embedding_bits: 8 or 4 where the word embedding has so many, see `hf_mtcompress.model.embeddings`.
         format_version: of this entry; newer ones are refused.
         quant_method: name of the method; follows from `bitsandbytes`, unless it is `SPARSE_METHOD`.
     """
@@ -34,6 +35,7 @@ class StructureConfig(QuantizationConfigMixin):
         self,
         structure: Mapping[str, Any] | None = None,
         bitsandbytes: Mapping[str, Any] | None = None,
+        embedding_bits: Literal[8, 4] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class StructureConfig(QuantizationConfigMixin):
         self.quant_method = method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.structure = None if structure is None else dict(structure)
+        self.embedding_bits: Literal[8, 4] | None = embedding_bits
         self.bitsandbytes = None if bitsandbytes is None else dict(bitsandbytes)
 
 

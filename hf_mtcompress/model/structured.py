@@ -14,9 +14,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from hf_mtcompress.model.anatomy import encoder_of
+from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.embeddings import Bits, swap_embedding
 from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, StructureConfig, write_mark
-from hf_mtcompress.model.modeling import align_weights
+from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.sparse import Expand, expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 
@@ -43,6 +45,50 @@ def keep_exact(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def swap_word_embeddings(model: PreTrainedModel, bits: Bits | None) -> list[str]:
+    """Give the word embeddings of a model's encoders empty tables of few bits; their names in the model.
+
+    Raises:
+        UnsupportedEncoderError: an encoder has none, or its rows cannot be stored so.
+    """
+    names = [] if bits is None else word_embeddings(model)
+    for name in names:
+        assert bits is not None
+        swap_embedding(model, name, bits)
+    return names
+
+
+def word_embeddings(model: PreTrainedModel) -> list[str]:
+    """Names of the word embeddings of a model's encoders.
+
+    Raises:
+        UnsupportedEncoderError: an encoder has none, or another part reads its weights too.
+    """
+    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [encoder_of(model)]
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for encoder in encoders:
+        assert isinstance(encoder, PreTrainedModel)
+        table = find_anatomy(encoder).word_embedding
+        if table is None:
+            raise UnsupportedEncoderError(
+                f"{type(encoder).__name__}: expected a word embedding to store in few bits, found none; leave "
+                "embeddings out, which is for text encoders"
+            )
+        shared = [name for module, name in names.items() if module is not table and _weight_of(module) is table.weight]
+        if shared:
+            raise UnsupportedEncoderError(
+                f"{type(model).__name__}: expected a word embedding of its own to store in few bits, found that "
+                f"'{shared[0]}' shares its weights; leave embeddings out"
+            )
+        found.append(names[table])
+    return found
+
+
+def _weight_of(module: nn.Module) -> Any:
+    return module._parameters.get("weight")
 
 
 class StructureQuantizer(HfQuantizer):
@@ -96,6 +142,7 @@ class Structured8BitQuantizer(Bnb8BitHfQuantizer):
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         apply_structure(encoder_of(model), self.structure_config.structure)
+        swap_word_embeddings(model, self.structure_config.embedding_bits)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -114,6 +161,7 @@ class Structured4BitQuantizer(Bnb4BitHfQuantizer):
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         apply_structure(encoder_of(model), self.structure_config.structure)
+        swap_word_embeddings(model, self.structure_config.embedding_bits)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

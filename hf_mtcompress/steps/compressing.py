@@ -118,16 +118,27 @@ def quantize_step(step: QuantizeStep, source: str | None, bench: Bench, folder: 
         case "bitsandbytes":
             assert step.bits != 16
             model, processor = bench.load(source).eval(), bench.processor_of(source)
-            quantized = quantize_bitsandbytes(model, step.bits)
+            quantized = quantize_bitsandbytes(
+                model,
+                step.bits,
+                quant_type=step.quant_type,
+                double_quantization=step.double_quantization,
+                embeddings=step.embeddings,
+            )
             assert isinstance(quantized, MultiTaskModel)
             probes = {".": probe(quantized, bench, processor)}
             quantized.save_pretrained(folder)
             processor.save_pretrained(folder)
-            precision = (
-                "int8 linear layers, float32 embeddings" if step.bits == 8 else "nf4 linear layers, float32 embeddings"
-            )
+            linear, table = ("int8", "int8") if step.bits == 8 else (step.quant_type, "nf4")
+            precision = f"{linear} linear layers, {table if step.embeddings else 'float32'} embeddings"
             artefact = Artefact(form="bitsandbytes", folder=".", precision=precision)
-            quantization = {"backend": step.backend, "bits": step.bits}
+            quantization = {
+                "backend": step.backend,
+                "bits": step.bits,
+                **({"quant_type": step.quant_type} if step.bits == 4 else {}),
+                "double_quantization": step.double_quantization,
+                "embeddings": step.embeddings,
+            }
             return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
         case "onnxruntime":
             return _quantize_graph(step, source, bench, folder, work)

@@ -1,15 +1,23 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.embeddings import QuantizedEmbedding
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.surgery import cut, describe_structure
@@ -172,3 +180,43 @@ def test_one_task_of_a_quantized_folder(tmp_path: Path) -> None:
     quantize_bitsandbytes(multi_task("bert"), 8).save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match="expected float weights to load one task"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("make", [lambda: multi_task("bert"), lambda: multi_task("deberta-v2"), lambda: stock(True)])
+@pytest.mark.parametrize(
+    ("bits", "options"), [(8, {}), (4, {}), (4, {"quant_type": "fp4", "double_quantization": True})]
+)
+def test_embeddings_in_few_bits_reload_bit_equal(
+    make: Callable[[], PreTrainedModel], bits: Bits, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make()
+    encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
+    family = encoder.config.model_type
+    quantized = quantize_bitsandbytes(model, bits, embeddings=True, **options)
+    before = logits(quantized, family)
+    quantized.save_pretrained(tmp_path)
+    opener = AutoModel if isinstance(model, MultiTaskModel) else AutoModelForSequenceClassification
+    loaded = opener.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, family), before)
+    tables = [module for module in loaded.modules() if isinstance(module, QuantizedEmbedding)]
+    assert len(tables) == 1
+    assert tables[0].weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert not tables[0].weight.requires_grad
+    plain = logits(quantize_bitsandbytes(model, bits, **options), family)
+    assert not torch.equal(plain, before)
+    assert (plain - before).abs().max() < (0.1 if bits == 8 else 1.0) * plain.abs().max()
+
+
+def test_shared_embeddings_are_refused() -> None:
+    """A head that reads the same weights would read integers."""
+    model = AutoModelForMaskedLM.from_config(tiny_config("bert"))
+    with pytest.raises(UnsupportedEncoderError, match="shares its weights; leave embeddings out"):
+        quantize_bitsandbytes(model, 8, embeddings=True)
+
+
+def test_options_of_four_bits() -> None:
+    model = stock(False)
+    with pytest.raises(ValueError, match="quant_type: expected 'nf4' or 'fp4', found 'int4'"):
+        quantize_bitsandbytes(model, 4, quant_type="int4")  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ValueError, match="expected them with 4 bits only, found 8"):
+        quantize_bitsandbytes(model, 8, double_quantization=True)

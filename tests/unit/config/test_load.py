@@ -550,6 +550,11 @@ def test_rows_are_not_shared_in_a_chain():
             "steps.1 (prune).recover.teacher: no step makes 'nobody'",
         ),
         ({"kind": "prune", "heads": 0.5, "recover": {"epochs": 1}}, "steps.1 (prune).recover.kind: is required"),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "embeddings": True},
+            "embeddings: is for backend",
+        ),
+        ({"kind": "quantize", "backend": "bitsandbytes", "quant_type": "fp4"}, "quant_type: is about 4 bits"),
         ({"kind": "prune", "compute": 1}, "compute: expected a fraction of at least 0 and below 1, found 1.0"),
         ({"kind": "prune", "compute": 0.5, "heads": 0.5}, "compute: chooses heads and neurons"),
         ({"kind": "prune", "heads": 0.5, "length": 8}, "length: is what compute is counted at"),
