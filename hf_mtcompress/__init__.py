@@ -11,8 +11,8 @@ from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.errors import MTCompressError
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
+from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
+from hf_mtcompress.exporting.onnx_quantization import Calibration, quantize_onnx
 from hf_mtcompress.inference.pipeline import MultiTaskPipeline, register_pipeline
 from hf_mtcompress.inference.predictor import Predictor, load_predictor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
@@ -41,6 +41,7 @@ from hf_mtcompress.workflow import run as run_recipe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Criterion",
     "DistillationMixin",
     "DistillationTrainer",
@@ -74,6 +75,7 @@ __all__ = [
     "render_card",
     "run_recipe",
     "save_sparse",
+    "split_onnx",
     "student_of",
     "trim_vocabulary",
     "trim_weights",
