@@ -31,6 +31,8 @@ class StructureConfig(QuantizationConfigMixin):
         quant_method: name of the method; follows from `bitsandbytes`, unless it is `SPARSE_METHOD`.
     """
 
+    embedding_bits: Literal[8, 4] | None = None
+
     def __init__(
         self,
         structure: Mapping[str, Any] | None = None,
@@ -50,7 +52,8 @@ class StructureConfig(QuantizationConfigMixin):
         self.quant_method = method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.structure = None if structure is None else dict(structure)
-        self.embedding_bits: Literal[8, 4] | None = embedding_bits
+        if embedding_bits is not None:  # folders without it stay as they were, and open with older versions
+            self.embedding_bits = embedding_bits
         self.bitsandbytes = None if bitsandbytes is None else dict(bitsandbytes)
 
 
