@@ -21,10 +21,11 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.compression.latency import measure_latency, save_shape, shape_of
+from hf_mtcompress.compression.latency import measure_latency, save_shape
 from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
+from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import SequenceClassification, TokenClassification
 
@@ -76,7 +77,7 @@ def main() -> int:
         repetitions=options.repetitions,
     )
     seconds = time.monotonic() - begin
-    shapes = random_shapes(shape_of(model), options.shapes, options.seed)
+    shapes = random_shapes(find_anatomy(model.encoder).sizes, options.shapes, options.seed)
     with TemporaryDirectory() as scratch:
         folders = {"reference": Path(scratch) / "reference"}
         model.save_pretrained(folders["reference"])

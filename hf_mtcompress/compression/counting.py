@@ -3,8 +3,25 @@
 from dataclasses import dataclass
 
 from hf_mtcompress.compression.importance import Scores
-from hf_mtcompress.compression.selection import Kept, select_within_budget
+from hf_mtcompress.compression.selection import Kept, check_fraction, select_within_budget
 from hf_mtcompress.model.anatomy import Anatomy
+
+
+def check_amounts(heads: float, feed_forward: float, compute: float) -> None:
+    """Refuse fractions that are none, and `compute` beside those that it chooses.
+
+    Raises:
+        ValueError: one is out of range, or they exclude each other.
+    """
+    check_fraction("heads", heads)
+    check_fraction("feed_forward", feed_forward)
+    if not 0.0 <= compute < 1.0:
+        raise ValueError(f"compute: expected a fraction of at least 0 and below 1, found {compute}")
+    if compute and (heads or feed_forward):
+        raise ValueError(
+            f"compute: expected it instead of heads and feed_forward, since it chooses both, found heads {heads} and "
+            f"feed_forward {feed_forward} too; keep one of them"
+        )
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class BlockTimes:
     largest_error: float
     reference: float
 
+    def covers(self, heads: int, width: int) -> bool:
+        """Whether blocks of these sizes were measured, or larger ones."""
+        return heads <= max(self.heads) and width <= max(self.feed_forward)
+
     def of(self, shape: Shape) -> float:
         """Milliseconds of one call of a model of this shape."""
         return self.rest + sum(
@@ -126,11 +130,6 @@ class LatencyTable:
             ) from error
 
 
-def shape_of(model: MultiTaskModel) -> list[tuple[int, int]]:
-    """Heads and neurons of every layer of a model's encoder."""
-    return [(layer.attention.heads, layer.feed_forward.width) for layer in find_anatomy(model.encoder).layers]
-
-
 def measure_latency(
     model: MultiTaskModel,
     processor: Any,
@@ -160,7 +159,7 @@ def measure_latency(
         ValueError: the layers of the model differ.
         MissingExtraError: the extra `onnx` is not installed.
     """
-    full = shape_of(model)
+    full = find_anatomy(model.encoder).sizes
     if len(set(full)) != 1:
         raise ValueError(f"model: expected layers that are all alike, found {full}; use the model before it was pruned")
     layers, (heads, width) = len(full), full[0]
@@ -278,9 +277,11 @@ def block_costs(times: BlockTimes, heads: int, width: int) -> tuple[Callable[[in
     Raises:
         ValueError: the layers are larger than those that were measured.
     """
-    for what, size, column in (("heads", heads, times.heads), ("neurons", width, times.feed_forward)):
-        if size > max(column):
-            raise ValueError(f"latency: expected a table of at least {size} {what}, found one of {max(column)}")
+    if not times.covers(heads, width):
+        raise ValueError(
+            f"latency: expected a table of at least {heads} heads and {width} neurons, found one of "
+            f"{max(times.heads)} and {max(times.feed_forward)}"
+        )
     return (lambda count: _between(times.heads, count)), (lambda count: _between(times.feed_forward, count))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_mtcompress.compression.counting import costs_of, select_compute
+from hf_mtcompress.compression.counting import check_amounts, costs_of, select_compute
 from hf_mtcompress.compression.importance import (
     Gradients,
     Scores,
@@ -32,7 +32,6 @@ from hf_mtcompress.compression.latency import LatencyTable, block_costs
 from hf_mtcompress.compression.repair import repair as repair_outputs
 from hf_mtcompress.compression.selection import (
     Kept,
-    check_fraction,
     protect_weakest,
     select_heads,
     select_layers,
@@ -45,7 +44,7 @@ from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.surgery import cut, describe_structure, is_vanilla, keep_layers
+from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers
 
 _TOLERANCE = 1e-3
 """Largest difference, relative to the largest hidden value, between masking and cutting."""
@@ -75,6 +74,10 @@ class TimeBudget:
     table: LatencyTable
     batch_size: int
     remove: float
+
+    def milliseconds(self, encoder: PreTrainedModel) -> float:
+        """Predicted time of a call."""
+        return self.table.milliseconds(find_anatomy(encoder).sizes, self.batch_size)
 
 
 @dataclass(kw_only=True)
@@ -198,7 +201,7 @@ def prune(
     device = next(encoder.parameters()).device
     data = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     _check_data(model, data, importance, repair)
-    before, parameters_before = describe_structure(encoder), _count(model)
+    before, parameters_before = describe_structure(encoder), model.num_parameters()
     kept_layers = list(range(count))
     difference, swapped = 0.0, 0
     lost: dict[str, float] = {}
@@ -212,7 +215,7 @@ def prune(
             total = costs.of(find_anatomy(encoder))
             if whole is not None and whole.multiply_adds is not None:
                 total = whole.multiply_adds
-        milliseconds = None if latency is None else latency.table.milliseconds(_shape(encoder), latency.batch_size)
+        milliseconds = None if latency is None else latency.milliseconds(encoder)
         one_scale = importance == "fisher" or compute > 0 or latency is not None
         measured = _measure(model, encoder, data, importance, rearrange and not layers, seed, progress)
         if layers:
@@ -258,7 +261,7 @@ def prune(
     finally:
         model.train(was_training)
     if isinstance(model, MultiTaskModel):
-        update_config(model)
+        model.refresh_config()
     return PruneReport(
         importance=importance,
         rows=sum(map(_rows, data)) if importance in _ON_DATA else 0,
@@ -267,7 +270,7 @@ def prune(
         after=describe_structure(encoder),
         removed_layers=[index for index in range(count) if index not in kept_layers],
         parameters_before=parameters_before,
-        parameters_after=_count(model),
+        parameters_after=model.num_parameters(),
         seconds=time.monotonic() - start,
         masked_difference=difference,
         scores={"heads": [value.tolist() for value in scores.heads], "layers": layer_scores.layers.tolist()},
@@ -275,7 +278,9 @@ def prune(
         multiply_adds_before=total,
         multiply_adds_after=None if costs is None else costs.of(find_anatomy(encoder)),
         milliseconds_before=milliseconds,
-        milliseconds_after=None if latency is None else latency.table.milliseconds(_shape(encoder), latency.batch_size),
+        milliseconds_after=None
+        if latency is None
+        else latency.table.milliseconds(find_anatomy(encoder).sizes, latency.batch_size),
         length=None if costs is None else costs.length,
         swapped=swapped,
         repair=repaired,
@@ -408,10 +413,6 @@ def _select_time(scores: Scores, latency: TimeBudget, milliseconds: float, multi
     )
 
 
-def _shape(encoder: PreTrainedModel) -> list[tuple[int, int]]:
-    return [(layer.attention.heads, layer.feed_forward.width) for layer in find_anatomy(encoder).layers]
-
-
 def _rearrange(kept: tuple[Kept, Kept], measured: _Measured, how: Combine) -> tuple[tuple[Kept, Kept], int]:
     """Heads and neurons after the swaps within each layer, and how many were swapped."""
     tasks = list(measured.gradients)
@@ -523,26 +524,28 @@ def _cut_and_compare(
         ),
         default=0.0,
     )
-    # Written so that NaN is refused too.
-    if not difference <= _TOLERANCE:
-        raise UnsupportedEncoderError(
-            f"{type(encoder).__name__}: expected cutting to equal masking to {_TOLERANCE}, found a difference of "
-            f"{difference:.2g}; heads or neurons of this encoder are ordered in a way that is not understood: do not "
-            "use this model, and leave pruning out"
-        )
+    check_cut(encoder, difference)
     return difference
 
 
-def update_config(model: MultiTaskModel) -> None:
-    """Write into the config what a cut left of the encoders."""
-    model.refresh_config()
-    structures = dict(model.config.structure or {})
-    for name, encoder in model.encoders.items():
-        assert isinstance(encoder, PreTrainedModel)
-        structures.pop(name, None)
-        if not is_vanilla(encoder):
-            structures[name] = describe_structure(encoder)
-    model.config.structure = structures
+def check_cut(encoder: PreTrainedModel, difference: float) -> None:
+    """Refuse a cut that does not answer as the mask did.
+
+    Args:
+        encoder: that was cut.
+        difference: the largest in any output, relative to the largest value of that output.
+
+    Raises:
+        UnsupportedEncoderError: it is larger than rounding, or not a number.
+    """
+    tolerance = max(_TOLERANCE, 8 * torch.finfo(encoder.dtype).eps)
+    # Written so that NaN is refused too.
+    if not difference <= tolerance:
+        raise UnsupportedEncoderError(
+            f"{type(encoder).__name__}: expected cutting to equal masking to {tolerance:.2g}, found a difference of "
+            f"{difference:.2g}; heads or neurons of this encoder are ordered in a way that is not understood: do not "
+            "use this model, and leave pruning out"
+        )
 
 
 def _tasks(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -567,10 +570,6 @@ def _rows(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _check_arguments(
     heads: float,
     feed_forward: float,
@@ -580,15 +579,7 @@ def _check_arguments(
     importance: str,
     rearrange: bool,
 ) -> None:
-    check_fraction("heads", heads)
-    check_fraction("feed_forward", feed_forward)
-    if not 0.0 <= compute < 1.0:
-        raise ValueError(f"compute: expected a fraction of at least 0 and below 1, found {compute}")
-    if compute and (heads or feed_forward):
-        raise ValueError(
-            f"compute: expected it instead of heads and feed_forward, since it chooses both, found heads {heads} and "
-            f"feed_forward {feed_forward} too; keep one of them"
-        )
+    check_amounts(heads, feed_forward, compute)
     if latency is not None and not 0.0 < latency.remove < 1.0:
         raise ValueError(f"latency: expected a fraction above 0 and below 1 to remove, found {latency.remove}")
     if latency is not None and (heads or feed_forward or compute):

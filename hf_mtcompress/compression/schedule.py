@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_mtcompress.compression.counting import Costs, costs_of, select_compute
+from hf_mtcompress.compression.counting import Costs, check_amounts, costs_of, select_compute
 from hf_mtcompress.compression.importance import Scores, from_weight_gradients, magnitude
-from hf_mtcompress.compression.pruning import update_config
-from hf_mtcompress.compression.selection import Kept, check_fraction, select_heads, select_neurons
+from hf_mtcompress.compression.pruning import check_cut
+from hf_mtcompress.compression.selection import Kept, select_heads, select_neurons
 from hf_mtcompress.errors import TrainingError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
@@ -48,8 +48,6 @@ GradualImportance = Literal["first_order", "magnitude"]
 
 _CHANGES = 20
 """How often masks change where `every` is left out."""
-_TOLERANCE = 1e-3
-"""Largest difference, relative to the largest hidden value, between masking and cutting in float32."""
 
 
 def cubic(step: int, first: int, last: int) -> float:
@@ -189,7 +187,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         masks = self._masks
         saved = None
         if masks is not None and self._anatomy is not None:
-            sizes = _sizes(self._anatomy)
+            sizes = self._anatomy.sizes
             saved = {
                 "heads": [_packed(_flags(masks.heads[layer], size)) for layer, (size, _) in enumerate(sizes)],
                 "feed_forward": [
@@ -290,7 +288,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         if state.global_step:
             self._masks = self._restore(state, weights[0])
         else:
-            sizes = list(enumerate(_sizes(anatomy)))
+            sizes = list(enumerate(anatomy.sizes))
             heads, neurons = ({layer: list(range(size[kind])) for layer, size in sizes} for kind in (0, 1))
             self._masks = _Masks(heads, neurons)
         self._find_gone()
@@ -367,10 +365,10 @@ class GradualPruning(TrainerCallback, ExportableState):
                 "expected a training to cut after, found none that this callback was in or one whose cut is made; "
                 "pass it in Trainer(callbacks=[...]) and call trainer.train()"
             )
-        before, parameters = describe_structure(encoder), _count(core)
+        before, parameters = describe_structure(encoder), core.num_parameters()
         difference = _cut_and_compare(encoder, masks, self._seen)
         if isinstance(core, MultiTaskModel):
-            update_config(core)
+            core.refresh_config()
         complete = self._done >= self._last
         self.report = GradualReport(
             importance=self.importance,
@@ -380,7 +378,7 @@ class GradualPruning(TrainerCallback, ExportableState):
             before=before,
             after=describe_structure(encoder),
             parameters_before=parameters,
-            parameters_after=_count(core),
+            parameters_after=core.num_parameters(),
             complete=complete,
             masked_difference=difference,
         )
@@ -404,7 +402,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         heads, neurons = self._agreed(heads, neurons)
         self._masks.heads, self._masks.feed_forward = heads, neurons
         gone = [
-            1.0 - sum(map(len, kept.values())) / max(sum(size[kind] for size in _sizes(self._anatomy)), 1)
+            1.0 - sum(map(len, kept.values())) / max(sum(size[kind] for size in self._anatomy.sizes), 1)
             for kind, kept in enumerate((heads, neurons))
         ]
         self._masks.changes.append({"step": step, "heads": gone[0], "feed_forward": gone[1]})
@@ -427,7 +425,7 @@ class GradualPruning(TrainerCallback, ExportableState):
             [values.double()[masks.feed_forward[layer]] for layer, values in enumerate(scores.feed_forward)],
             scores.layers,
         )
-        sizes = _sizes(anatomy)
+        sizes = anatomy.sizes
         if self._costs is not None:
             compute = share * self.compute
             heads, neurons = select_compute(left, anatomy, self._costs, compute, self._whole(), self.multiple_of)
@@ -453,7 +451,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         assert self._anatomy is not None
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return heads, neurons
-        sizes = _sizes(self._anatomy)
+        sizes = self._anatomy.sizes
         flags = [_flags(heads[layer], size) for layer, (size, _) in enumerate(sizes)]
         flags += [_flags(neurons[layer], size) for layer, (_, size) in enumerate(sizes)]
         device = next(self._anatomy.stack.parameters()).device
@@ -564,15 +562,7 @@ def _check_arguments(
     multiple_of: int,
     cut_at_end: bool,
 ) -> None:
-    check_fraction("heads", heads)
-    check_fraction("feed_forward", feed_forward)
-    if not 0.0 <= compute < 1.0:
-        raise ValueError(f"compute: expected a fraction of at least 0 and below 1, found {compute}")
-    if compute and (heads or feed_forward):
-        raise ValueError(
-            f"compute: expected it instead of heads and feed_forward, since it chooses both, found heads {heads} and "
-            f"feed_forward {feed_forward} too; keep one of them"
-        )
+    check_amounts(heads, feed_forward, compute)
     if bool(compute) != (length is not None) or (length is not None and length < 1):
         raise ValueError(
             f"length: expected 1 or more tokens together with compute, which is counted at it, found length {length} "
@@ -624,25 +614,13 @@ def _cut_and_compare(
     if masked is None or found is None:
         return None
     difference = float((masked - found).abs().max() / masked.abs().max().clamp(min=1e-6))
-    tolerance = max(_TOLERANCE, 8 * torch.finfo(encoder.dtype).eps)
-    # Written so that NaN is refused too.
-    if not difference <= tolerance:
-        raise UnsupportedEncoderError(
-            f"{type(encoder).__name__}: expected cutting to equal masking to {tolerance:.2g}, found a difference of "
-            f"{difference:.2g}; heads or neurons of this encoder are ordered in a way that is not understood: do not "
-            "use this model, and leave pruning out"
-        )
+    check_cut(encoder, difference)
     return difference
 
 
 def _detached(value: Any) -> Any:
     """Without the graph that led to it, which would be kept as long as the training lasts."""
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _sizes(anatomy: Anatomy) -> list[tuple[int, int]]:
-    """Heads and neurons of each layer."""
-    return [(layer.attention.heads, layer.feed_forward.width) for layer in anatomy.layers]
 
 
 def _flags(kept: Sequence[int], size: int) -> np.ndarray:
@@ -658,7 +636,3 @@ def _packed(values: np.ndarray) -> str:
 
 def _unpacked(text: str, kind: Any) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype=kind)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

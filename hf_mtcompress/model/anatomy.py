@@ -80,6 +80,11 @@ class Anatomy:
     head_bias_total: int | None
     """Heads of a bias table that all layers share (MPNet), else None."""
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heads and neurons of each layer."""
+        return [(layer.attention.heads, layer.feed_forward.width) for layer in self.layers]
+
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The encoder of a stock model with a head; an encoder itself."""
