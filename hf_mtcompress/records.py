@@ -253,20 +253,14 @@ class TaskComparisonRecord:
 class Candidate:
     """One member of the family that a search made; scores are of validation rows."""
 
-    steps: list[str]
-    """That lead to it from what the recipe's own steps made, in order."""
     folder: str
     """Of the artefact, relative to the run."""
     form: str
-    share: float | None
-    """Of the starting model's time that it was cut to, as predicted; None where nothing was cut."""
     size_mb: float | None
     """10**6 bytes of weights and graph."""
     ratios: dict[str, float | None]
     """Minimum time as a fraction of that of the reference in torch float32, by batch size."""
     measured_ms: dict[str, float]
-    predicted_ms: dict[str, float]
-    """By the table of block times; batch sizes that the table has."""
     average: float | None
     retention: float | None
     worst_task_retention: float | None
@@ -274,6 +268,12 @@ class Candidate:
     """By limit of the budget: `limit`, `found`, `met`."""
     missed: float | None
     """Sum over limits of how far each is missed, as a fraction of it; 0 where all are met, None where unknown."""
+    steps: list[str] = field(default_factory=list)
+    """That lead to it from what the recipe's own steps made, in order."""
+    share: float | None = None
+    """Of the starting model's time that it was cut to, as predicted; None where nothing was cut."""
+    predicted_ms: dict[str, float] = field(default_factory=dict)
+    """By the table of block times; batch sizes that the table has."""
     on_front: bool = False
     """Whether no other is at least as good in size, every time and quality, and better in one of them."""
 

@@ -8,7 +8,6 @@ made by an ordinary run of the steps that lead to it. Finished stages are skippe
 
 import dataclasses
 import datetime
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import ASSETS, write_text
-from hf_mtcompress.compression.latency import LatencyTable, shape_of
+from hf_mtcompress.compression.latency import LatencyTable
 from hf_mtcompress.config import (
     BudgetConfig,
     ExportStep,
@@ -31,14 +30,13 @@ from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.evaluation.benchmark import BenchmarkResult, benchmark
 from hf_mtcompress.evaluation.compare import MEGABYTE, check_budget, compare
+from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.publishing.family import draw_family, family_csv
-from hf_mtcompress.records import Artefact, Candidate, SearchRecord, StepRecord
+from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor, probe_samples
 from hf_mtcompress.steps.run import check_steps_fit
 from hf_mtcompress.steps.timing import latency_table
 from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources, task_record
-
-logger = logging.getLogger(__name__)
 
 _BEYOND = 0.8
 """The last stage is this much faster than the budget asks for, since a prediction may miss."""
@@ -51,8 +49,8 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
 
     Args:
         recipe: with `budget` and `search`; its steps make the reference and what the family starts from.
-        output: folder of the run; made when it is not there. `search.json`, `search.csv` and `assets/front.png` show
-            the family, `record.json` and the card are about the delivered one.
+        output: folder of the run; made when it is not there. `search.json`, `assets/front.csv` and `assets/front.png`
+            show the family, `record.json` and the card are about the delivered one.
 
     Raises:
         RecipeError: there is no section `search` or `budget`.
@@ -69,48 +67,34 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     done: dict[str, StepRecord] = {}
     for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
         done[str(step.name)] = do_step(step, source, done, bench)
-    reference = done[recipe.reference or str(recipe.steps[0].name)].artefacts[0]
-    start = settings.source or recipe.reference or str(recipe.steps[0].name)
+    first = str(recipe.steps[0].name)
+    reference = done[recipe.reference or first].artefacts[0]
+    start = settings.source or recipe.reference or first
     table = latency_table(settings.timing, bench, start)
-    shares = settings.shares or shares_for(budget, table, shape_of(bench.load(start)), settings.points)
-    family = [
-        (_path(settings, start, shares[:count]), shares[count - 1] if count else None)
-        for count in range(len(shares) + 1)
-    ]
-    for path, _ in family:
-        for step in path:
-            done[str(step.name)] = do_step(step, step.source, done, bench)
-    artefacts = [done[str(path[-1].name) if path else start].artefacts[0] for path, _ in family]
-    timed = _time(reference, artefacts, bench)
+    whole = find_anatomy(bench.load(start).encoder).sizes
+    shares = settings.shares or shares_for(budget, table, whole, settings.points)
+    # By the share of the time that is kept; None for the uncut model.
+    family: dict[float | None, tuple[StepConfig, ...]] = {None: _path(settings, start, ())}
+    family |= {share: _path(settings, start, shares[:count]) for count, share in enumerate(shares, 1)}
+    members = {str(step.name): step for path in family.values() for step in path}
+    # What a step's model reads with is looked up among the steps of the recipe.
+    bench = dataclasses.replace(bench, recipe=dataclasses.replace(recipe, steps=(*recipe.steps, *members.values())))
+    for name, step in members.items():
+        done[name] = do_step(step, step.source, done, bench)
+    last = {share: path[-1].name if path else start for share, path in family.items()}
+    artefacts = {share: done[str(name)].artefacts[0] for share, name in last.items()}
+    timed = _time([reference, *artefacts.values()], bench)
     tasks = {name: task_record(name, bench) for name in sources.tasks}
-    candidates = []
-    for (path, share), artefact in zip(family, artefacts, strict=True):
-        comparison = compare(tasks, reference, artefact, step="", split="validation")
-        limits = check_budget(budget, artefact, comparison)
-        limits.pop("artefact")
-        scores = artefact.scores.get("validation")
-        floats = [str(step.name) for step in path if not isinstance(step, ExportStep | QuantizeStep)]
-        shape = shape_of(bench.load(floats[-1] if floats else start))
-        missed = sum(_missed(row) for row in limits.values())
-        candidates.append(
-            Candidate(
-                steps=[str(step.name) for step in path],
-                folder=artefact.folder,
-                form=f"{artefact.form} {artefact.precision}",
-                share=share,
-                size_mb=None if artefact.size is None else artefact.size.weights_bytes / MEGABYTE,
-                ratios={str(row.batch_size): row.ratio_minimum for row in artefact.latency},
-                measured_ms={str(row.batch_size): row.minimum_ms for row in artefact.latency},
-                predicted_ms={str(size): table.milliseconds(shape, size) for size in table.batches},
-                average=None if scores is None else scores.average,
-                retention=comparison.retention,
-                worst_task_retention=comparison.worst_task_retention,
-                limits=limits,
-                missed=missed if math.isfinite(missed) else None,
-            )
-        )
-    mark_front(candidates)
-    chosen = choose(candidates)
+    candidates = {}
+    for share, artefact in artefacts.items():
+        floats = [str(step.name) for step in family[share] if not isinstance(step, ExportStep | QuantizeStep)]
+        sizes = find_anatomy(bench.load(floats[-1] if floats else start).encoder).sizes
+        found = _candidate(artefact, compare(tasks, reference, artefact, step="", split="validation"), budget)
+        found.steps, found.share = [str(step.name) for step in family[share]], share
+        found.predicted_ms = {str(size): table.milliseconds(sizes, size) for size in table.batches}
+        candidates[share] = found
+    mark_front(list(candidates.values()))
+    chosen = choose(list(candidates.values()))
     record = SearchRecord(
         name=recipe.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -118,7 +102,7 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
         reference=reference.folder,
         runtime=settings.timing.runtime,
         budget={key: value for key, value in dataclasses.asdict(budget).items() if value is not None},
-        candidates=candidates,
+        candidates=list(candidates.values()),
         chosen=chosen.folder,
         met=chosen.missed == 0,
         conditions=timed.conditions,
@@ -127,18 +111,41 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     write_text(output / "search.json", records.to_json(record))
     write_text(output / ASSETS / "front.csv", family_csv(record))
     draw_family(record, output / ASSETS / "front.png")
-    # What leads to the chosen one is done already: this measures it on test rows and writes record and card.
-    path = family[candidates.index(chosen)][0]
-    run(dataclasses.replace(recipe, steps=(*recipe.steps, *path), search=None), output)
+    # What leads to the chosen one is done already: this measures it on test rows and writes record and card. Where the
+    # starting model itself is chosen, steps after it have no part in that.
+    before = [step.name for step in recipe.steps].index(start) + 1
+    path = family[chosen.share]
+    steps = (*recipe.steps, *path) if path else recipe.steps[:before]
+    run(dataclasses.replace(recipe, steps=steps, search=None), output)
     return record
 
 
-def _time(reference: Artefact, artefacts: Sequence[Artefact], bench: Bench) -> BenchmarkResult:
-    """Time the family and the reference in turns, and put the times into the artefacts."""
-    every = {artefact.folder: artefact for artefact in (reference, *artefacts)}
+def _candidate(artefact: Artefact, comparison: Comparison, budget: BudgetConfig) -> Candidate:
+    """What was measured on one member, held against the budget."""
+    limits = check_budget(budget, artefact, comparison)
+    limits.pop("artefact")
+    missed = sum(_missed(row) for row in limits.values())
+    scores = artefact.scores.get("validation")
+    return Candidate(
+        folder=artefact.folder,
+        form=f"{artefact.form} {artefact.precision}",
+        size_mb=None if artefact.size is None else artefact.size.weights_bytes / MEGABYTE,
+        ratios={str(row.batch_size): row.ratio_minimum for row in artefact.latency},
+        measured_ms={str(row.batch_size): row.minimum_ms for row in artefact.latency},
+        average=None if scores is None else scores.average,
+        retention=comparison.retention,
+        worst_task_retention=comparison.worst_task_retention,
+        limits=limits,
+        missed=missed if math.isfinite(missed) else None,
+    )
+
+
+def _time(artefacts: Sequence[Artefact], bench: Bench) -> BenchmarkResult:
+    """Time the reference, which is the first, and the family in turns, and put the times into the artefacts."""
+    every = {artefact.folder: artefact for artefact in artefacts}
     folders = {folder: bench.output / folder for folder in every}
     config = bench.recipe.benchmark
-    timed = benchmark(folders, reference=reference.folder, config=config, samples=probe_samples(bench))
+    timed = benchmark(folders, reference=artefacts[0].folder, config=config, samples=probe_samples(bench))
     for folder, artefact in every.items():
         artefact.latency = timed.latency[folder]
     return timed

@@ -437,6 +437,7 @@ def check_search(
     budget: BudgetConfig | None,
     names: Sequence[str],
     kinds: Sequence[Any],
+    reference: str,
     problems: Problems,
 ) -> None:
     """A search starts from a float step, has a budget, and decides itself how much goes."""
@@ -444,6 +445,11 @@ def check_search(
         problems.add("budget", "expected at least one limit for the search to stay within, such as size_mb, found none")
     if search.source is not None:
         _check_earlier(search.source, "search.from", dict(zip(names, kinds, strict=True)), names, problems)
+        if search.source in names and reference in names and names.index(search.source) < names.index(reference):
+            problems.add("search.from", f"expected the reference '{reference}' or a step after it")
+    for index, name in enumerate(names):
+        if name == "vocabulary" or name.startswith(("vocabulary-", "cut-")):
+            problems.add(f"steps.{index}.name", f"'{name}' is a name that the search gives; choose another")
     if search.shares is not None and (
         not search.shares or list(search.shares) != sorted(set(search.shares), reverse=True)
     ):

@@ -174,7 +174,7 @@ def _check_sections(data: Mapping[str, Any], recipe: Recipe | None, problems: Pr
         if recipe.search is not None:
             step_kinds = [step.kind for step in recipe.steps]
             names = [str(step.name) for step in recipe.steps]
-            checks.check_search(recipe.search, recipe.budget, names, step_kinds, problems)
+            checks.check_search(recipe.search, recipe.budget, names, step_kinds, recipe.reference or names[0], problems)
         if recipe.publish is not None:
             checks.check_publish(recipe.publish, problems)
 

@@ -9,6 +9,7 @@ from hf_mtcompress.compression.latency import LatencyTable, measure_latency
 from hf_mtcompress.config import TimingConfig
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.student import fresh_student_of
 from hf_mtcompress.steps.bench import Bench, probe_samples
 
@@ -18,23 +19,29 @@ logger = logging.getLogger(__name__)
 def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTable:
     """Times of the blocks of a step's encoder as they were before any of its heads and neurons went.
 
-    Measured once for an architecture, a runtime and a machine, and kept in the run.
+    Measured once for a kind of encoder, a runtime and a machine, and kept in the run: models that were cut from one
+    find its table, whatever is left of their layers and of their vocabulary.
     """
-    saved = bench.load(source)
-    whole = fresh_student_of(saved, {})
+    whole = fresh_student_of(bench.load(source), {})
+    anatomy = find_anatomy(whole.encoder)
+    config = whole.encoder.config
     facts = {
         "timing": [timing.runtime, timing.tokens, timing.threads, timing.repetitions, sorted(timing.batch_sizes)],
-        "encoder": whole.encoder.config.to_diff_dict(),
+        "blocks": [config.model_type, anatomy.hidden_size, anatomy.layers[0].attention.head_size],
+        "activation": config.to_dict().get("hidden_act"),
         "tasks": [[task.name, task.num_outputs] for task in whole.tasks.values()],
         "machine": environment_facts(),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    path = bench.output / WORK / f"latency-{digest[:12]}.json"
-    if path.exists():
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    heads, width = anatomy.sizes[0]
+    for path in sorted((bench.output / WORK).glob(f"latency-{digest}-*.json")):
         try:
-            return LatencyTable.load(path)
+            found = LatencyTable.load(path)
         except ArtifactError as error:
             logger.warning("%s", error)
+            continue
+        if all(times.covers(heads, width) for times in found.batches.values()):
+            return found
     logger.warning("timing the blocks of the encoder, %s", timing.runtime)
     table = measure_latency(
         whole,
@@ -48,5 +55,5 @@ def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTab
     )
     for size, times in table.batches.items():
         logger.info("batch size %d: the sum of blocks misses by at most %.1f %%", size, 100 * times.largest_error)
-    table.save(path)
+    table.save(bench.output / WORK / f"latency-{digest}-{heads}-{width}.json")
     return table

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from hf_mtcompress.artifacts import CARD
+from hf_mtcompress.artifacts import CARD, WORK
 from hf_mtcompress.cli import main
 from hf_mtcompress.compression.latency import BlockTimes, LatencyTable
 from hf_mtcompress.config import BudgetConfig, SearchConfig
 from hf_mtcompress.config.load import dump_recipe, load_recipe, parse_recipe
 from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.publishing.family import draw_family, family_csv, family_table
 from hf_mtcompress.records import Candidate, SearchRecord
 from hf_mtcompress.search import choose, mark_front, shares_for
@@ -24,7 +26,7 @@ TEACHER = {"kind": "finetune", "name": "teacher", "max_steps": 4}
 SEARCH = {
     "timing": {"batch_sizes": [1, 4], "tokens": 8, "threads": 1, "repetitions": 2},
     "shares": [0.8, 0.6],
-    "vocabulary": {"minimum_count": 1},
+    "vocabulary": {"minimum_count": 8},
     "prune": {
         "importance": "fisher",
         "rows": 16,
@@ -162,6 +164,11 @@ def test_section_is_read_and_written(tmp_path: Path) -> None:
         ),
         ({"search": {"prune": {"rearrange": True}}}, "search.prune.rearrange: needs the derivatives"),
         ({"search": {"timing": {"batch_sizes": []}}}, "search.timing.batch_sizes: expected at least one number"),
+        ({"steps": [TEACHER, {**TEACHER, "name": "cut-500"}]}, "'cut-500' is a name that the search gives"),
+        (
+            {"steps": [TEACHER, {**TEACHER, "name": "later"}], "reference": "later", "search": {"from": "teacher"}},
+            "search.from: expected the reference 'later' or a step after it",
+        ),
         ({"search": {"points": 0}}, "search.points: expected a whole number of at least 1, found 0"),
     ],
 )
@@ -220,6 +227,15 @@ def test_search_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     predicted = [item["predicted_ms"]["1"] for item in found["candidates"]]
     assert predicted[1] <= 0.8 * predicted[0] + 1e-6
     assert predicted[2] <= 0.6 * predicted[0] + 1e-6
+    # One table for all, although the vocabulary and the layers of the later sources are smaller.
+    assert len(list((output / WORK).glob("latency-*.json"))) == 1
+    # Every member reads with the vocabulary that its embedding was cut to.
+    tokens = {
+        folder: len(AutoTokenizer.from_pretrained(output / folder)) for folder in ("teacher", "cut-800", *folders)
+    }
+    assert len({count for folder, count in tokens.items() if folder != "teacher"}) == 1
+    assert tokens["cut-800"] < tokens["teacher"]
+    assert MultiTaskModel.from_pretrained(output / "cut-800").encoder.config.vocab_size == tokens["cut-800"]
     record = load_record(output)
     assert record.steps[-1].artefacts[0].folder == found["chosen"]
     assert record.steps[-1].artefacts[0].scores["test"].tasks["mood"].rows == 24

@@ -12,13 +12,13 @@ from hf_mtcompress.compression.latency import (
     block_costs,
     measure_latency,
     save_shape,
-    shape_of,
     shapes_to_measure,
     split_times,
 )
 from hf_mtcompress.compression.pruning import TimeBudget, prune
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.inference.runtimes import load_processor
+from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut
 from hf_mtcompress.tasks import SequenceClassification
@@ -101,14 +101,14 @@ def test_table_keeps_its_numbers_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("importance", ["fisher", "magnitude"])
 def test_pruning_by_the_clock(importance: Any) -> None:
     model = tiny_model()
-    full = shape_of(model)
+    full = find_anatomy(model.encoder).sizes
     batches = [{**tiny_inputs("bert", seed=seed), "labels_mood": torch.tensor([0, 1, 2])} for seed in (0, 1)]
     times = table()
     report = prune(
         model, batches, latency=TimeBudget(times, 8, 0.4), importance=importance, multiple_of=4, progress=False
     )
     assert report.milliseconds_before == pytest.approx(times.milliseconds(full, 8))
-    assert report.milliseconds_after == pytest.approx(times.milliseconds(shape_of(model), 8))
+    assert report.milliseconds_after == pytest.approx(times.milliseconds(find_anatomy(model.encoder).sizes, 8))
     assert report.milliseconds_after is not None
     assert report.milliseconds_after <= 0.6 * times.milliseconds(full, 8)
     # One part more of any kind would have been too much, or something cheaper was worth more.
@@ -128,9 +128,9 @@ def test_what_cannot_be_pruned_by_the_clock() -> None:
     with pytest.raises(ValueError, match="latency: expected to remove at most"):
         prune(model, [], latency=dataclasses.replace(budget, remove=0.95), importance="magnitude")
     small = dataclasses.replace(budget, table=table(heads={0: 0.0, 1: 0.5}))
-    with pytest.raises(ValueError, match="expected a table of at least 4 heads, found one of 1"):
+    with pytest.raises(ValueError, match="expected a table of at least 4 heads and 64 neurons, found one of 1 and 64"):
         prune(model, [], latency=small, importance="magnitude")
-    with pytest.raises(ValueError, match="expected a table of at least 65 neurons, found one of 64"):
+    with pytest.raises(ValueError, match="expected a table of at least 4 heads and 65 neurons, found one of 4 and 64"):
         block_costs(TRUTH, 4, 65)
 
 
@@ -138,7 +138,7 @@ def test_a_shape_is_saved_for_its_runtime(tmp_path: Path) -> None:
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     save_shape(model, tiny_tokenizer(), [(2, 32), (0, 8)], tmp_path / "torch", "torch")
-    assert shape_of(MultiTaskModel.from_pretrained(tmp_path / "torch")) == [(2, 32), (0, 8)]
+    assert find_anatomy(MultiTaskModel.from_pretrained(tmp_path / "torch").encoder).sizes == [(2, 32), (0, 8)]
     save_shape(model, tiny_tokenizer(), [(1, 0)], tmp_path / "int8", "onnx_int8")
     assert (tmp_path / "int8" / "model.onnx").is_file()
     assert load_processor(tmp_path / "int8").model_input_names == tiny_tokenizer().model_input_names
@@ -154,7 +154,7 @@ def test_measured_table_of_a_tiny_model() -> None:
     )
     assert found.batches.keys() == {1, 2}
     assert (found.tokens, found.threads, found.runtime) == (8, 1, "onnx_int8")
-    full = shape_of(tiny_model())
+    full = find_anatomy(tiny_model().encoder).sizes
     for size in (1, 2):
         assert 0 < found.milliseconds([(0, 0)], size) <= found.milliseconds(full, size)
 
