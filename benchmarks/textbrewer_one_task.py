@@ -97,7 +97,7 @@ def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
 def by_textbrewer(student: PreTrainedModel, teacher: PreTrainedModel, rows: Dataset, collate: Any, seed: int) -> None:
     """Train a student with TextBrewer, as its documentation shows."""
     from textbrewer import DistillationConfig, GeneralDistiller  # pyright: ignore[reportMissingImports] - the peer
-    from textbrewer import TrainingConfig as BrewingConfig  # pyright: ignore[reportMissingImports]
+    from textbrewer import TrainingConfig as BrewingConfig  # pyright: ignore[reportMissingImports] - the peer
 
     def adaptor(batch: Any, outputs: Any) -> dict[str, Any]:
         return {"logits": (outputs.logits,), "hidden": outputs.hidden_states, "losses": (outputs.loss,)}

@@ -119,6 +119,7 @@ class StructureQuantizer(HfQuantizer):
 class SparseQuantizer(StructureQuantizer):
     """Fills matrices that were stored without their zeros; the model is then like any other, and saves dense."""
 
+    # Likewise.
     def get_weight_conversions(self) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return [expanding_conversion()]
 

@@ -278,8 +278,8 @@ class DistillationMixin:
             if not isinstance(dataset, Dataset):
                 return []
             return [(EncodedGroup((STOCK_TASK,), dataset), dataset)]
-        groups = self.train_groups if role == "train" else self.eval_groups  # type: ignore[attr-defined]
-        rows = self.train_rows if role == "train" else self.eval_rows  # type: ignore[attr-defined]
+        groups = self.train_groups if role == "train" else self.eval_groups  # type: ignore[attr-defined]  # of the Trainer
+        rows = self.train_rows if role == "train" else self.eval_rows  # type: ignore[attr-defined]  # of the Trainer
         return [(group, rows.get(group.tasks[0])) for group in groups]
 
     def _ask_about(self, group: EncodedGroup, raw: Any, indices: Sequence[int], states: Sequence[str]) -> Signals:
@@ -508,6 +508,7 @@ class DistillationMixin:
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Batches of one accumulation window, and how many items of each kind are in it over all ranks."""
+        # Of the Trainer, which this class is mixed into.
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if self._stock is None:
             return batches, counted
@@ -586,6 +587,7 @@ class DistillationMixin:
         self._uncounted = inputs.get(UNCOUNTED)
         inputs = {key: value for key, value in inputs.items() if not key.startswith(SIGNALS) and key != UNCOUNTED}
         if self._stock is None or not isinstance(num_items_in_batch, dict):
+            # Of the Trainer, too.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         target = inputs.pop("labels")
         labels = {STOCK_TASK: target}

@@ -112,7 +112,7 @@ def test_thresholds() -> None:
     for scope in ("global", "layer"):
         encoder = tiny_encoder("bert")
         before = matrices(encoder)
-        report = trim_weights(encoder, threshold=0.15, scope=scope)  # type: ignore[arg-type]
+        report = trim_weights(encoder, threshold=0.15, scope=scope)  # type: ignore[arg-type]  # one of the two words
         for name, matrix in matrices(encoder).items():
             limit = 0.15 if scope == "global" else 0.15 * float(before[name].std())
             assert torch.equal(matrix == 0, before[name].abs() < limit)

@@ -73,7 +73,7 @@ def on_grid(model: torch.nn.Module) -> None:
 
 def quantize(source: Path, folder: Path, form: str, inputs: dict[str, np.ndarray]) -> Path:
     calibration = Calibration(rows_of(inputs)) if form == "static" else None
-    return quantize_onnx(source, folder, calibration=calibration, **FORMS[form])  # type: ignore[arg-type]
+    return quantize_onnx(source, folder, calibration=calibration, **FORMS[form])  # type: ignore[arg-type]  # keywords by name
 
 
 @cache
@@ -197,7 +197,7 @@ def test_chosen_layers_stay_in_float(form: str, tmp_path: Path):
 def test_every_way_to_calibrate(method: str, tmp_path: Path):
     """Texts of unequal length do not stack, which stops the calibrator where rows are handed over at once."""
     saved = saved_text()
-    calibration = Calibration(rows_of(saved.inputs), method)  # type: ignore[arg-type]
+    calibration = Calibration(rows_of(saved.inputs), method)  # type: ignore[arg-type]  # one of the three words
     quantize_onnx(saved.folders["onnx"], tmp_path, calibration=calibration)
     found = load_predictor(tmp_path, threads=1).logits(saved.inputs)
     assert distance(found, saved.logits()) <= TOLERANCES["static"]

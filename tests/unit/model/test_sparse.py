@@ -167,7 +167,7 @@ def test_half_precision_on_loading(tmp_path: Path) -> None:
     trim_weights(encoder, sparsity=0.6)
     save_sparse(encoder, tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert equal(loaded, encoder.to(torch.bfloat16))  # type: ignore[arg-type]
+    assert equal(loaded, encoder.to(torch.bfloat16))  # type: ignore[arg-type]  # a stub of `to` that takes devices only
 
 
 def test_bad_input(tmp_path: Path) -> None:
