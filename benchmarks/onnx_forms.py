@@ -99,7 +99,7 @@ def main() -> int:
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_text(RESULT, json.dumps(result, indent=2) + "\n")
     whole = found["float32"]["megabytes"]
-    print(print("| form | MB | times smaller | difference | time, batch 1 | batch 16 |\n| --- |" + " ---: |" * 5))
+    print("| form | MB | times smaller | difference | time, batch 1 | batch 16 |\n| --- |" + " ---: |" * 5)
     for name, row in found.items():
         times = " | ".join(f"{row['time'][str(size)]:.2f}" for size in BATCH_SIZES)
         smaller = whole / row["megabytes"]
