@@ -43,6 +43,8 @@ VANILLA = "vanilla"
 """Folder of an export step that holds one plain transformers folder per task."""
 ONNX = "onnx"
 """Folder of an export step that holds the graph of all heads."""
+WEBPAGE = "webpage"
+"""Folder of a run with the page that `hf-mtcompress webpage` writes."""
 ONNX_TASKS = "onnx_tasks"
 """Folder of an export step that holds one ONNX folder per task."""
 

@@ -135,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="a list with one object for each step")
     card = verb("card", "write the model card of a run again, from its record", _card)
     card.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    webpage = verb("webpage", "write a page that runs the model inside the browser", _webpage)
+    webpage.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, or an ONNX folder")
+    webpage.add_argument("--step", help="of the run; default: the delivered one, else the last with an ONNX graph")
+    webpage.add_argument("--output", metavar="DIR", type=Path, help="default: RUN/webpage")
+    webpage.add_argument("--title", help="default: the run's name")
+    webpage.add_argument("--example", metavar="TEXT", action="append", default=[], help="a text to try; repeatable")
+    webpage.add_argument(
+        "--libraries", metavar="DIR", type=Path, help="folder with node_modules, where npm cannot fetch them"
+    )
+    webpage.add_argument("--serve", metavar="PORT", type=int, help="then serve it on this machine until Ctrl-C")
     push = verb("push", "upload a run to the Hub, private unless told otherwise", _push)
     push.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     push.add_argument("--repo-id", help="OWNER/NAME (default: publish.repo_id of the recipe)")
@@ -279,6 +289,27 @@ def _card(options: argparse.Namespace) -> str:
 
     write_text(options.run / CARD, card(options.run))
     return str(options.run / CARD)
+
+
+def _webpage(options: argparse.Namespace) -> str:
+    from hf_mtcompress.exporting.webpage import serve_webpage
+    from hf_mtcompress.workflow import webpage
+
+    page = webpage(
+        options.folder,
+        options.output,
+        step=options.step,
+        title=options.title,
+        examples=options.example,
+        libraries=options.libraries,
+    )
+    if options.serve is None:
+        return f"{page}\nto look at it: hf-mtcompress webpage {options.folder} --serve 8000, or any web server"
+    server = serve_webpage(page, options.serve)
+    print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", file=sys.stderr)
+    with server:
+        server.serve_forever()
+    return str(page)
 
 
 def _push(options: argparse.Namespace) -> str:

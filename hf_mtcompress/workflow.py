@@ -19,7 +19,18 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import ASSETS, CARD, GRAPHS, RECIPE, RECORD, STEP_RECORD, WORK, whole_folder, write_text
+from hf_mtcompress.artifacts import (
+    ASSETS,
+    CARD,
+    GRAPHS,
+    RECIPE,
+    RECORD,
+    STEP_RECORD,
+    WEBPAGE,
+    WORK,
+    whole_folder,
+    write_text,
+)
 from hf_mtcompress.config import (
     BenchmarkConfig,
     DistillStep,
@@ -44,6 +55,7 @@ from hf_mtcompress.errors import ArtifactError, PublishingError, QualityError, R
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
 from hf_mtcompress.evaluation.compare import check_budget, check_gate, compare
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
+from hf_mtcompress.exporting.webpage import write_webpage
 from hf_mtcompress.inference.probes import reload_checks, save_probes
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
 from hf_mtcompress.inference.runtimes import folder_form, task_folders
@@ -51,6 +63,7 @@ from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.grouping import Grouping, best_grouping, encoders_within
 from hf_mtcompress.planning import describe_plan
 from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, render_card
+from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
 from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
@@ -262,11 +275,12 @@ def _gate_message(
 def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> str:
     """Digest of everything a step's result depends on: its settings, its inputs, the data and the encoder."""
     recipe = bench.recipe
+    limits = _LIMITS_OF_A_GATE if isinstance(step, QuantizeStep) else ()
     parts = {
         "format": records.FORMAT_VERSION,
         "step": {
             "kind": step.kind,
-            **{key: value for key, value in _chosen(step).items() if key not in _LIMITS_OF_A_STEP},
+            **{key: value for key, value in _chosen(step).items() if key not in limits},
         },
         "source": done[source].fingerprint if source is not None else None,
         "teachers": [done[name].fingerprint if name in done else _saved(name) for name in teachers_of(step)],
@@ -285,8 +299,8 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-_LIMITS_OF_A_STEP = ("retention", "worst_task_retention", "keep")
-"""Keys of a step that judge what it made, and do not change it."""
+_LIMITS_OF_A_GATE = ("retention", "worst_task_retention", "keep")
+"""Keys of a quantize step that judge what it made, and do not change it."""
 
 
 def _saved(place: str) -> Any:
@@ -651,6 +665,46 @@ def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bo
     lines = [f"{file.bytes:>12,}  {file.path}" for file in result.files]
     total = f"{result.total_bytes:>12,}  bytes in {len(result.files)} files"
     return [*lines, total, f"dry run: nothing was sent to {wanted}" if dry_run else f"pushed: {result.commit_url}"]
+
+
+def webpage(
+    folder: Path,
+    output: Path | None = None,
+    *,
+    step: str | None = None,
+    title: str | None = None,
+    examples: Sequence[str] = (),
+    libraries: Path | None = None,
+) -> Path:
+    """A page on which a model of a run, or of an ONNX folder, answers inside the browser; see `write_webpage`.
+
+    Args:
+        folder: a run or an ONNX folder.
+        output: default: `webpage` inside the run, or beside the ONNX folder.
+        step: of a run, the step whose ONNX graph is shown; default: the one that a repository would get.
+        title: default: the name of the run or folder.
+        examples: texts to try.
+        libraries: see `write_webpage`.
+
+    Raises:
+        PublishingError: no ONNX graph is there.
+        ArtifactError, UnsupportedEncoderError, MissingExtraError: see `write_webpage`.
+    """
+    if not (folder / RECORD).is_file():
+        if step is not None:
+            raise PublishingError(f"expected a run to choose step '{step}' from, found no {RECORD} in {folder}")
+        place = output or folder.parent / f"{folder.name}-webpage"
+        return write_webpage(folder, place, title=title or folder.name, examples=examples, libraries=libraries)
+    record = load_record(folder)
+    artefact = onnx_artefact(record, step)
+    return write_webpage(
+        folder / artefact.folder,
+        output or folder / WEBPAGE,
+        title=title or record.name,
+        facts=headline_figures(record, artefact),
+        examples=examples,
+        libraries=libraries,
+    )
 
 
 def _reload_problems(folder: Path, record: RunRecord) -> Callable[[list[Path]], list[str]]:

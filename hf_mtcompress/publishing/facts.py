@@ -137,6 +137,47 @@ def shipped_artefact(record: RunRecord, form: LoadableForm) -> tuple[StepRecord,
     return None
 
 
+def onnx_artefact(record: RunRecord, step: str | None) -> Artefact:
+    """The first ONNX artefact of a step; without a step, the one that a repository gets.
+
+    Raises:
+        PublishingError: there is none.
+    """
+    if step is None:
+        shipped = shipped_artefact(record, "onnx")
+        artefact = shipped[1] if shipped else None
+    else:
+        named = step_named(record, step)
+        artefact = next((item for item in (named.artefacts if named else []) if item.form == "onnx"), None)
+    if artefact is None:
+        usable = [other.name for other in record.steps if any(item.form == "onnx" for item in other.artefacts)]
+        wanted = "a step" if step is None else f"step '{step}'"
+        todo = f"choose among {usable}" if usable else "add a step {kind: quantize, format: onnx_int8} to the recipe"
+        raise PublishingError(f"expected {wanted} with an ONNX graph, found none; {todo}")
+    return artefact
+
+
+def headline_figures(record: RunRecord, artefact: Artefact) -> dict[str, str]:
+    """What was measured of an artefact beside the reference, in words and figures: share kept, size, time."""
+    reference = reference_artefact(record)
+    found: dict[str, str] = {}
+    if reference is None or reference.folder == artefact.folder:
+        return found
+    comparison = comparison_of(record, artefact)
+    if comparison is not None and comparison.retention is not None:
+        found[f"kept of {record.reference}"] = f"{100 * comparison.retention:.1f} %"
+        if comparison.worst_task_retention is not None:
+            found[f"kept, worst task ({comparison.worst_task})"] = f"{100 * comparison.worst_task_retention:.1f} %"
+    if artefact.size is not None and reference.size is not None:
+        before, after = reference.size.weights_bytes / 1e6, artefact.size.weights_bytes / 1e6
+        found["size"] = f"{before:.1f} MB to {after:.1f} MB"
+    for batch in batch_sizes(record):
+        row = latency_of(artefact, batch)
+        if row is not None and row.ratio_minimum is not None:
+            found[f"time at batch {batch}"] = f"{100 * row.ratio_minimum:.1f} %"
+    return found
+
+
 def layers_of(structure: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
     """Layers by encoder name, from a structure that is keyed by encoder or speaks of the only one."""
     if not structure:

@@ -155,6 +155,7 @@ def test_a_changed_step_is_done_again_and_others_are_not(finished: tuple[Path, P
         ("tasks.mood.weight={from: 1, to: 0}", False),
         ("fusion.kind=product", False),
         ("steps.teacher.epochs=9", False),
+        ("steps.teacher.keep=last", False),
         ("benchmark.repetitions=3", True),
         ("fusion.scope=features", True),
         ("steps=[{kind: finetune, name: teacher, adapters: {}}]", False),

@@ -1,0 +1,75 @@
+// From texts to token ids, as the Python side encodes them: words, cutting to the longest length, special tokens.
+
+/** Words of a text, as Python's `str.split()` finds them. */
+export function splitWords(text) {
+  return text.split(/\s+/u).filter((word) => word !== "");
+}
+
+/**
+ * How many tokens of two texts fit, by the rule `longest_first` of the tokenizers library.
+ *
+ * @param {number} first tokens of the first text
+ * @param {number} second tokens of the second text, 0 if there is none
+ * @param {number} room tokens that fit, special ones not counted
+ * @returns {[number, number]}
+ */
+export function fitLengths(first, second, room) {
+  if (first + second <= room) return [first, second];
+  if (second === 0) return [Math.min(first, room), 0];
+  const [short, long] = first > second ? [second, first] : [first, second];
+  let kept = [short, short > room ? short : Math.max(short, room - short)];
+  if (kept[0] + kept[1] > room) {
+    const half = Math.floor(room / 2);
+    kept = [half, half + (room % 2)];
+  }
+  const [fewer, more] = [Math.min(kept[0], short), Math.min(kept[1], long)];
+  return first > second ? [more, fewer] : [fewer, more];
+}
+
+/**
+ * Encode one text, or a pair.
+ *
+ * @param {(text: string) => number[]} tokenize token ids of a text or a word, without special tokens
+ * @param {object} settings `text` of page.json: `templates` of one text and of two, `max_length` in tokens,
+ *   `truncation_side`, `words` (texts are split at white space first, for tasks that label words)
+ * @param {string} text
+ * @param {string} [pair]
+ * @returns {{input_ids: number[], attention_mask: number[], token_type_ids: number[], word_ids: (number | null)[],
+ *   words: string[], cut: boolean}}
+ */
+export function encodeText(tokenize, settings, text, pair) {
+  const second = pair === undefined || pair === "" ? undefined : pair;
+  const template = settings.templates[second === undefined ? "single" : "pair"];
+  const special = template.reduce((count, part) => count + (part.ids ? part.ids.length : 0), 0);
+  const words = settings.words ? splitWords(text) : [];
+  const texts = [[], []];
+  const places = [];
+  if (settings.words) {
+    words.forEach((word, place) => {
+      for (const id of tokenize(word)) {
+        texts[0].push(id);
+        places.push(place);
+      }
+    });
+  } else {
+    texts[0] = tokenize(text);
+  }
+  if (second !== undefined) texts[1] = tokenize(second);
+  const room = Math.max(settings.max_length - special, 0);
+  const kept = fitLengths(texts[0].length, texts[1].length, room);
+  const result = { input_ids: [], attention_mask: [], token_type_ids: [], word_ids: [], words };
+  for (const part of template) {
+    const whole = part.ids ?? texts[part.text];
+    const count = part.ids ? whole.length : kept[part.text];
+    const start = settings.truncation_side === "left" ? whole.length - count : 0;
+    const ids = whole.slice(start, start + count);
+    const owners = part.text === 0 && settings.words ? places.slice(start) : [];
+    ids.forEach((id, index) => {
+      result.input_ids.push(id);
+      result.attention_mask.push(1);
+      result.token_type_ids.push(part.type);
+      result.word_ids.push(part.text === undefined ? null : (owners[index] ?? null));
+    });
+  }
+  return { ...result, cut: kept[0] < texts[0].length || kept[1] < texts[1].length };
+}
