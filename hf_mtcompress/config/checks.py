@@ -183,6 +183,10 @@ def check_steps(
                 _check_words(step.formats, join(path, "formats"), problems)
                 if step.per_task and "onnx" not in step.formats:
                     problems.add(join(path, "per_task"), "expected onnx among the formats beside it; remove the key")
+                if "transformers_js" in step.formats and "onnx" not in step.formats:
+                    problems.add(
+                        join(path, "formats"), "expected onnx beside transformers_js, which is made from it; add it"
+                    )
         if source is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):
             problems.add(path, "expected a finetune or distill step before it, whose model it can start from")
 

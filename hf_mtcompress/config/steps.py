@@ -331,7 +331,7 @@ class QuantizeStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportStep:
-    """Write the model in forms that need less than this package: plain transformers folders, ONNX in float32.
+    """Write the model in forms that need less than this package: plain transformers folders, ONNX, transformers.js.
 
     ```yaml
     - {kind: export, formats: [vanilla, onnx]}
@@ -344,8 +344,10 @@ class ExportStep:
     """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
     """The finetune, distill or prune step to start from; default: the latest of them."""
-    formats: tuple[Literal["vanilla", "onnx"], ...] = ("vanilla",)
-    """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads."""
+    formats: tuple[Literal["vanilla", "onnx", "transformers_js"], ...] = ("vanilla",)
+    """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads, in float32;
+    `transformers_js`, beside `onnx`: one folder for each task that transformers.js opens, with its graph in 32, 8 and
+    4 bits."""
     per_task: bool = False
     """With `onnx`: write a graph of its own for each task, too, with nothing in it that the task does not need."""
 

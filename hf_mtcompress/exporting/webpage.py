@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerFast
@@ -172,13 +172,13 @@ def _describe_texts(tokenizer: Any, max_length: int | None, words: bool, source:
         "truncation_side": tokenizer.truncation_side,
         "words": words,
         "pairs": not words,
-        "templates": {"single": _template(tokenizer, ["a"]), "pair": _template(tokenizer, ["a", "a"])},
+        "templates": {"single": _template(tokenizer, None), "pair": _template(tokenizer, "a")},
     }
 
 
-def _template(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[dict[str, Any]]:
+def _template(tokenizer: PreTrainedTokenizerFast, pair: str | None) -> list[dict[str, Any]]:
     """Where texts and special tokens stand: parts with `ids` or the number of a `text`, and their token type."""
-    encoded = tokenizer(*texts, return_token_type_ids=True)
+    encoded = tokenizer("a", pair, return_token_type_ids=True)
     parts: list[dict[str, Any]] = []
     for token, owner, kind in zip(
         encoded["input_ids"], encoded.sequence_ids(0), encoded["token_type_ids"], strict=True
@@ -301,11 +301,10 @@ def _fetched(library: Library) -> Path:
 class _Isolated(SimpleHTTPRequestHandler):
     """Sends the headers that let the page use several threads."""
 
-    extensions_map: ClassVar[dict[str, str]] = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".mjs": "text/javascript",  # some systems have no type for these, and browsers insist on one
-        ".wasm": "application/wasm",
-    }
+    def guess_type(self, path: Any) -> str:
+        # Some systems have no type for these, and browsers insist on one.
+        known = {".mjs": "text/javascript", ".wasm": "application/wasm"}
+        return known.get(Path(path).suffix) or super().guess_type(path)
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")

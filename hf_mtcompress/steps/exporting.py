@@ -1,5 +1,6 @@
 """Export steps."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, VANILLA
+from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, TRANSFORMERS_JS, VANILLA
 from hf_mtcompress.config import ExportStep
+from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
+from hf_mtcompress.exporting.transformers_js import write_transformers_js
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.bench import Bench, StepOutcome, probe, probe_batch, structure_of
 
 
 def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
-    """The same weights in other forms: plain folders, one a task; ONNX graphs, one of all tasks and one for each."""
+    """The same weights in other forms: plain folders, ONNX graphs, folders for transformers.js."""
     assert source is not None
     model, processor = bench.load(source).eval(), bench.processor_of(source)
     outcome = StepOutcome([], processor, structure_of(model))
@@ -41,7 +44,23 @@ def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path
                             Artefact(form="onnx", folder=place, precision=f"float32, task {name} alone")
                         )
                         outcome.probes[place] = {name: outcome.probes[ONNX][name]}
+            case "transformers_js":
+                pass  # made from the graph, wherever that stands in the list
+    if "transformers_js" in step.formats:
+        outcome.quantization = {
+            TRANSFORMERS_JS: write_transformers_js(
+                model, processor, folder / ONNX, folder / TRANSFORMERS_JS, partial(_validate_graph, bench)
+            )
+        }
     return outcome
+
+
+def _validate_graph(bench: Bench, task: str, folder: Path) -> dict[str, Any]:
+    """The validation score of a graph of one task, which nothing else of the run opens."""
+    tasks = bench.sources.tasks
+    rows = {name: data for name, data in bench.sources.role("validation").items() if name == task}
+    scores = evaluate_folder(folder, tasks, rows, split="validation").tasks
+    return {str(tasks[task].metric): scores[task].metrics[str(tasks[task].metric)]} if task in scores else {}
 
 
 def _probe_merged(model: MultiTaskModel, bench: Bench, processor: Any) -> dict[str, np.ndarray]:

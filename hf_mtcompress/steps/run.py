@@ -75,7 +75,7 @@ def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
     problems += [
         f"steps.{step.name}: a plain transformers folder needs a stock head, but task '{name}' has head '{task.head}'"
         for step in recipe.steps
-        if isinstance(step, ExportStep) and "vanilla" in step.formats
+        if isinstance(step, ExportStep) and {"vanilla", "transformers_js"}.intersection(step.formats)
         for name, task in tasks.items()
         if task.head != "stock"
     ]

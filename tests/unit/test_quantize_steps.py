@@ -68,7 +68,13 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         steps=[
             TEACHER,
             *(quantized(name, **options) for name, options in FORMS.items()),
-            {"kind": "export", "name": "graphs", "from": "teacher", "formats": ["onnx"], "per_task": True},
+            {
+                "kind": "export",
+                "name": "graphs",
+                "from": "teacher",
+                "formats": ["transformers_js", "onnx"],
+                "per_task": True,
+            },
         ],
         budget=None,
     )
@@ -99,6 +105,14 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     for artefact in steps["graphs"].artefacts:
         assert artefact.reload is not None
         assert artefact.reload["passed"], artefact.reload
+    for_js = (steps["graphs"].quantization or {})["transformers_js"]
+    assert list(for_js) == ["mood", "strength"]
+    for task, files in for_js.items():
+        assert all((output / "graphs" / "transformers_js" / task / file).is_file() for file in files)
+    # The float graph scores as the artefact that it was cut from does.
+    whole = steps["graphs"].artefacts[0].scores["validation"].tasks["mood"].metrics
+    (metric,) = set(for_js["mood"]["onnx/model.onnx"]) - {"bytes"}
+    assert for_js["mood"]["onnx/model.onnx"][metric] == pytest.approx(whole[metric])
     half, teacher = steps["half"].artefacts[0], steps["teacher"].artefacts[0]
     assert half.scores["validation"].average == pytest.approx(teacher.scores["validation"].average, abs=1e-3)
     card = (output / CARD).read_text(encoding="utf-8")

@@ -596,6 +596,7 @@ def test_rows_are_not_shared_in_a_chain():
             "calibration.percentile: belongs to method: percentile",
         ),
         ({"kind": "export", "per_task": True}, "per_task: expected onnx among the formats beside it"),
+        ({"kind": "export", "formats": ["transformers_js"]}, "formats: expected onnx beside transformers_js"),
         (
             {"kind": "quantize", "backend": "onnxruntime", "keep": True},
             "keep: expected 'retention' or 'worst_task_retention' beside it",
