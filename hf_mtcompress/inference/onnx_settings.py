@@ -1,6 +1,7 @@
 """What stands beside a graph so that it can be used without the model it came from."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class OnnxSettings:
         stored_bytes: bytes of weights by the type they are stored in.
         embedding_bytes: bytes of word embeddings, None for images.
         versions: packages that wrote the graph, and its opset.
+        sha256: of the graph; written by `write_onnx_settings`, empty in folders of older versions.
     """
 
     format_version: int = FORMAT_VERSION
@@ -41,6 +43,7 @@ class OnnxSettings:
     embedding_bytes: int | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
 
     def build_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""
@@ -49,8 +52,15 @@ class OnnxSettings:
 
 
 def write_onnx_settings(folder: Path, settings: OnnxSettings) -> None:
-    """Write the settings beside the graph."""
-    write_text(folder / ONNX_SETTINGS, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    """Write the settings beside the graph, with the digest of the graph that lies there."""
+    written = dataclasses.replace(settings, sha256=graph_digest(folder))
+    write_text(folder / ONNX_SETTINGS, json.dumps(dataclasses.asdict(written), indent=2) + "\n")
+
+
+def graph_digest(folder: Path) -> str:
+    """SHA-256 of the graph of an ONNX folder."""
+    with (folder / ONNX_MODEL).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_onnx_settings(folder: Path) -> OnnxSettings:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -21,9 +22,9 @@ from transformers import (
 )
 
 from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
-from hf_mtcompress.environment import require_extra
+from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.inference.onnx_settings import read_onnx_settings
+from hf_mtcompress.inference.onnx_settings import graph_digest, read_onnx_settings
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.registration import register
@@ -89,7 +90,7 @@ class TorchRuntime(Runtime):
         self.form = "torch" if folder_form(folder) == "torch" else "bitsandbytes"
         if self.form == "bitsandbytes":
             require_extra("bitsandbytes")
-        self.model: MultiTaskModel = MultiTaskModel.from_pretrained(folder).eval()
+        self.model: MultiTaskModel = _load_weights(MultiTaskModel, folder).eval()
         self.tasks = dict(self.model.tasks)
         self.processor = load_processor(folder)
         self.max_length = (config.preprocessing or {}).get("main", {}).get("max_length")
@@ -115,7 +116,7 @@ class VanillaRuntime(Runtime):
         for name, path in folders.items():
             config = _load_config(path)
             self.tasks[name] = stock_task(name, config, path)
-            model = _AUTO_CLASSES[self.tasks[name].kind].from_pretrained(path).eval()
+            model = _load_weights(_AUTO_CLASSES[self.tasks[name].kind], path).eval()
             align_weights(model)
             self.models[name] = model
         first = next(iter(folders.values()))
@@ -147,7 +148,20 @@ class OnnxRuntime(Runtime):
         self._run = run_session
         self.folder = folder
         settings = read_onnx_settings(folder)
-        self.session = open_session(folder / ONNX_MODEL, threads)
+        if settings.sha256 and graph_digest(folder) != settings.sha256:
+            raise ArtifactError(
+                f"expected in {folder / ONNX_MODEL} the graph that was exported, found another content; copy or "
+                "download the folder again, or export the model again"
+            )
+        try:
+            self.session = open_session(folder / ONNX_MODEL, threads)
+        except Exception as error:  # whatever ONNX Runtime raises; its exceptions have no base of their own
+            written = settings.versions.get("onnxruntime") or "unknown"
+            raise ArtifactError(
+                f"expected a graph that ONNX Runtime {package_version('onnxruntime')} opens in {folder}, found one "
+                f"that it refuses ({_first_line(error)}); the graph was made with version {written}: install that or "
+                "a newer one, or export the model again"
+            ) from error
         self.tasks = settings.build_tasks()
         self.processor = load_processor(folder)
         self.max_length = settings.preprocessing.get("max_length")
@@ -277,6 +291,20 @@ def stock_task(name: str, config: PreTrainedConfig, folder: Path) -> Task:
 def _load_config(folder: Path) -> PreTrainedConfig:
     register()
     return AutoConfig.from_pretrained(folder)
+
+
+def _load_weights(cls: Any, folder: Path) -> Any:
+    try:
+        return cls.from_pretrained(folder)
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"expected whole weights in {folder}, found a damaged file ({_first_line(error)}); copy or download the "
+            "folder again, or save the model again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _set_threads(threads: int | None) -> None:
