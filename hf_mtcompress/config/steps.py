@@ -120,6 +120,8 @@ class DistillStep(TrainingConfig):
     """Of the numbers in the cache."""
     unlabelled: bool = True
     """Whether rows of a task's `unlabelled` source are trained on too; the teacher labels them."""
+    every_task: bool = False
+    """Let the teacher answer every task on every text that the task can read, not only on the task's own rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -132,6 +132,36 @@ def encode_dataset(
     return _encode(dataset, tasks, processor, max_length, role)
 
 
+def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) -> list[EncodedGroup]:
+    """Groups of texts with every task that can read them: those of others' rows have no labels there.
+
+    A task can read rows of the same encoder with as many texts in them, one or a pair, as its own rows have.
+
+    Raises:
+        DataError: rows of images.
+    """
+    widened = []
+    for group in groups:
+        if "input_ids" not in group.dataset.column_names:
+            raise DataError(
+                f"every_task: expected texts, found images for {group.name}; give all tasks labels or open labels on "
+                "the same rows instead"
+            )
+        own = tasks[group.tasks[0]]
+        added = [
+            task
+            for name, task in tasks.items()
+            if name not in group.tasks
+            and (task.encoder, len(task.input_columns)) == (own.encoder, len(own.input_columns))
+        ]
+        dataset, ids = group.dataset, group.dataset.with_format(None)["input_ids"]
+        for task in added:
+            open_labels = task.encode_labels([None] * len(dataset), {"word_ids": ids})
+            dataset = dataset.add_column(task.label_name, open_labels)  # type: ignore[call-arg]  # the stub wants a fingerprint
+        widened.append(EncodedGroup((*group.tasks, *(task.name for task in added)), dataset))
+    return widened
+
+
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     """Names of the columns; a stream may not know them before its first row."""
     return dataset.column_names or list(next(iter(dataset), {}))

@@ -185,6 +185,7 @@ def _taught_trainer(
         criteria=_criteria(step),
         label_weight=label_weight,
         teacher_cache=cache,
+        every_task=isinstance(step, DistillStep) and step.every_task,
         probe_rows=0 if faculty.trusted else None,
         train_dataset=rows,
         eval_dataset=scored,

@@ -120,6 +120,12 @@ class DistillationTrainingArguments(MultiTaskTrainingArguments):
         },
     )
     cache_precision: str = field(default="float16", metadata={"help": "Of the numbers in it: float16 or float32."})
+    every_task: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the teacher answer every task on every text that the task can read, not only on its own rows."
+        },
+    )
     probe_rows: int = field(
         default=64,
         metadata={

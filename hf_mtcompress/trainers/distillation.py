@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_mtcompress.data.collator import MultiTaskCollator, stack_signals
 from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED, MixedDataset
-from hf_mtcompress.data.preprocessing import EncodedGroup
+from hf_mtcompress.data.preprocessing import EncodedGroup, for_every_task
 from hf_mtcompress.data.teacher_cache import (
     CachedSignals,
     CacheSummary,
@@ -90,6 +90,7 @@ class DistillationMixin:
         label_weight: Weight | None = None,
         teacher_cache: str | Path | Literal[False] | None = None,
         probe_rows: int | None = None,
+        every_task: bool | None = None,
         **kwargs: Any,
     ) -> None:
         given = teachers if teacher is None else teacher
@@ -118,6 +119,8 @@ class DistillationMixin:
         for member in self.panel.teachers:
             member.to(self.args.device)
         self._check_states()
+        if getattr(settings, "every_task", False) if every_task is None else every_task:
+            self._ask_every_task()
         folder = None if teacher_cache is False else teacher_cache or getattr(settings, "teacher_cache", None)
         foreign = [member for member in self.panel.teachers if member.processor is not None]
         if folder is None and foreign and teacher_cache is not False:
@@ -211,6 +214,25 @@ class DistillationMixin:
                 f"expected teacher and student with one tokenizer, found vocabularies of {other} and {own} tokens; "
                 "pass its own tokenizer as teacher_processing_class, or take a student of the teacher's layers"
             )
+
+    def _ask_every_task(self) -> None:
+        """Let rows of a task teach the others too, which the teacher answers for them."""
+        if self._stock is not None or not self.answer_criteria or getattr(self, "train_streams", None):
+            raise TaskError(
+                "every_task: expected a MultiTaskModel, a criterion for answers and rows with a length, found "
+                + (
+                    "a stock model"
+                    if self._stock is not None
+                    else "streams"
+                    if self.answer_criteria
+                    else f"criteria {[item.kind for item in self.criteria]}"
+                )
+                + "; leave it out"
+            )
+        groups: list[EncodedGroup] = getattr(self, "train_groups", [])
+        if groups:
+            self.train_groups = for_every_task(groups, self._answered)
+            self.train_dataset = MixedDataset([group.dataset for group in self.train_groups])
 
     def _check_states(self) -> None:
         """State criteria fit student and teachers."""
@@ -728,6 +750,8 @@ class DistillationTrainer(DistillationMixin, MultiTaskTrainer):
             `args.teacher_cache`, else teachers run beside the student. False asks nothing yet, for `ask_teachers`.
         probe_rows: labelled rows a source on which a teacher must agree with the labels better than a guess; 0 trusts
             it. Default: `args.probe_rows`.
+        every_task: whether the teacher answers every task on every text that the task can read, and not only on the
+            rows of that task. Default: `args.every_task`.
         **kwargs: for `MultiTaskTrainer`.
 
     Raises:
@@ -735,7 +759,8 @@ class DistillationTrainer(DistillationMixin, MultiTaskTrainer):
 
     References:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Clark et al. 2019, "BAM! Born-Again
-        Multi-Task Networks for Natural Language Understanding"; those of the criteria.
+        Multi-Task Networks for Natural Language Understanding"; Ghiasi et al. 2021, "Multi-Task Self-Training for
+        Learning General Representations" (`every_task`); those of the criteria.
     """
 
 

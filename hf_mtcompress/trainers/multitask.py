@@ -618,7 +618,10 @@ class MultiTaskTrainer(Trainer):
                 continue
             for name in group.tasks:
                 task, target = self.tasks[name], inputs[self.tasks[name].label_name]
-                loss = task.loss_sum(outputs[f"logits_{name}"], target) / divisor(task.item_count(target))
+                items = task.item_count(target)
+                if not items:
+                    continue  # rows of others, which only a teacher labels
+                loss = task.loss_sum(outputs[f"logits_{name}"], target) / divisor(items)
                 vectors[name] = gradients.of(self.fusion.weight(name, loss) * loss, outputs.last_hidden_state)
                 shares[name] = float(loss.detach()) / self.fusion.normalisers.get(name, 1.0)
         core.train(training)

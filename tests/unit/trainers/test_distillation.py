@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_mtcompress import (
     DistillationTrainer,
@@ -15,11 +16,19 @@ from hf_mtcompress import (
     TokenClassification,
     student_of,
 )
-from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.data.preprocessing import EncodedGroup, for_every_task
+from hf_mtcompress.errors import DataError, TaskError, UnsupportedEncoderError
 from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import gradients
 
-ARGUMENTS = ("cache_precision", "batches", "gradient_accumulation_steps", "gradient_combination", "fusion")
+ARGUMENTS = (
+    "measure_interference",
+    "cache_precision",
+    "batches",
+    "gradient_accumulation_steps",
+    "gradient_combination",
+    "fusion",
+)
 
 
 def teacher_model(family: str = "bert", **overrides: Any) -> MultiTaskModel:
@@ -185,3 +194,95 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     teacher = teacher_model(vocab_size=500)
     with pytest.raises(TaskError, match="expected teacher and student with one tokenizer"):
         build(teacher_model(), teacher, tmp_path)
+
+
+def test_every_task_is_answered_on_every_text(tmp_path: Path) -> None:
+    """Words of sentences that nobody tagged, the mood of words that nobody rated: a copy of the teacher still agrees."""
+    teacher = teacher_model()
+    trainer = build(copy.deepcopy(teacher), teacher, tmp_path, label_weight=0.0, every_task=True)
+    assert [set(group.tasks) for group in trainer.train_groups] == [{"mood", "strength", "tags"}] * 2
+    (batch, *_) = trainer.get_train_dataloader()
+    assert {"labels_mood", "labels_strength", "labels_tags"} <= set(batch)
+    assert max(losses(trainer).values()) < 1e-6
+
+
+@pytest.mark.parametrize("batches", ["one_source", "mixed"])
+def test_rows_of_others_teach_and_carry_no_label(batches: str, tmp_path: Path) -> None:
+    """With labels alone, rows without one change nothing; with the teacher alone, each text counts for every task."""
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+
+    def found(label_weight: float, every_task: bool) -> torch.Tensor:
+        trainer = build(
+            copy.deepcopy(student),
+            teacher,
+            tmp_path,
+            label_weight=label_weight,
+            every_task=every_task,
+            criteria=["logits"],
+            batches=batches,
+        )
+        trainer.create_optimizer_and_scheduler(10)
+        collate = trainer.data_collator
+        texts, tokens = (group.dataset for group in trainer.train_groups)
+        rows = [*(texts[index] for index in range(4)), *(tokens[index] for index in range(3))]
+        window = [collate(rows)] if batches == "mixed" else [collate(rows[:4]), collate(rows[4:])]
+        return gradients(trainer, [window])[0]
+
+    torch.testing.assert_close(found(1.0, True), found(1.0, False), rtol=1e-4, atol=1e-6)
+    assert (found(0.0, True) - found(0.0, False)).abs().max() > 1e-3
+
+
+def test_answers_to_every_task_are_the_same_from_a_cache(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+
+    def found(**settings: Any) -> torch.Tensor:
+        trainer = build(
+            copy.deepcopy(student), teacher, tmp_path, every_task=True, cache_precision="float32", **settings
+        )
+        trainer.create_optimizer_and_scheduler(10)
+        return gradients(trainer, [list(trainer.get_train_dataloader())])[0]
+
+    torch.testing.assert_close(found(teacher_cache=tmp_path / "cache"), found(), rtol=1e-5, atol=1e-6)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_pairs_teach_tasks_about_pairs_only(tmp_path: Path) -> None:
+    """A task about two texts has nothing to say of one."""
+    tasks = {
+        "mood": SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label"),
+        "same": SequenceClassification("same", labels=["no", "yes"], text="text", text_pair="text", label="same"),
+        "near": SequenceClassification("near", problem_type="regression", text="other", text_pair="text", label="near"),
+        "many": SequenceClassification(
+            "many", labels=["a", "b"], problem_type="multi_label_classification", text="text", label="many"
+        ),
+    }
+    rows = Dataset.from_dict({"input_ids": [[2, 7, 3], [2, 8, 9, 3]], "labels_mood": [0, 1]})
+    pairs = Dataset.from_dict({"input_ids": [[2, 7, 3, 8, 3]], "labels_same": [1]})
+    found = for_every_task([EncodedGroup(("mood",), rows), EncodedGroup(("same",), pairs)], tasks)
+    assert [group.tasks for group in found] == [("mood", "many"), ("same", "near")]
+    assert found[0].dataset["labels_many"] == [[-100.0, -100.0]] * 2
+    assert found[1].dataset["labels_same"] == [1]
+    assert torch.tensor(found[1].dataset["labels_near"]).isnan().all()
+
+
+def test_every_task_needs_answers_and_texts(tmp_path: Path) -> None:
+    teacher = teacher_model()
+    with pytest.raises(TaskError, match=r"every_task: expected .* found criteria \['hidden'\]"):
+        build(student_of(teacher, 2), teacher, tmp_path, every_task=True, criteria=["hidden"])
+    images = Dataset.from_dict({"pixel_values": [[0.0]], "labels_mood": [0]})
+    with pytest.raises(DataError, match="every_task: expected texts, found images for mood"):
+        for_every_task([EncodedGroup(("mood",), images)], {"mood": teacher.tasks["mood"]})
+
+
+def test_interference_is_measured_on_labelled_rows(tmp_path: Path) -> None:
+    """A gradient of zero from rows without labels would look like a task that agrees with nobody."""
+    teacher = teacher_model()
+    trainer = build(student_of(teacher, 2), teacher, tmp_path, every_task=True, measure_interference=1)
+    trainer.train()
+    report = trainer.interference()
+    assert report is not None
+    assert list(report["norms"]) == ["mood", "strength", "tags"]
+    assert min(report["norms"].values()) > 1e-3
+    assert min(report["losses"].values()) > 0.5
