@@ -197,7 +197,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_task_is_answered_on_every_text(tmp_path: Path) -> None:
-    """Words of sentences that nobody tagged, the mood of words that nobody rated: a copy of the teacher still agrees."""
+    """Tags of sentences that nobody tagged, moods that nobody rated: a copy of the teacher still agrees."""
     teacher = teacher_model()
     trainer = build(copy.deepcopy(teacher), teacher, tmp_path, label_weight=0.0, every_task=True)
     assert [set(group.tasks) for group in trainer.train_groups] == [{"mood", "strength", "tags"}] * 2
