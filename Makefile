@@ -60,5 +60,5 @@ $(RUN): | $(BIN)/python
 
 $(DEV): | $(RUN)
 	@echo "Installing what tests and checks need into $(VENV)"
-	$(PIP) --editable ".[onnx,bitsandbytes,surgery,dev]"
+	$(PIP) --editable ".[onnx,openvino,bitsandbytes,surgery,dev]"
 	@touch $@

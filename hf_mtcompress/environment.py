@@ -20,6 +20,8 @@ PACKAGES = (
     "safetensors",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "nncf",
     "bitsandbytes",
     "torchjd",
 )
@@ -32,6 +34,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino", "nncf"),
     "bitsandbytes": ("bitsandbytes",),
     "surgery": ("torchjd", "qpsolvers", "quadprog", "cvxpy", "clarabel"),
 }

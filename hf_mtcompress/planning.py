@@ -152,7 +152,7 @@ class _Shape:
     def megabytes(self, step: StepConfig) -> float:
         linear = self.attention + self.feed_forward
         match step:
-            case QuantizeStep(backend="onnxruntime"):
+            case QuantizeStep(backend="onnxruntime" | "openvino"):
                 return self._graph_bytes(step) / 1e6
             case QuantizeStep(bits=bits, embeddings=embeddings):
                 few = linear + (self.embedding if embeddings else 0)

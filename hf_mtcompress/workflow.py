@@ -259,6 +259,8 @@ def _gate_message(
             better += ["block_size: 32 or embedding_bits: 8 is closer to float", "bits: 8 closer still"]
         case 4:
             better.append("bits: 8 is closer to float")
+        case 8 if step.backend == "openvino":
+            better.append("calibration: {rows: ...} with more rows, or backend: onnxruntime, may be closer to float")
         case 8 if step.calibration is not None:
             better.append("no calibration (dynamic), more rows or another method may be closer to float")
         case 8 if step.backend == "onnxruntime":
@@ -303,13 +305,16 @@ _LIMITS_OF_A_GATE = ("retention", "worst_task_retention", "keep")
 """Keys of a quantize step that judge what it made, and do not change it."""
 
 
+_MODEL_FILES = (".safetensors", ".json", ".onnx", ".xml", ".bin")
+
+
 def _saved(place: str) -> Any:
     """A saved model by its content where it lies here, else by its name."""
     folder = Path(place)
     if not folder.is_dir():
         return place
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json", ".onnx")):
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in _MODEL_FILES):
         digest.update(file.relative_to(folder).as_posix().encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

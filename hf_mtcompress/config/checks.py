@@ -13,6 +13,7 @@ from hf_mtcompress.config.search import SearchConfig
 from hf_mtcompress.config.sections import WRITTEN_AS, Problems, join, near
 from hf_mtcompress.config.steps import (
     FLOAT_STEPS,
+    CalibrationConfig,
     DistillStep,
     ExportStep,
     FinetuneStep,
@@ -193,14 +194,18 @@ def check_steps(
 
 def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
     onnx = step.backend == "onnxruntime"
-    if step.bits == 16 and not onnx:
+    if step.bits == 16 and step.backend == "bitsandbytes":
         problems.add(join(path, "bits"), "backend bitsandbytes has 8 and 4 bits; 16 need backend: onnxruntime")
+    if step.bits != 8 and step.backend == "openvino":
+        problems.add(join(path, "bits"), "backend openvino has 8 bits; 16 and 4 need backend: onnxruntime")
     for key, given, bits in (
         ("block_size", step.block_size != 64, (4,)),
         ("embedding_bits", step.embedding_bits is not None, (4,)),
         ("float_layers", bool(step.float_layers), (8, 4)),
         ("calibration", step.calibration is not None, (8,)),
     ):
+        if key == "calibration" and step.backend == "openvino":
+            continue
         if given and not (onnx and step.bits in bits):
             wanted = " or ".join(map(str, bits))
             problems.add(
@@ -210,12 +215,19 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
             )
     for key in ("quant_type", "double_quantization", "embeddings"):
         if getattr(step, key) != getattr(QuantizeStep(backend="bitsandbytes"), key):
-            if onnx:
+            if step.backend != "bitsandbytes":
                 problems.add(join(path, key), f"is for backend: bitsandbytes, found {step.backend}; remove it")
             elif step.bits == 8 and key != "embeddings":
                 problems.add(join(path, key), "is about 4 bits; say bits: 4, or remove the key")
     calibration = step.calibration
-    if calibration is not None and calibration.method != "percentile" and calibration.percentile != 99.99:
+    if calibration is None:
+        pass
+    elif step.backend == "openvino":
+        if calibration != CalibrationConfig(rows=calibration.rows):
+            problems.add(
+                join(path, "calibration"), "expected 'rows' alone with backend openvino; remove the other keys"
+            )
+    elif calibration.method != "percentile" and calibration.percentile != 99.99:
         problems.add(join(path, "calibration.percentile"), "belongs to method: percentile; remove the key")
     if step.keep and step.retention is None and step.worst_task_retention is None:
         problems.add(join(path, "keep"), "expected 'retention' or 'worst_task_retention' beside it; remove the key")

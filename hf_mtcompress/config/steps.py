@@ -293,6 +293,7 @@ class QuantizeStep:
 
     ```yaml
     - {kind: quantize, from: pruned, backend: onnxruntime, bits: 8}
+    - {kind: quantize, from: pruned, backend: openvino, bits: 8, calibration: {rows: 256}}
     ```
     """
 
@@ -302,8 +303,8 @@ class QuantizeStep:
     """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
     """The finetune, distill or prune step to start from; default: the latest of them."""
-    backend: Literal["bitsandbytes", "onnxruntime"]
-    """`onnxruntime` exports a graph and is fast on CPUs; `bitsandbytes` stays in torch."""
+    backend: Literal["bitsandbytes", "onnxruntime", "openvino"]
+    """`onnxruntime` and `openvino` export a graph and are fast on CPUs; `bitsandbytes` stays in torch."""
     bits: Literal[16, 8, 4] = 8
     """16 is half precision, with `onnxruntime` only: half the file, at the speed of float."""
     block_size: int = 64
@@ -315,7 +316,7 @@ class QuantizeStep:
     """With `onnxruntime` in 8 or 4 bits: encoder layers whose matrices stay in float, counted from 0."""
     calibration: CalibrationConfig | None = None
     """With `onnxruntime` in 8 bits: ranges of activations are measured on training rows and fixed (static); default:
-    they are found while the model runs (dynamic)."""
+    they are found while the model runs (dynamic). `openvino` always measures them and takes `rows` alone."""
     retention: float | None = None
     """The gate: share of the validation scores of the float model it starts from that must be kept, as a mean over
     the main tasks. The saved files are scored; below this the step fails."""
@@ -346,10 +347,10 @@ class ExportStep:
     """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
     """The finetune, distill or prune step to start from; default: the latest of them."""
-    formats: tuple[Literal["vanilla", "onnx", "transformers_js"], ...] = ("vanilla",)
-    """`vanilla`: one plain transformers folder for each task; `onnx`: one graph with all heads, in float32;
-    `transformers_js`, beside `onnx`: one folder for each task that transformers.js opens, with its graph in 32, 8 and
-    4 bits."""
+    formats: tuple[Literal["vanilla", "onnx", "openvino", "transformers_js"], ...] = ("vanilla",)
+    """`vanilla`: one plain transformers folder for each task; `onnx` and `openvino`: one graph with all heads, in
+    float32; `transformers_js`, beside `onnx`: one folder for each task that transformers.js opens, with its graph in
+    32, 8 and 4 bits."""
     per_task: bool = False
     """With `onnx`: write a graph of its own for each task, too, with nothing in it that the task does not need."""
 

@@ -24,12 +24,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.environment import available_cores, load_average
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.inference.onnx_settings import read_onnx_settings
+from hf_mtcompress.inference.graph_settings import FILES, graph_bytes, read_graph_settings
 from hf_mtcompress.inference.reload_check import child_environment, save_arrays
 from hf_mtcompress.inference.runtimes import Form, folder_form, load_processor, read_config, stock_task, task_folders
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -176,8 +175,8 @@ def real_inputs(folder: Path, samples: Sequence[Any], tokens: int, rows: int) ->
     if "pixel_values" in processor.model_input_names:
         pictures = [image.convert("RGB") for image in chosen]
         return {"pixel_values": np.stack(processor(pictures, return_tensors="np")["pixel_values"])}
-    if form == "onnx":
-        limit = read_onnx_settings(folder).preprocessing.get("max_length")
+    if form in FILES:
+        limit = read_graph_settings(folder, form).preprocessing.get("max_length")
     elif form == "vanilla":
         limit = None
     else:
@@ -264,10 +263,10 @@ def measure_size(folder: Path) -> SizeRecord:
         ArtifactError: the folder holds no artefact.
     """
     form = folder_form(folder)
-    if form == "onnx":
-        settings = read_onnx_settings(folder)
+    if form in FILES:
+        settings = read_graph_settings(folder, form)
         parts, embedding_bytes = [settings.parameters], settings.embedding_bytes
-        weights = (folder / ONNX_MODEL).stat().st_size
+        weights = graph_bytes(folder, form)
         places = [folder]
     else:
         places = list(task_folders(folder).values()) if form == "vanilla" else [folder]
@@ -469,7 +468,7 @@ def _row(times: Sequence[float], reference: Sequence[float], size: int, tokens: 
 def _cost(folder: Path, form: Form) -> tuple[str, int | None]:
     """The group of artefacts that run the same kernels, and the parameters that a call multiplies with."""
     size = measure_size(folder)
-    precision = read_onnx_settings(folder).precision if form == "onnx" else ""
+    precision = read_graph_settings(folder, form).precision if form in FILES else ""
     if size.encoder_parameters is None:
         return f"{form} {precision}", None
     return f"{form} {precision}", size.encoder_parameters - (size.embedding_parameters or 0)

@@ -8,8 +8,8 @@ answers are JSON, one a line, on standard input and output:
     {"do": "time", "batch": "1", "calls": 1}  ->  {"ms": [12.5]}
     {"do": "peak"}                            ->  {"mb": 310.2}
 
-A first line `{"ready": true}` says that the artefact is loaded. An ONNX folder is run without importing torch or this
-package, so that its peak memory is that of ONNX Runtime.
+A first line `{"ready": true}` says that the artefact is loaded. A graph is run without importing torch or this
+package, so that its peak memory is that of its runtime.
 """
 
 import importlib.util
@@ -28,15 +28,15 @@ Call = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 def load(folder: Path, form: str, threads: int) -> Call:
     """The artefact as a function from arrays of model inputs to arrays of logits."""
-    if form == "onnx":
+    if form in ("onnx", "openvino"):
         # By its path: importing it by name would import this package, and with it torch.
-        path = Path(__file__).resolve().parents[1] / "inference" / "onnx_session.py"
-        spec = importlib.util.spec_from_file_location("onnx_session", path)
+        path = Path(__file__).resolve().parents[1] / "inference" / f"{form}_session.py"
+        spec = importlib.util.spec_from_file_location(f"{form}_session", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        session = module.open_session(folder / "model.onnx", threads)
+        session = module.open_session(folder / ("model.onnx" if form == "onnx" else "model.xml"), threads)
         return lambda batch: module.run_session(session, batch)
     import torch
 

@@ -19,7 +19,7 @@ from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.evaluation.benchmark import count_parameters
 from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, run_graph, stored_bytes
-from hf_mtcompress.inference.onnx_settings import OnnxSettings, read_onnx_settings, write_onnx_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, read_graph_settings, write_graph_settings
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -76,9 +76,9 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
                     f"the encoder '{source.encoder.config.model_type}' with the versions of torch and transformers"
                 )
     processor.save_pretrained(folder)
-    write_onnx_settings(
+    write_graph_settings(
         folder,
-        OnnxSettings(
+        GraphSettings(
             tasks=[task.to_dict() for task in source.tasks.values()],
             preprocessing=dict((source.config.preprocessing or {}).get("main", {})),
             inputs=inputs,
@@ -115,7 +115,7 @@ def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    settings = read_onnx_settings(source_folder)
+    settings = read_graph_settings(source_folder)
     made = {}
     for name, task in settings.build_tasks().items():
         graph = onnx_ir.load(source_folder / ONNX_MODEL)
@@ -134,7 +134,7 @@ def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict
         # What else is gone belonged to the encoder: a pooler that this head does not read.
         gone = max(whole - _count_weights(graph) - (settings.parameters["head"] - head), 0)
         encoder = settings.parameters["encoder"] - gone
-        write_onnx_settings(
+        write_graph_settings(
             made[name],
             replace(
                 settings,

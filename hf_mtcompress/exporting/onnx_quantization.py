@@ -18,7 +18,7 @@ from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, random_feed, run_graph, stored_bytes
 from hf_mtcompress.exporting.onnx import LAYER_MARK
-from hf_mtcompress.inference.onnx_settings import OnnxSettings, read_onnx_settings, write_onnx_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, read_graph_settings, write_graph_settings
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def quantize_onnx(
     """
     require_extra("onnx")
     _check_arguments(bits, block_size, embedding_bits, float_layers, calibration)
-    settings = read_onnx_settings(source_folder)
+    settings = read_graph_settings(source_folder)
     if settings.precision != "float32":
         raise ArtifactError(
             f"expected a float32 graph to quantize, found {settings.precision} in {source_folder}; "
@@ -161,7 +161,7 @@ def quantize_onnx(
     return folder
 
 
-def _write_settings(settings: OnnxSettings, folder: Path, precision: str, quantization: dict[str, Any]) -> None:
+def _write_settings(settings: GraphSettings, folder: Path, precision: str, quantization: dict[str, Any]) -> None:
     versions = {**settings.versions, "onnxruntime": package_version("onnxruntime")}
     written = replace(
         settings,
@@ -170,7 +170,7 @@ def _write_settings(settings: OnnxSettings, folder: Path, precision: str, quanti
         versions=versions,
         **stored_bytes(folder / ONNX_MODEL),
     )
-    write_onnx_settings(folder, written)
+    write_graph_settings(folder, written)
 
 
 def _check_arguments(

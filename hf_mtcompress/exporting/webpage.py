@@ -21,7 +21,7 @@ from hf_mtcompress.artifacts import ONNX_MODEL, whole_folder, write_text
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.environment import package_version
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
-from hf_mtcompress.inference.onnx_settings import OnnxSettings, read_onnx_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, read_graph_settings
 from hf_mtcompress.inference.runtimes import load_processor
 from hf_mtcompress.tasks import Task, TokenClassification
 
@@ -103,7 +103,7 @@ def write_webpage(
         UnsupportedEncoderError: the tokenizer or image processor does something the page cannot do.
         MissingExtraError: npm is needed and not installed.
     """
-    settings = read_onnx_settings(source)
+    settings = read_graph_settings(source)
     if output.exists() and not (output / PAGE).is_file():
         raise ArtifactError(
             f"expected a new folder or an older page at {output}, found something else; choose another --output"
@@ -129,7 +129,7 @@ def write_webpage(
 
 
 def _describe(
-    settings: OnnxSettings, source: Path, title: str, facts: Mapping[str, str], examples: Sequence[str]
+    settings: GraphSettings, source: Path, title: str, facts: Mapping[str, str], examples: Sequence[str]
 ) -> dict[str, Any]:
     """The content of `page.json`."""
     tasks = settings.build_tasks()

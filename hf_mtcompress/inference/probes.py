@@ -12,10 +12,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from hf_mtcompress.inference.graph_settings import FILES
 from hf_mtcompress.inference.reload_check import ReloadCheck
 
 PROBES = "probes.safetensors"
-ONNX_TOLERANCE = 1e-3
+GRAPH_TOLERANCE = 1e-3
 """Largest difference of logits between torch and a float32 graph of the same model."""
 
 
@@ -55,7 +56,7 @@ def reload_checks(step_folder: Path, forms: Mapping[str, str], samples: Any = No
                 folder=step_folder / artefact,
                 inputs=inputs,
                 expected=expected,
-                tolerance=ONNX_TOLERANCE if form == "onnx" else 0.0,
+                tolerance=GRAPH_TOLERANCE if form in FILES else 0.0,
                 samples=samples,
             )
     return checks

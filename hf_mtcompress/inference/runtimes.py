@@ -21,16 +21,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
+from hf_mtcompress.artifacts import ONNX_SETTINGS, OPENVINO_SETTINGS
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.inference.onnx_settings import graph_digest, read_onnx_settings
+from hf_mtcompress.inference.graph_settings import FILES, GraphForm, graph_digest, read_graph_settings
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.registration import register
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
-Form = Literal["torch", "bitsandbytes", "vanilla", "onnx"]
+Form = Literal["torch", "bitsandbytes", "vanilla", "onnx", "openvino"]
 
 _CONFIG = "config.json"
 _AUTO_CLASSES: dict[str, Any] = {
@@ -73,7 +73,7 @@ class Runtime(ABC):
         """Digest of the files it was loaded from, for caches of its answers."""
         digest = hashlib.sha256()
         for file in sorted(self.folder.rglob("*")):
-            if file.suffix in (".safetensors", ".onnx", ".json"):
+            if file.suffix in (".safetensors", ".onnx", ".json", ".xml", ".bin"):
                 digest.update(file.relative_to(self.folder).as_posix().encode())
                 digest.update(file.read_bytes())
         return digest.hexdigest()
@@ -136,31 +136,34 @@ class VanillaRuntime(Runtime):
         return answers
 
 
-class OnnxRuntime(Runtime):
-    """An ONNX folder, on ONNX Runtime."""
+class GraphRuntime(Runtime):
+    """A folder with a graph, on ONNX Runtime or OpenVINO."""
 
-    form = "onnx"
+    def __init__(self, folder: Path, form: GraphForm, threads: int | None = None) -> None:
+        require_extra(form)
+        package = "onnxruntime" if form == "onnx" else "openvino"
+        if form == "onnx":
+            from hf_mtcompress.inference.onnx_session import open_session, run_session
+        else:
+            from hf_mtcompress.inference.openvino_session import open_session, run_session
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        require_extra("onnx")
-        from hf_mtcompress.inference.onnx_session import open_session, run_session
-
-        self._run = run_session
+        self._run: Any = run_session
+        self.form = form
         self.folder = folder
-        settings = read_onnx_settings(folder)
-        if settings.sha256 and graph_digest(folder) != settings.sha256:
+        settings = read_graph_settings(folder, form)
+        graph = folder / FILES[form][1]
+        if settings.sha256 and graph_digest(folder, form) != settings.sha256:
             raise ArtifactError(
-                f"expected in {folder / ONNX_MODEL} the graph that was exported, found another content; copy or "
-                "download the folder again, or export the model again"
+                f"expected in {graph} the graph that was exported, found another content; copy or download the folder "
+                "again, or export the model again"
             )
         try:
-            self.session = open_session(folder / ONNX_MODEL, threads)
-        except Exception as error:  # whatever ONNX Runtime raises; its exceptions have no base of their own
-            written = settings.versions.get("onnxruntime") or "unknown"
+            self.session: Any = open_session(graph, threads)
+        except Exception as error:  # whatever the runtime raises: there is no class for all of it
             raise ArtifactError(
-                f"expected a graph that ONNX Runtime {package_version('onnxruntime')} opens in {folder}, found one "
-                f"that it refuses ({_first_line(error)}); the graph was made with version {written}: install that or "
-                "a newer one, or export the model again"
+                f"expected a graph that {package} {package_version(package)} opens in {folder}, found one that it "
+                f"refuses ({_first_line(error)}); the graph was made with version "
+                f"{settings.versions.get(package) or 'unknown'}: install that or a newer one, or export the model again"
             ) from error
         self.tasks = settings.build_tasks()
         self.processor = load_processor(folder)
@@ -175,7 +178,7 @@ def open_runtime(folder: Path, threads: int | None = None) -> Runtime:
     """Load a saved folder of any form.
 
     Args:
-        folder: a multi-task folder, a folder of plain transformers folders, or an ONNX folder.
+        folder: a multi-task folder, a folder of plain transformers folders, or one with a graph.
         threads: threads within an operation, for the whole process where the form runs on torch; None leaves them.
 
     Raises:
@@ -187,8 +190,8 @@ def open_runtime(folder: Path, threads: int | None = None) -> Runtime:
             return TorchRuntime(folder, threads)
         case "vanilla":
             return VanillaRuntime(folder, threads)
-        case "onnx":
-            return OnnxRuntime(folder, threads)
+        case "onnx" | "openvino" as form:
+            return GraphRuntime(folder, form, threads)
 
 
 def folder_form(folder: Path) -> Form:
@@ -199,8 +202,9 @@ def folder_form(folder: Path) -> Form:
     """
     if not folder.is_dir():
         raise ArtifactError(f"expected a folder with a saved model, found no folder {folder}; check the path")
-    if (folder / ONNX_SETTINGS).is_file():
-        return "onnx"
+    for form, (settings, *_) in FILES.items():
+        if (folder / settings).is_file():
+            return form
     if (folder / _CONFIG).is_file():
         values = read_config(folder)
         if values.get("model_type") == MultiTaskConfig.model_type:
@@ -212,8 +216,9 @@ def folder_form(folder: Path) -> Form:
     if any((path / _CONFIG).is_file() for path in folder.iterdir() if path.is_dir()):
         return "vanilla"
     raise ArtifactError(
-        f"expected a multi-task folder ({_CONFIG}), an ONNX folder ({ONNX_SETTINGS}) or a folder with one plain "
-        f"transformers folder for each task, found {_listing(folder)} in {folder}; give the folder that a step saved"
+        f"expected a multi-task folder ({_CONFIG}), a folder with a graph ({ONNX_SETTINGS} or {OPENVINO_SETTINGS}) or "
+        f"a folder with one plain transformers folder for each task, found {_listing(folder)} in {folder}; give the "
+        "folder that a step saved"
     )
 
 

@@ -175,7 +175,7 @@ def _metadata(record: RunRecord, repo_id: str | None) -> ModelCardData:
         tags.append("multi-task")
     tags += [tag for kind, tag in KIND_TAGS.items() if any(step.kind == kind for step in chain)]
     forms = [artefact.form for _, artefact in repository_layout(record).values()]
-    tags += [form for form in ("onnx", "bitsandbytes") if form in forms]
+    tags += [form for form in ("onnx", "openvino", "bitsandbytes") if form in forms]
     pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in record.tasks.values() if task.kind in PIPELINES))
     datasets = [task.dataset_id for task in record.tasks.values() if task.dataset_id]
     base = base_model(record)
@@ -637,6 +637,7 @@ class _Page:
             "torch": "`AutoModel` after `import hf_mtcompress`",
             "bitsandbytes": "`AutoModel` after `import hf_mtcompress`, with bitsandbytes",
             "onnx": "`hf_mtcompress.load_predictor`, or ONNX Runtime itself",
+            "openvino": "`hf_mtcompress.load_predictor`, or OpenVINO itself",
             "vanilla": "plain transformers, one folder per task",
         }
         if self.repo_id is not None:
@@ -678,7 +679,13 @@ class _Page:
         """Heading and Python code for each way of loading."""
         return [
             snippet
-            for snippet in (self._torch_snippet(), self._vanilla_snippet(), self._onnx_snippet(), self._small_snippet())
+            for snippet in (
+                self._torch_snippet(),
+                self._vanilla_snippet(),
+                self._graph_snippet("onnx", "ONNX Runtime"),
+                self._graph_snippet("openvino", "OpenVINO"),
+                self._small_snippet(),
+            )
             if snippet is not None
         ]
 
@@ -724,8 +731,8 @@ print(answer({self._example()}))"""
         title = "One task, with transformers alone" if plain else "One task, with the stock classes"
         return f"{title} (step `{step.name}`; here `{name}`)", code
 
-    def _onnx_snippet(self) -> tuple[str, str] | None:
-        found = self._place("onnx")
+    def _graph_snippet(self, form: str, runtime: str) -> tuple[str, str] | None:
+        found = self._place(form)
         if found is None:
             return None
         place, step, artefact = found
@@ -735,7 +742,7 @@ print(answer({self._example()}))"""
 
 predictor = load_predictor({folder})
 print(predictor.predict([{self._example()}]))"""
-        return f"All tasks at once, in ONNX Runtime (step `{step.name}`, {self.n.text(artefact.precision)})", code
+        return f"All tasks at once, in {runtime} (step `{step.name}`, {self.n.text(artefact.precision)})", code
 
     def _small_snippet(self) -> tuple[str, str] | None:
         found = self._place("bitsandbytes")
@@ -797,8 +804,11 @@ print(predictor.predict([{self._example()}]))"""
                 "Heads or neurons were removed unevenly: the PyTorch form needs hf_mtcompress to be rebuilt, "
                 "transformers alone cannot."
             )
-        if self.artefact.form == "onnx":
-            facts.append("The ONNX form runs through ONNX Runtime and is not opened by the `Auto` classes.")
+        name, runtime = {"onnx": ("ONNX", "ONNX Runtime"), "openvino": ("OpenVINO", "OpenVINO")}.get(
+            self.artefact.form, ("", "")
+        )
+        if runtime:
+            facts.append(f"The {name} form runs through {runtime} and is not opened by the `Auto` classes.")
         if self.artefact.form == "bitsandbytes":
             facts.append("bitsandbytes saves memory; on a processor without a GPU it is usually slower than float32.")
         facts += self._reload_limits()
@@ -856,7 +866,7 @@ print(predictor.predict([{self._example()}]))"""
     def requirement(self) -> str:
         """What pip has to install, with the extras of the forms that the run made."""
         forms = {artefact.form for _, artefact in self._artefacts()}
-        extras = [form for form in ("bitsandbytes", "onnx") if form in forms]
+        extras = [form for form in ("bitsandbytes", "onnx", "openvino") if form in forms]
         return f'"hf_mtcompress[{",".join(extras)}]"' if extras else "hf_mtcompress"
 
     def reload_claim(self) -> str | None:

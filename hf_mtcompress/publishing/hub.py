@@ -7,7 +7,7 @@ load again. One commit means that a reader sees the old repository or the new on
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -36,7 +36,7 @@ PICKLES = frozenset(
 )
 """Files that can run code when they are opened, or hold weights that nothing here writes."""
 WEIGHTS = frozenset({".safetensors", ".onnx"})
-TEXTS = frozenset({".cfg", ".csv", ".jinja", ".json", ".jsonl", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"})
+TEXTS = frozenset({".cfg", ".csv", ".jinja", ".json", ".jsonl", ".md", ".py", ".toml", ".txt", ".xml", ".yaml", ".yml"})
 VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
 """Lists of words: what looks like a path in there mostly is a word."""
 
@@ -197,6 +197,8 @@ def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]
             suffix = content.suffix.lower()
         else:
             suffix = Path(name).suffix.lower()
+        if suffix in PICKLES and Path(name).name == artifacts.OPENVINO_WEIGHTS and _is_openvino(name, contents):
+            continue  # bare numbers beside a graph
         if suffix in PICKLES or (suffix not in WEIGHTS | TEXTS and _is_pickle(content)):
             problems.append(f"{name}: expected safetensors or ONNX, found a pickled or binary file; save it anew")
         elif suffix in TEXTS:
@@ -210,6 +212,13 @@ def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]
                 if place in raw
             ][:1]
     return problems
+
+
+def _is_openvino(name: str, contents: Mapping[str, Content]) -> bool:
+    """Whether weights lie beside an OpenVINO graph that we wrote, and are no pickle under its name."""
+    beside = (artifacts.OPENVINO_MODEL, artifacts.OPENVINO_SETTINGS)
+    there = all(str(PurePosixPath(name).with_name(file)) in contents for file in beside)
+    return there and not _is_pickle(contents[name])
 
 
 def _text_problems(name: str, text: str, here: list[bytes]) -> list[str]:

@@ -3,6 +3,7 @@
 README.md record.json recipe.yaml assets/    what the run says of itself
 config.json model.safetensors ...            the float torch model of all tasks, at the root so that AutoModel finds it
 onnx/                                        the graph of all tasks, quantized where the run quantized it
+openvino/                                    the same for OpenVINO, where the run made one
 bitsandbytes/                                the k-bit torch model, where that is what the run was made for
 vanilla/TASK/                                one plain transformers folder per task, where the run exported them
 """
@@ -39,6 +40,8 @@ def repository_layout(record: RunRecord) -> dict[str, tuple[StepRecord, Artefact
         layout[""] = root
     if (onnx := shipped_artefact(record, "onnx")) is not None:
         layout[artifacts.ONNX] = onnx
+    if (openvino := shipped_artefact(record, "openvino")) is not None:
+        layout[artifacts.OPENVINO] = openvino
     if delivered_artefact(record).form == "bitsandbytes" and (small := shipped_artefact(record, "bitsandbytes")):
         layout[BITSANDBYTES] = small
     if (vanilla := shipped_artefact(record, "vanilla")) is not None:

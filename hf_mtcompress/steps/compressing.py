@@ -11,11 +11,12 @@ from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, wri
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.sparsity import trim_weights, zeros_of
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
-from hf_mtcompress.config import QuantizeStep, Role, TrimVocabularyStep, TrimWeightsStep
+from hf_mtcompress.config import CalibrationConfig, QuantizeStep, Role, TrimVocabularyStep, TrimWeightsStep
 from hf_mtcompress.errors import DataError, RecipeError, UnsupportedEncoderError
 from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.exporting.onnx_quantization import Calibration, quantize_onnx
-from hf_mtcompress.inference.onnx_settings import read_onnx_settings
+from hf_mtcompress.exporting.openvino import convert_openvino
+from hf_mtcompress.inference.graph_settings import GraphForm, read_graph_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.matrices import encoder_matrices
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -140,7 +141,7 @@ def quantize_step(step: QuantizeStep, source: str | None, bench: Bench, folder: 
                 "embeddings": step.embeddings,
             }
             return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
-        case "onnxruntime":
+        case "onnxruntime" | "openvino":
             return _quantize_graph(step, source, bench, folder, work)
 
 
@@ -153,21 +154,14 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
         start = float_graph(source, bench, model, processor)
         with whole_folder(work / _QUANTIZED) as scratch:
             try:
-                quantize_onnx(
-                    start,
-                    scratch,
-                    bits=step.bits,
-                    block_size=step.block_size,
-                    embedding_bits=step.embedding_bits,
-                    float_layers=step.float_layers,
-                    calibration=_calibration_of(step, Start(model, processor), bench),
-                )
+                _few_bits(step, start, scratch, Start(model, processor), bench)
             except RecipeError as error:
                 raise RecipeError([f"steps.{step.name}.{problem}" for problem in error.problems]) from error
         write_text(structure, json.dumps(structure_of(model)))
     shutil.copytree(work / _QUANTIZED, folder, dirs_exist_ok=True)
-    settings = read_onnx_settings(folder)
-    artefact = Artefact(form="onnx", folder=".", precision=_graph_precision(step))
+    form: GraphForm = "onnx" if step.backend == "onnxruntime" else "openvino"
+    settings = read_graph_settings(folder, form)
+    artefact = Artefact(form=form, folder=".", precision=_graph_precision(step))
     # There is no model in memory with these weights: the graph is held against itself in another process.
     answers = load_predictor(folder).logits(probe_batch(bench, processor))
     return StepOutcome(
@@ -181,6 +175,23 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
             **settings.quantization,
             "stored_bytes": settings.stored_bytes,
         },
+    )
+
+
+def _few_bits(step: QuantizeStep, graph: Path, folder: Path, start: Start, bench: Bench) -> None:
+    """Write the float graph again in the bits of a step."""
+    if step.backend == "openvino":
+        rows = (step.calibration or CalibrationConfig()).rows
+        convert_openvino(graph, folder, step.bits, rows=calibration_rows(start, bench, rows))
+        return
+    quantize_onnx(
+        graph,
+        folder,
+        bits=step.bits,
+        block_size=step.block_size,
+        embedding_bits=step.embedding_bits,
+        float_layers=step.float_layers,
+        calibration=_calibration_of(step, start, bench),
     )
 
 
@@ -212,6 +223,8 @@ def _graph_precision(step: QuantizeStep) -> str:
     match step.bits:
         case 16:
             return "float16 weights, computed in float32"
+        case 8 if step.backend == "openvino":
+            return f"int8, static, NNCF on {(step.calibration or CalibrationConfig()).rows} rows"
         case 8 if step.calibration is not None:
             return f"int8, static, {step.calibration.method} of {step.calibration.rows} rows{kept}"
         case 8:

@@ -2,16 +2,18 @@
 
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, TRANSFORMERS_JS, VANILLA
+from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, OPENVINO, TRANSFORMERS_JS, VANILLA
 from hf_mtcompress.config import ExportStep
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
+from hf_mtcompress.exporting.openvino import convert_openvino
 from hf_mtcompress.exporting.transformers_js import write_transformers_js
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import Artefact
@@ -44,6 +46,12 @@ def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path
                             Artefact(form="onnx", folder=place, precision=f"float32, task {name} alone")
                         )
                         outcome.probes[place] = {name: outcome.probes[ONNX][name]}
+            case "openvino":
+                with TemporaryDirectory() as scratch:
+                    graph = export_onnx(model, processor, Path(scratch) / ONNX)
+                    convert_openvino(graph, folder / OPENVINO)
+                outcome.artefacts.append(Artefact(form="openvino", folder=OPENVINO, precision="float32"))
+                outcome.probes[OPENVINO] = probe(model, bench, processor)
             case "transformers_js":
                 pass  # made from the graph, wherever that stands in the list
     if "transformers_js" in step.formats:

@@ -91,9 +91,10 @@ def _extras_of(recipe: Recipe) -> list[str]:
     for step in recipe.steps:
         match step:
             case QuantizeStep():
-                needed.append("onnx" if step.backend == "onnxruntime" else "bitsandbytes")
-            case ExportStep() if "onnx" in step.formats:
-                needed.append("onnx")
+                needed += {"onnxruntime": ["onnx"], "openvino": ["onnx", "openvino"]}.get(step.backend, [step.backend])
+            case ExportStep():
+                needed += [form for form in ("onnx", "openvino") if form in step.formats]
+                needed += ["onnx"] if "openvino" in step.formats else []
             case PruneStep() if step.latency and step.timing.runtime != "torch":
                 needed.append("onnx")
             case _:

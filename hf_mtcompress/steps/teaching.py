@@ -11,11 +11,12 @@ from typing import Any, Literal, assert_never
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
-from hf_mtcompress.artifacts import ONNX_SETTINGS, WORK
+from hf_mtcompress.artifacts import WORK
 from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.config import DistillStep, FinetuneStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
 from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.inference.graph_settings import FILES
 from hf_mtcompress.inference.runtimes import Runtime, open_runtime
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
@@ -279,14 +280,14 @@ def _as_encoder(path: str, bench: Bench) -> MultiTaskModel:
 
 
 def load_teacher(name: str, bench: Bench) -> TeacherModel:
-    """The teacher: a step of this run, or a saved multi-task, stock or ONNX model.
+    """The teacher: a step of this run, or a saved multi-task or stock model, or a graph.
 
     Raises:
         RecipeError: it cannot be loaded.
     """
     if any(step.name == name for step in bench.recipe.steps):
         return bench.load(name)
-    if (Path(name) / ONNX_SETTINGS).is_file():
+    if any((Path(name) / settings).is_file() for settings, *_ in FILES.values()):
         return open_runtime(Path(name))
     try:
         config = AutoConfig.from_pretrained(name)

@@ -15,7 +15,7 @@ from hf_mtcompress.evaluation.compare import check_gate
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.records import Comparison
-from hf_mtcompress.workflow import load_record, run
+from hf_mtcompress.workflow import load_record, push, run
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 6}
@@ -23,11 +23,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "half": {"bits": 16},
     "int4": {"bits": 4, "block_size": 32, "embedding_bits": 8},
     "static": {"bits": 8, "calibration": {"method": "percentile", "rows": 12}, "float_layers": [1]},
+    "vino": {"bits": 8, "backend": "openvino", "calibration": {"rows": 12}},
 }
 
 
 def quantized(name: str, **options: Any) -> dict[str, Any]:
-    return {"kind": "quantize", "name": name, "from": "teacher", "backend": "onnxruntime", **options}
+    return {"kind": "quantize", "name": name, "from": "teacher", "backend": "onnxruntime"} | options
 
 
 def test_a_gate_that_nothing_is_known_of_is_shut():
@@ -72,7 +73,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
                 "kind": "export",
                 "name": "graphs",
                 "from": "teacher",
-                "formats": ["transformers_js", "onnx"],
+                "formats": ["transformers_js", "openvino", "onnx"],
                 "per_task": True,
             },
         ],
@@ -85,6 +86,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         "half": "float16 weights, computed in float32",
         "int4": "int4, blocks of 32, embeddings in int8",
         "static": "int8, static, percentile of 12 rows, layers 1 in float",
+        "vino": "int8, static, NNCF on 12 rows",
     }
     for name in FORMS:
         artefact = steps[name].artefacts[0]
@@ -98,6 +100,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         assert steps[name].quantization["bits"] == FORMS[name]["bits"]
         assert steps[name].quantization["gate"] is None
     assert [artefact.folder for artefact in steps["graphs"].artefacts] == [
+        "graphs/openvino",
         "graphs/onnx",
         "graphs/onnx_tasks/mood",
         "graphs/onnx_tasks/strength",
@@ -110,7 +113,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     for task, files in for_js.items():
         assert all((output / "graphs" / "transformers_js" / task / file).is_file() for file in files)
     # The float graph scores as the artefact that it was cut from does.
-    whole = steps["graphs"].artefacts[0].scores["validation"].tasks["mood"].metrics
+    whole = steps["graphs"].artefacts[1].scores["validation"].tasks["mood"].metrics
     (metric,) = set(for_js["mood"]["onnx/model.onnx"]) - {"bytes"}
     assert for_js["mood"]["onnx/model.onnx"][metric] == pytest.approx(whole[metric])
     half, teacher = steps["half"].artefacts[0], steps["teacher"].artefacts[0]
@@ -118,6 +121,10 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     card = (output / CARD).read_text(encoding="utf-8")
     assert lint_card(card, output, record) == []
     assert "int4" in card
+    assert "in OpenVINO (step `graphs`" in card
+    # What OpenVINO calls model.bin is no pickle, and may go up.
+    lines = push(output, "me/tiny", dry_run=True)
+    assert any(line.endswith("openvino/model.bin") for line in lines)
     # One export served all of them, and is gone.
     assert not any((output / WORK).iterdir())
     assert load_record(output) == record

@@ -595,6 +595,12 @@ def test_rows_are_not_shared_in_a_chain():
             },
             "calibration.percentile: belongs to method: percentile",
         ),
+        ({"kind": "quantize", "backend": "openvino", "bits": 4}, "bits: backend openvino has 8 bits"),
+        (
+            {"kind": "quantize", "backend": "openvino", "calibration": {"method": "minmax"}},
+            "calibration: expected 'rows' alone with backend openvino",
+        ),
+        ({"kind": "quantize", "backend": "openvino", "quant_type": "fp4"}, "quant_type: is for backend: bitsandbytes"),
         ({"kind": "export", "per_task": True}, "per_task: expected onnx among the formats beside it"),
         ({"kind": "export", "formats": ["transformers_js"]}, "formats: expected onnx beside transformers_js"),
         (

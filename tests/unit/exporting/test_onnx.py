@@ -16,8 +16,8 @@ from hf_mtcompress.evaluation.benchmark import count_parameters
 from hf_mtcompress.exporting.graphs import largest_difference
 from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
 from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
+from hf_mtcompress.inference.graph_settings import read_graph_settings
 from hf_mtcompress.inference.onnx_session import open_session, run_session
-from hf_mtcompress.inference.onnx_settings import read_onnx_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import SequenceClassification
@@ -51,7 +51,7 @@ def test_outputs_are_the_logits_only(saved: Saved):
     """Hidden states as outputs would be computed and copied on every call."""
     graph = onnx.load(saved.folders["onnx"] / ONNX_MODEL, load_external_data=False).graph
     assert [output.name for output in graph.output] == [f"logits_{name}" for name in saved.model.tasks]
-    assert [item.name for item in graph.input] == read_onnx_settings(saved.folders["onnx"]).inputs
+    assert [item.name for item in graph.input] == read_graph_settings(saved.folders["onnx"]).inputs
 
 
 def test_plain_onnx_runtime_is_enough(saved: Saved):
@@ -96,7 +96,7 @@ def test_int8_is_close_and_small(saved: Saved):
     ]
     # What may stay in float: the patch convolution, which has no fast integer kernel. Here it is 32 * 3 * 8 * 8.
     assert all("patch" in name for name in floats), floats
-    settings, source = read_onnx_settings(folder), read_onnx_settings(saved.folders["onnx"])
+    settings, source = read_graph_settings(folder), read_graph_settings(saved.folders["onnx"])
     assert settings.precision == "int8"
     assert source.precision == "float32"
     assert settings.tasks == source.tasks
@@ -168,14 +168,14 @@ def test_a_graph_for_each_task(saved: Saved, tmp_path: Path):
     """A head too many would be computed for nothing; one that is cut out with something it needs would not open."""
     folders = split_onnx(saved.folders["onnx"], tmp_path, saved.model)
     assert list(folders) == list(saved.model.tasks)
-    whole = read_onnx_settings(saved.folders["onnx"])
+    whole = read_graph_settings(saved.folders["onnx"])
     for name, folder in folders.items():
         predictor = load_predictor(folder, threads=1)
         assert list(predictor.tasks) == [name]
         found = predictor.logits(saved.inputs)[name]
         np.testing.assert_allclose(found, saved.logits()[name], rtol=1e-4, atol=1e-5)
         assert list(predictor.predict(saved.samples[:2])[0]) == [name]
-        alone = read_onnx_settings(folder)
+        alone = read_graph_settings(folder)
         head = saved.model.heads[saved.model.tasks[name].head_name]
         assert alone.parameters["head"] == sum(parameter.numel() for parameter in head.parameters())
         assert alone.parameters["encoder"] <= whole.parameters["encoder"]

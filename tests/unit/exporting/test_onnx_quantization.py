@@ -18,7 +18,7 @@ from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.exporting.graphs import largest_difference, run_graph
 from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.exporting.onnx_quantization import HALF_TOLERANCE, Calibration, quantize_onnx
-from hf_mtcompress.inference.onnx_settings import read_onnx_settings
+from hf_mtcompress.inference.graph_settings import read_graph_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -110,7 +110,7 @@ def test_half_is_half_and_plain_onnx(saved: Saved):
     assert TensorProto.FLOAT16 in large
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
     onnx.checker.check_model(model, full_check=True)
-    settings, source = read_onnx_settings(folder), read_onnx_settings(saved.folders["onnx"])
+    settings, source = read_graph_settings(folder), read_graph_settings(saved.folders["onnx"])
     assert settings.precision == "float16"
     if source.embedding_bytes is not None:
         assert settings.embedding_bytes == source.embedding_bytes // 2
@@ -140,7 +140,7 @@ def test_four_bits_are_four_bits():
     """What is promised is 4 + 36 / block_size bits a weight, tables included; only the heads' last layers are float."""
     saved = saved_text()
     folder = made(images=False, form="int4")
-    settings = read_onnx_settings(folder)
+    settings = read_graph_settings(folder)
     assert settings.precision == "int4"
     assert settings.quantization == {"block_size": 16, "embedding_bits": 4}
     assert settings.embedding_bytes == settings.parameters["embedding"] * (4 + 36 / 16) / 8
@@ -159,7 +159,7 @@ def test_widths_that_would_waste_their_block_take_eight_bits(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         quantize_onnx(saved.folders["onnx"], tmp_path, 4, block_size=128)
     assert "are in 8 bits, since a width of 32 in blocks of 128 would take more" in caplog.text
-    exceptions = read_onnx_settings(tmp_path).quantization["exceptions"]
+    exceptions = read_graph_settings(tmp_path).quantization["exceptions"]
     assert any("width of 32" in reason for reason in exceptions)
     found = load_predictor(tmp_path, threads=1).logits(saved.inputs)
     assert distance(found, saved.logits()) <= TOLERANCES["int4"]
@@ -190,7 +190,7 @@ def test_chosen_layers_stay_in_float(form: str, tmp_path: Path):
     assert sorted(dims for dims in floats if len(dims) == 2 and min(dims) >= 32) == sorted(
         2 * [(32, 96), (32, 32), (32, 64), (64, 32)]
     )
-    assert read_onnx_settings(tmp_path).quantization["float_layers"] == [0, 2]
+    assert read_graph_settings(tmp_path).quantization["float_layers"] == [0, 2]
 
 
 @pytest.mark.parametrize("method", ["entropy", "minmax"])
@@ -242,7 +242,7 @@ def test_unevenly_cut_widths(images: bool, tmp_path: Path):
         quantize(tmp_path / "onnx", tmp_path / form, form, feed)
         found = run_graph(tmp_path / form / ONNX_MODEL, feed)
         assert distance(found, expected) <= (_ROUNDED_ACTIVATIONS if form == "int4" else TOLERANCES[form]), form
-    exceptions = read_onnx_settings(tmp_path / "int4").quantization["exceptions"]
+    exceptions = read_graph_settings(tmp_path / "int4").quantization["exceptions"]
     assert "are padded from a width of 73 to 80" in exceptions
 
 

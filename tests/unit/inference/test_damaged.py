@@ -8,7 +8,7 @@ import pytest
 
 from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.inference.onnx_settings import read_onnx_settings, write_onnx_settings
+from hf_mtcompress.inference.graph_settings import read_graph_settings, write_graph_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from tests.unit.inference.artefacts import saved_text
 
@@ -52,7 +52,7 @@ def test_a_graph_for_a_newer_runtime(tmp_path: Path):
     model = onnx.load(folder / ONNX_MODEL)
     model.graph.node[0].op_type = "OperatorOfTomorrow"
     onnx.save(model, folder / ONNX_MODEL)
-    write_onnx_settings(folder, read_onnx_settings(folder))
+    write_graph_settings(folder, read_graph_settings(folder))
     with pytest.raises(ArtifactError, match=r"expected a graph that ONNX Runtime .* opens.* install that or a newer"):
         load_predictor(folder)
 
@@ -62,7 +62,7 @@ def test_folders_without_a_digest_still_open(tmp_path: Path):
     folder = _copy("onnx", tmp_path)
     path = folder / "mtcompress_onnx.json"
     text = path.read_text()
-    digest = read_onnx_settings(folder).sha256
+    digest = read_graph_settings(folder).sha256
     assert len(digest) == 64
     path.write_text(text.replace(digest, ""))
     assert load_predictor(folder).predict(["a fox"])

@@ -5,18 +5,31 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS, write_text
+from hf_mtcompress.artifacts import (
+    ONNX_MODEL,
+    ONNX_SETTINGS,
+    OPENVINO_MODEL,
+    OPENVINO_SETTINGS,
+    OPENVINO_WEIGHTS,
+    write_text,
+)
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.tasks import Task, task_from_dict
 
 FORMAT_VERSION = 1
+GraphForm = Literal["onnx", "openvino"]
+FILES: dict[GraphForm, tuple[str, ...]] = {
+    "onnx": (ONNX_SETTINGS, ONNX_MODEL),
+    "openvino": (OPENVINO_SETTINGS, OPENVINO_MODEL, OPENVINO_WEIGHTS),
+}
+"""Settings, and the files of the graph, by the runtime that the folder is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxSettings:
-    """The content of the settings file of an ONNX folder.
+class GraphSettings:
+    """The content of the settings file of a folder with a graph.
 
     Attributes:
         format_version: of this file; newer ones are refused.
@@ -30,7 +43,7 @@ class OnnxSettings:
         stored_bytes: bytes of weights by the type they are stored in.
         embedding_bytes: bytes of word embeddings, None for images.
         versions: packages that wrote the graph, and its opset.
-        sha256: of the graph; written by `write_onnx_settings`, empty in folders of older versions.
+        sha256: of the graph; written by `write_graph_settings`, empty in folders of older versions.
     """
 
     format_version: int = FORMAT_VERSION
@@ -51,44 +64,50 @@ class OnnxSettings:
         return {task.name: task for task in tasks}
 
 
-def write_onnx_settings(folder: Path, settings: OnnxSettings) -> None:
+def write_graph_settings(folder: Path, settings: GraphSettings, form: GraphForm = "onnx") -> None:
     """Write the settings beside the graph, with the digest of the graph that lies there."""
-    written = dataclasses.replace(settings, sha256=graph_digest(folder))
-    write_text(folder / ONNX_SETTINGS, json.dumps(dataclasses.asdict(written), indent=2) + "\n")
+    written = dataclasses.replace(settings, sha256=graph_digest(folder, form))
+    write_text(folder / FILES[form][0], json.dumps(dataclasses.asdict(written), indent=2) + "\n")
 
 
-def graph_digest(folder: Path) -> str:
-    """SHA-256 of the graph of an ONNX folder."""
-    with (folder / ONNX_MODEL).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def graph_digest(folder: Path, form: GraphForm = "onnx") -> str:
+    """SHA-256 of the graph of a folder; of the digests of its files where it has several."""
+    digests = []
+    for name in FILES[form][1:]:
+        with (folder / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def read_onnx_settings(folder: Path) -> OnnxSettings:
-    """Read the settings of an ONNX folder.
+def graph_bytes(folder: Path, form: GraphForm = "onnx") -> int:
+    """Bytes of graph and weights."""
+    return sum((folder / name).stat().st_size for name in FILES[form][1:])
+
+
+def read_graph_settings(folder: Path, form: GraphForm = "onnx") -> GraphSettings:
+    """Read the settings of a folder with a graph.
 
     Raises:
         ArtifactError: graph or settings are missing, not readable, or of a newer format.
     """
-    for name in (ONNX_SETTINGS, ONNX_MODEL):
+    for name in FILES[form]:
         if not (folder / name).is_file():
             raise ArtifactError(f"expected '{name}' in {folder}, found none; export the model again")
+    path = folder / FILES[form][0]
     try:
-        values = json.loads((folder / ONNX_SETTINGS).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
         version = int(values["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"expected JSON with a format_version in {folder / ONNX_SETTINGS}, found something else ({error}); "
-            "export the model again"
+            f"expected JSON with a format_version in {path}, found something else ({error}); export the model again"
         ) from error
     if version > FORMAT_VERSION:
         raise ArtifactError(
-            f"expected an ONNX folder of format_version {FORMAT_VERSION} or older, found {version} in {folder}; "
+            f"expected a graph of format_version {FORMAT_VERSION} or older, found {version} in {folder}; "
             "update hf_mtcompress to load it"
         )
-    known = {item.name for item in dataclasses.fields(OnnxSettings)}
+    known = {item.name for item in dataclasses.fields(GraphSettings)}
     missing = {"tasks", "preprocessing", "inputs", "precision", "parameters"} - set(values)
     if missing:
-        raise ArtifactError(
-            f"expected {sorted(missing)} in {folder / ONNX_SETTINGS}, found none; export the model again"
-        )
-    return OnnxSettings(**{key: value for key, value in values.items() if key in known})
+        raise ArtifactError(f"expected {sorted(missing)} in {path}, found none; export the model again")
+    return GraphSettings(**{key: value for key, value in values.items() if key in known})
