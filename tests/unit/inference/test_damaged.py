@@ -53,7 +53,7 @@ def test_a_graph_for_a_newer_runtime(tmp_path: Path):
     model.graph.node[0].op_type = "OperatorOfTomorrow"
     onnx.save(model, folder / ONNX_MODEL)
     write_graph_settings(folder, read_graph_settings(folder))
-    with pytest.raises(ArtifactError, match=r"expected a graph that ONNX Runtime .* opens.* install that or a newer"):
+    with pytest.raises(ArtifactError, match=r"expected a graph that onnxruntime .* opens.* install that or a newer"):
         load_predictor(folder)
 
 
