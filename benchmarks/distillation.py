@@ -56,7 +56,7 @@ def steps_of(arm: str, layers: int, epochs: float, cache: Path, alone: dict[str,
     # The student starts from the layers of the teacher of all tasks in every arm.
     start = {
         "kind": "pretrain",
-        "name": "start",
+        "name": f"start-{arm}",
         "teacher": "teacher",
         **student,
         "max_steps": 1,
@@ -191,7 +191,7 @@ class Benchmark:
             "optimizer_steps": sum(
                 (done[str(step.name)].training or {})["steps"]
                 for step in recipe.steps[bool(steps) :]
-                if step.name != "start"
+                if not str(step.name).startswith("start-")
             ),
             "seconds": sum(done[str(step.name)].seconds for step in recipe.steps[bool(steps) :]),
             "teacher_cache": [
