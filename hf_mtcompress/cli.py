@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,21 +136,29 @@ def _parser() -> argparse.ArgumentParser:
     card = verb("card", "write the model card of a run again, from its record", _card)
     card.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     webpage = verb("webpage", "write a page that runs the model inside the browser", _webpage)
-    webpage.add_argument("folder", metavar="RUN", type=Path, help="folder of a run, or an ONNX folder")
+    webpage.add_argument(
+        "folder", metavar="RUN", type=Path, help="folder of a run, an ONNX folder, or a page that was written"
+    )
     webpage.add_argument("--step", help="of the run; default: the delivered one, else the last with an ONNX graph")
-    webpage.add_argument("--output", metavar="DIR", type=Path, help="default: RUN/webpage")
+    webpage.add_argument("--output", metavar="DIR", type=Path, help="default: RUN/webpage, or beside an ONNX folder")
     webpage.add_argument("--title", help="default: the run's name")
     webpage.add_argument("--example", metavar="TEXT", action="append", default=[], help="a text to try; repeatable")
     webpage.add_argument(
         "--libraries", metavar="DIR", type=Path, help="folder with node_modules, where npm cannot fetch them"
     )
-    webpage.add_argument("--serve", metavar="PORT", type=int, help="then serve it on this machine until Ctrl-C")
+    webpage.add_argument("--serve", metavar="PORT", type=_port, help="then serve it on this machine until Ctrl-C")
     push = verb("push", "upload a run to the Hub, private unless told otherwise", _push)
     push.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     push.add_argument("--repo-id", help="OWNER/NAME (default: publish.repo_id of the recipe)")
     push.add_argument("--public", action="store_true", help="make a new repository public")
     push.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 (any free one) to 65535, found '{text}'")
+    return int(text)
 
 
 # torch and transformers take seconds to import: --help and a misspelt option should not wait for them.
@@ -292,22 +300,23 @@ def _card(options: argparse.Namespace) -> str:
 
 
 def _webpage(options: argparse.Namespace) -> str:
-    from hf_mtcompress.exporting.webpage import serve_webpage
+    from hf_mtcompress.exporting.webpage import PAGE, serve_webpage
     from hf_mtcompress.workflow import webpage
 
-    page = webpage(
-        options.folder,
-        options.output,
-        step=options.step,
-        title=options.title,
-        examples=options.example,
-        libraries=options.libraries,
-    )
+    page = options.folder
+    if options.serve is None or not (page / PAGE).is_file():
+        page = webpage(
+            options.folder,
+            options.output,
+            step=options.step,
+            title=options.title,
+            examples=options.example,
+            libraries=options.libraries,
+        )
     if options.serve is None:
-        return f"{page}\nto look at it: hf-mtcompress webpage {options.folder} --serve 8000, or any web server"
-    server = serve_webpage(page, options.serve)
-    print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", file=sys.stderr)
-    with server:
+        return f"{page}\nto look at it: hf-mtcompress webpage {page} --serve 8000, or any web server"
+    with serve_webpage(page, options.serve) as server, suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", file=sys.stderr)
         server.serve_forever()
     return str(page)
 

@@ -695,6 +695,7 @@ def webpage(
         PublishingError: no ONNX graph is there.
         ArtifactError, UnsupportedEncoderError, MissingExtraError: see `write_webpage`.
     """
+    folder = folder.absolute().resolve()
     if not (folder / RECORD).is_file():
         if step is not None:
             raise PublishingError(f"expected a run to choose step '{step}' from, found no {RECORD} in {folder}")

@@ -43,7 +43,7 @@ PATTERN = re.compile(r"([0-9]+):([0-9]+)")
 STEP_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
-RESERVED_STEP_NAMES = frozenset({"assets"})
+RESERVED_STEP_NAMES = frozenset({"assets", "webpage"})
 """Folders of a run that are not steps (see `hf_mtcompress.artifacts`)."""
 
 

@@ -26,15 +26,22 @@ class EncodedGroup:
     Attributes:
         tasks: names of the tasks, in order.
         dataset: model inputs and one `labels_<task>` column for each task.
+        guests: those of the tasks that have no labels here, and are answered by a teacher.
     """
 
     tasks: tuple[str, ...]
     dataset: Dataset
+    guests: tuple[str, ...] = ()
+
+    @property
+    def own_tasks(self) -> tuple[str, ...]:
+        """The tasks that these rows were made for."""
+        return tuple(name for name in self.tasks if name not in self.guests)
 
     @property
     def name(self) -> str:
-        """For logs: the names joined by `+`."""
-        return "+".join(self.tasks)
+        """For logs: the names of its own tasks joined by `+`."""
+        return "+".join(self.own_tasks)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ class EncodedStream:
 
     tasks: tuple[str, ...]
     dataset: IterableDataset
+
+    @property
+    def own_tasks(self) -> tuple[str, ...]:
+        """As of `EncodedGroup`: all of them."""
+        return self.tasks
 
 
 def max_length_of(processor: Any, wanted: int | None) -> int:
@@ -158,7 +170,8 @@ def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) ->
         for task in added:
             open_labels = task.encode_labels([None] * len(dataset), {"word_ids": ids})
             dataset = dataset.add_column(task.label_name, open_labels)  # type: ignore[call-arg]  # the stub wants a fingerprint
-        widened.append(EncodedGroup((*group.tasks, *(task.name for task in added)), dataset))
+        guests = tuple(task.name for task in added)
+        widened.append(EncodedGroup((*group.tasks, *guests), dataset, guests))
     return widened
 
 

@@ -19,7 +19,7 @@ from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.evaluation.benchmark import count_parameters
 from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, run_graph, stored_bytes
-from hf_mtcompress.inference.graph_settings import GraphSettings, read_graph_settings, write_graph_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, check_graph, read_graph_settings, write_graph_settings
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -116,6 +116,7 @@ def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     settings = read_graph_settings(source_folder)
+    check_graph(source_folder, settings)
     made = {}
     for name, task in settings.build_tasks().items():
         graph = onnx_ir.load(source_folder / ONNX_MODEL)

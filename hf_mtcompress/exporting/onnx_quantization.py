@@ -18,7 +18,7 @@ from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, random_feed, run_graph, stored_bytes
 from hf_mtcompress.exporting.onnx import LAYER_MARK
-from hf_mtcompress.inference.graph_settings import GraphSettings, read_graph_settings, write_graph_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, check_graph, read_graph_settings, write_graph_settings
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def quantize_onnx(
     require_extra("onnx")
     _check_arguments(bits, block_size, embedding_bits, float_layers, calibration)
     settings = read_graph_settings(source_folder)
+    check_graph(source_folder, settings)
     if settings.precision != "float32":
         raise ArtifactError(
             f"expected a float32 graph to quantize, found {settings.precision} in {source_folder}; "

@@ -16,7 +16,7 @@ from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS, OPENVINO_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, random_feed, run_graph
-from hf_mtcompress.inference.graph_settings import read_graph_settings, write_graph_settings
+from hf_mtcompress.inference.graph_settings import check_graph, read_graph_settings, write_graph_settings
 
 
 def convert_openvino(
@@ -59,6 +59,7 @@ def convert_openvino(
     if bits == 8 and not rows:
         raise RecipeError("calibration: expected at least one row, found none; give training rows")
     settings = read_graph_settings(source_folder)
+    check_graph(source_folder, settings)
     if settings.precision != "float32":
         raise ArtifactError(
             f"expected a float32 graph to convert, found {settings.precision} in {source_folder}; convert the folder "

@@ -21,7 +21,7 @@ from hf_mtcompress.artifacts import ONNX_MODEL, whole_folder, write_text
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.environment import package_version
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
-from hf_mtcompress.inference.graph_settings import GraphSettings, read_graph_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, check_graph, read_graph_settings
 from hf_mtcompress.inference.runtimes import load_processor
 from hf_mtcompress.tasks import Task, TokenClassification
 
@@ -30,6 +30,7 @@ PAGE = "page.json"
 LIBRARIES = "libraries"
 """Folder of the page with the code of others."""
 _MODEL = "model"
+_CARD = "README.md"
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Filters by their number in Pillow."""
 
@@ -104,17 +105,14 @@ def write_webpage(
         MissingExtraError: npm is needed and not installed.
     """
     settings = read_graph_settings(source)
-    if output.exists() and not (output / PAGE).is_file():
-        raise ArtifactError(
-            f"expected a new folder or an older page at {output}, found something else; choose another --output"
-        )
+    check_graph(source, settings)
+    _check_place(output)
     description = _describe(settings, source, title, facts or {}, examples)
     found = _libraries(libraries)
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(output) as scratch:
-        for item in files("hf_mtcompress.exporting").joinpath("web").iterdir():
-            if item.is_file():
-                (scratch / item.name).write_bytes(item.read_bytes())
+        for item in _sources():
+            (scratch / item.name).write_bytes(item.read_bytes())
         write_text(scratch / PAGE, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         (scratch / _MODEL).mkdir()
         names = [ONNX_MODEL, *(("tokenizer.json", "tokenizer_config.json") if "text" in description else ())]
@@ -124,8 +122,32 @@ def write_webpage(
         for path in found:
             shutil.copyfile(path, scratch / LIBRARIES / path.name)
         write_text(scratch / LIBRARIES / "README.md", _origin())
-        write_text(scratch / "README.md", _space_card(title))
+        if (output / _CARD).is_file():
+            shutil.copyfile(output / _CARD, scratch / _CARD)  # somebody may have worked on it
+        else:
+            write_text(scratch / _CARD, _space_card(title))
     return output
+
+
+def _check_place(output: Path) -> None:
+    """Nothing but an older page is replaced."""
+    if not output.exists():
+        return
+    known = {item.name for item in _sources()} | {PAGE, LIBRARIES, _MODEL, _CARD}
+    strange = (
+        sorted(item.name for item in output.iterdir() if item.name not in known) if output.is_dir() else ["a file"]
+    )
+    if strange or not (output / PAGE).is_file():
+        found = ", ".join(strange[:3]) or "no page"
+        raise ArtifactError(
+            f"expected a new folder or an older page at {output}, found something else ({found}); choose another "
+            "--output, and copy the page from there"
+        )
+
+
+def _sources() -> list[Any]:
+    """The files of a page that are the same for every model."""
+    return [item for item in files("hf_mtcompress.exporting").joinpath("web").iterdir() if item.is_file()]
 
 
 def _describe(
@@ -252,9 +274,13 @@ def _libraries(folder: Path | None) -> list[Path]:
                     f"install it there: npm install --ignore-scripts {library.name}@{library.version}"
                 )
             if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                todo = (
+                    f"remove {root} and try again"
+                    if folder is None
+                    else f"install it again: npm install --ignore-scripts {library.name}@{library.version}"
+                )
                 raise ArtifactError(
-                    f"expected {name} of {library.name} {library.version} in {root}, found another content; "
-                    f"remove it and install it again: npm install --ignore-scripts {library.name}@{library.version}"
+                    f"expected {name} of {library.name} {library.version} in {root}, found another content; {todo}"
                 )
             found.append(path)
     return found
@@ -274,7 +300,7 @@ def _fetched(library: Library) -> Path:
         )
     kept.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch, whole_folder(kept) as target:
-        command = [npm, "pack", "--silent", "--pack-destination", scratch, f"{library.name}@{library.version}"]
+        command = [npm, "pack", "--loglevel=error", "--pack-destination", scratch, f"{library.name}@{library.version}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -286,13 +312,31 @@ def _fetched(library: Library) -> Path:
                 f"expected npm to fetch {library.name} {library.version}, but it failed ({reason}); try again with a "
                 f"network, or run `{install}` elsewhere and give the folder as --libraries"
             )
-        with tarfile.open(archives[0]) as archive:
-            for name in library.files:
-                member = archive.extractfile(f"package/{name}")
-                assert member is not None
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                (target / name).write_bytes(member.read())
+        for name, content in _members(archives[0], library).items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(content)
     return kept
+
+
+def _members(archive: Path, library: Library) -> dict[str, bytes]:
+    """The wanted files of a package, none of them written anywhere yet."""
+    found = {}
+    try:
+        with tarfile.open(archive) as package:
+            for name in library.files:
+                member = package.extractfile(f"package/{name}")
+                found[name] = member.read() if member is not None else b""
+    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+        raise ArtifactError(
+            f"expected {library.name} {library.version} as npm packs it, found something else ({error}); try again"
+        ) from error
+    wrong = [name for name, content in found.items() if hashlib.sha256(content).hexdigest() != library.files[name]]
+    if wrong:
+        raise ArtifactError(
+            f"expected {', '.join(wrong)} of {library.name} {library.version} as it was published, found another "
+            "content; look where npm fetches its packages from"
+        )
+    return found
 
 
 # ---- serving ----
@@ -329,5 +373,6 @@ def serve_webpage(folder: Path, port: int = 0) -> ThreadingHTTPServer:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(_Isolated, directory=str(folder)))
     except OSError as error:
         raise ArtifactError(
-            f"expected port {port} to be free, but it is not ({error.strerror}); choose another one, or 0 for any"
+            f"expected port {port} to be free, but it cannot be opened ({error.strerror}); choose another one, or 0 "
+            "for any"
         ) from error

@@ -79,6 +79,19 @@ def graph_digest(folder: Path, form: GraphForm = "onnx") -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def check_graph(folder: Path, settings: GraphSettings, form: GraphForm = "onnx") -> None:
+    """Make sure that a graph is the one that its settings were written for.
+
+    Raises:
+        ArtifactError: it is another one, or damaged.
+    """
+    if settings.sha256 and graph_digest(folder, form) != settings.sha256:
+        raise ArtifactError(
+            f"expected in {folder / FILES[form][1]} the graph that was exported, found another content; copy or "
+            "download the folder again, or export the model again"
+        )
+
+
 def graph_bytes(folder: Path, form: GraphForm = "onnx") -> int:
     """Bytes of graph and weights."""
     return sum((folder / name).stat().st_size for name in FILES[form][1:])

@@ -1,5 +1,6 @@
 """How a graph is run by OpenVINO. Imports nothing else, so that a process that only serves a graph stays small."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,7 +8,22 @@ import numpy as np
 import openvino
 
 
-def open_session(model: Path, threads: int | None = None) -> openvino.CompiledModel:
+class Session:
+    """A compiled graph that several threads may call: each gets memory of its own for inputs and results."""
+
+    def __init__(self, compiled: openvino.CompiledModel) -> None:
+        self.compiled = compiled
+        self._own = threading.local()
+
+    @property
+    def request(self) -> openvino.InferRequest:
+        """This thread's request."""
+        if not hasattr(self._own, "request"):
+            self._own.request = self.compiled.create_infer_request()
+        return self._own.request
+
+
+def open_session(model: Path, threads: int | None = None) -> Session:
     """Compile a graph for the processor.
 
     Args:
@@ -20,14 +36,15 @@ def open_session(model: Path, threads: int | None = None) -> openvino.CompiledMo
         "INFERENCE_PRECISION_HINT": "f32",
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
     }
-    return openvino.Core().compile_model(model, "CPU", config)
+    return Session(openvino.Core().compile_model(model, "CPU", config))
 
 
-def run_session(session: openvino.CompiledModel, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run_session(session: Session, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One call: arrays by input name to arrays by output name; inputs that the graph does not take are left out."""
+    compiled = session.compiled
     feed = {
-        item.any_name: np.asarray(batch[item.any_name], dtype=item.element_type.to_dtype()) for item in session.inputs
+        item.any_name: np.asarray(batch[item.any_name], dtype=item.element_type.to_dtype()) for item in compiled.inputs
     }
-    found = session(feed)
+    found = session.request.infer(feed)
     # The next call writes into the same memory.
-    return {item.any_name: np.array(found[item]) for item in session.outputs}
+    return {item.any_name: np.array(found[item]) for item in compiled.outputs}

@@ -165,7 +165,7 @@ def load_predictor(folder: str | Path, threads: int | None = None) -> Predictor:
 
     Args:
         folder: what a step saved: a multi-task folder (float or quantized by bitsandbytes), a folder of plain
-            transformers folders, or an ONNX folder.
+            transformers folders, or one with a graph for ONNX Runtime or OpenVINO.
         threads: threads within an operation; None leaves the runtime's choice.
 
     Raises:

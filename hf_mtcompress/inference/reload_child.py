@@ -20,6 +20,7 @@ from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.registration import register
 from hf_mtcompress.tasks import Task
 
+_RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 SCORE_TOLERANCE = 1e-3
 """Between a row alone, as a pipeline computes it, and the same row in a padded batch."""
 QUANTIZED_SCORE_TOLERANCE = 0.1
@@ -32,7 +33,7 @@ def check_folder(check: dict[str, Any]) -> dict[str, Any]:
     if form == "vanilla":
         return check_plain_folder(check)
     try:
-        return _check_torch(check) if form in ("torch", "bitsandbytes") else _check_onnx(check)
+        return _check_torch(check) if form in ("torch", "bitsandbytes") else _check_graph(check)
     except Exception as error:  # any failure to load or run is the result that is asked for
         return {"difference": float("inf"), "problems": [f"{type(error).__name__}: {error}"], "how": form}
 
@@ -61,11 +62,15 @@ def _check_torch(check: dict[str, Any]) -> dict[str, Any]:
     return {"difference": _worst(found, expected), "problems": problems[:5], "how": how}
 
 
-def _check_onnx(check: dict[str, Any]) -> dict[str, Any]:
+def _check_graph(check: dict[str, Any]) -> dict[str, Any]:
     inputs, expected = dict(np.load(check["inputs"])), dict(np.load(check["expected"]))
     predictor = load_predictor(check["folder"], torch.get_num_threads())
     problems = _compare_labels(predictor.tasks, check)
-    return {"difference": _worst(predictor.logits(inputs), expected), "problems": problems, "how": "ONNX Runtime"}
+    return {
+        "difference": _worst(predictor.logits(inputs), expected),
+        "problems": problems,
+        "how": _RUNTIMES[check["form"]],
+    }
 
 
 def _compare_labels(tasks: dict[str, Task], check: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from transformers import (
 from hf_mtcompress.artifacts import ONNX_SETTINGS, OPENVINO_SETTINGS
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.inference.graph_settings import FILES, GraphForm, graph_digest, read_graph_settings
+from hf_mtcompress.inference.graph_settings import FILES, GraphForm, check_graph, read_graph_settings
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.registration import register
@@ -152,11 +152,7 @@ class GraphRuntime(Runtime):
         self.folder = folder
         settings = read_graph_settings(folder, form)
         graph = folder / FILES[form][1]
-        if settings.sha256 and graph_digest(folder, form) != settings.sha256:
-            raise ArtifactError(
-                f"expected in {graph} the graph that was exported, found another content; copy or download the folder "
-                "again, or export the model again"
-            )
+        check_graph(folder, settings, form)
         try:
             self.session: Any = open_session(graph, threads)
         except Exception as error:  # whatever the runtime raises: there is no class for all of it

@@ -152,7 +152,7 @@ def onnx_artefact(record: RunRecord, step: str | None) -> Artefact:
     if artefact is None:
         usable = [other.name for other in record.steps if any(item.form == "onnx" for item in other.artefacts)]
         wanted = "a step" if step is None else f"step '{step}'"
-        todo = f"choose among {usable}" if usable else "add a step {kind: quantize, format: onnx_int8} to the recipe"
+        todo = f"choose among {usable}" if usable else "add a step {kind: quantize, backend: onnxruntime, bits: 8}"
         raise PublishingError(f"expected {wanted} with an ONNX graph, found none; {todo}")
     return artefact
 

@@ -45,7 +45,14 @@ class Asking:
     batch_size: int
 
     def about(
-        self, dataset: Dataset, raw: Any, indices: Sequence[int], tasks: dict[str, Task], states: Sequence[str]
+        self,
+        dataset: Dataset,
+        raw: Any,
+        indices: Sequence[int],
+        tasks: dict[str, Task],
+        states: Sequence[str],
+        *,
+        guests: Sequence[str] = (),
     ) -> Signals:
         """What the teachers say of some rows, in their order: arrays over the positions that count in each row.
 
@@ -55,7 +62,9 @@ class Asking:
             indices: of the rows.
             tasks: tasks to answer, by name; those of these rows.
             states: names of states to show.
+            guests: those of the tasks that the rows were not made for: their columns are not looked for.
         """
+        readers = [task for name, task in tasks.items() if name not in guests]
         text = "input_ids" in dataset.column_names
         if text:
             dataset = dataset.select_columns([name for name in dataset.column_names if name in _INPUTS])
@@ -66,7 +75,7 @@ class Asking:
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             chosen = [int(indices[place]) for place in places]
-            batch, counted = self._signals_of(tasks, dataset, raw, chosen, states)
+            batch, counted = self._signals_of(tasks, readers, dataset, raw, chosen, states)
             for number, place in enumerate(places):
                 found[place] = {
                     name: _own(values[number], None if values.dim() == 2 or counted is None else counted[number])
@@ -75,7 +84,13 @@ class Asking:
         return {name: [found[place][name] for place in range(len(indices))] for name in found[0]}
 
     def _signals_of(
-        self, tasks: dict[str, Task], dataset: Dataset, raw: Any, indices: list[int], states: Sequence[str]
+        self,
+        tasks: dict[str, Task],
+        readers: Sequence[Task],
+        dataset: Dataset,
+        raw: Any,
+        indices: list[int],
+        states: Sequence[str],
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Signals of one batch, and which positions of it count; None for images."""
         rows = [dataset[index] for index in indices]
@@ -86,9 +101,9 @@ class Asking:
             if teacher.processor is None:
                 found[key] = teacher.signals(features, names, wanted)
             elif text:
-                found[key] = self._signals_of_other_tokens(teacher, tasks, raw, indices, features, names, wanted)
+                found[key] = self._signals_of_other_tokens(teacher, readers, raw, indices, features, names, wanted)
             else:
-                images = list(raw[indices][next(iter(tasks.values())).input_columns[0]])
+                images = list(raw[indices][readers[0].input_columns[0]])
                 own = teacher.processor(images, return_tensors="pt")
                 found[key] = teacher.signals(self._on_device(own), names, wanted)
         signals = {name: values.float().cpu() for name, values in self.panel.combined(found, tasks, states).items()}
@@ -97,7 +112,7 @@ class Asking:
     def _signals_of_other_tokens(
         self,
         teacher: Teacher,
-        tasks: dict[str, Task],
+        readers: Sequence[Task],
         raw: Any,
         indices: list[int],
         features: Mapping[str, Tensor],
@@ -105,8 +120,8 @@ class Asking:
         wanted: Sequence[str],
     ) -> dict[str, Tensor]:
         """Of a teacher with a tokenizer of its own: signals by position are moved to where the student reads them."""
-        leader = next((task for task in tasks.values() if task.problem == "token_classification"), None)
-        task = leader or next(iter(tasks.values()))
+        leader = next((task for task in readers if task.problem == "token_classification"), None)
+        task = leader or readers[0]
         columns = task.input_columns
         if raw is None or not columns or any(column not in raw.column_names for column in columns):
             raise DataError(

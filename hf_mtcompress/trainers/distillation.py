@@ -245,8 +245,8 @@ class DistillationMixin:
         encoders = [teacher.encoder for teacher in showing]
         if any(encoder is None for encoder in encoders):
             raise TaskError(
-                f"expected a teacher in torch for the criteria {[item.kind for item in self.state_criteria]}, found an "
-                "ONNX graph, which shows answers only; use criteria=['logits'], or the checkpoint the graph was made of"
+                f"expected a teacher in torch for the criteria {[item.kind for item in self.state_criteria]}, found a "
+                "graph, which shows answers only; use criteria=['logits'], or the checkpoint the graph was made of"
             )
         models = [self._core, *(teacher.model for teacher in showing)]
         if any(isinstance(model, MultiTaskModel) and len(model.adapters) for model in models):
@@ -317,7 +317,7 @@ class DistillationMixin:
             device=self.args.device,
             batch_size=self.args.eval_batch_size,
         )
-        return asking.about(group.dataset, raw, indices, tasks, states)
+        return asking.about(group.dataset, raw, indices, tasks, states, guests=group.guests)
 
     def _probe(self, count: int) -> None:
         """Refuse teachers that answer no better than a guess.

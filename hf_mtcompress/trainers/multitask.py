@@ -445,7 +445,7 @@ class MultiTaskTrainer(Trainer):
         unknown = [name for name in weights if name not in self.tasks]
         if unknown:
             raise DataError(f"mixing_weights: expected task names among {list(self.tasks)}, found {unknown}")
-        return [sum(weights.get(name, 0.0) for name in group.tasks) for group in self.train_sources]
+        return [sum(weights.get(name, 0.0) for name in group.own_tasks) for group in self.train_sources]
 
     def _lengths(self) -> list[list[int]] | None:
         """Tokens of every training row by source; None for images, which are of one size."""
@@ -730,12 +730,12 @@ class MultiTaskTrainer(Trainer):
         sampler.excluded = {
             number
             for number, group in enumerate(self.train_groups)
-            if all(name in self.stopped_tasks for name in group.tasks)
+            if all(name in self.stopped_tasks for name in group.own_tasks)
         }
         if sampler.strategy in REACTIVE and len(sampler.history) <= epoch and self._pulls:
             default = float(np.mean(list(self._pulls.values())))
             pulls = {name: self._pulls.get(name, default) for name in self.tasks}
-            sampler.react([float(np.mean([pulls[name] for name in group.tasks])) for group in self.train_groups])
+            sampler.react([float(np.mean([pulls[name] for name in group.own_tasks])) for group in self.train_groups])
         sampler.set_epoch(epoch)
 
     # ---- evaluation ----

@@ -67,8 +67,12 @@ async function readImage(file) {
   context.drawImage(bitmap, 0, 0);
   const colours = context.getImageData(0, 0, width, height).data;
   const data = new Uint8Array(width * height * 3);
-  for (let place = 0; place < width * height; place++) data.set(colours.subarray(place * 4, place * 4 + 3), place * 3);
-  return { width, height, data };
+  let transparent = false;
+  for (let place = 0; place < width * height; place++) {
+    data.set(colours.subarray(place * 4, place * 4 + 3), place * 3);
+    transparent ||= colours[place * 4 + 3] < 255;
+  }
+  return { width, height, data, transparent };
 }
 
 /** The same colour for the same label, in every text. */
@@ -111,7 +115,10 @@ function show({ page }, result) {
   });
   $("answers").replaceChildren(...cards);
   $("time").textContent = `${page.tasks.length} ${page.tasks.length === 1 ? "task" : "tasks"} in ${result.milliseconds.toFixed(0)} ms`;
-  $("note").textContent = result.encoding.cut ? `Only the first ${page.text.max_length} tokens were read.` : "";
+  let note = "";
+  if (result.encoding.cut) note = `Only the first ${page.text.max_length} tokens were read.`;
+  if (result.transparent) note = "Transparent parts of the image were read as black.";
+  $("note").textContent = note;
 }
 
 function fail(error) {
@@ -130,7 +137,7 @@ async function main() {
       .then(async () => {
         const input = page.image ? { image } : { text: $("text").value, pair: $("pair").value.trim() };
         if (page.image ? image === null : input.text.trim() === "") return;
-        const result = await engine.predict(input);
+        const result = { ...(await engine.predict(input)), transparent: image?.transparent };
         // For tests and for the curious: what the cards show, in numbers.
         globalThis.lastResult = result;
         show(opened, result);

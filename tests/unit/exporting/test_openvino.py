@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,18 @@ def test_a_call_leaves_the_answers_of_the_last_one_alone():
     predictor.logits({name: array[2:4] for name, array in saved.inputs.items()})
     for name, array in first.items():
         np.testing.assert_array_equal(array, kept[name])
+
+
+def test_threads_do_not_disturb_each_other():
+    """A server shares one predictor among its threads, and one request would be written into by all of them."""
+    saved = saved_text()
+    predictor = load_predictor(converted("text", 32), threads=1)
+    batches = [{name: array[row : row + 1] for name, array in saved.inputs.items()} for row in range(5)]
+    expected = [predictor.logits(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(lambda number: predictor.logits(batches[number % 5]), range(200))):
+            for name, array in found.items():
+                np.testing.assert_array_equal(array, expected[number % 5][name])
 
 
 def test_answers_are_those_of_another_process():

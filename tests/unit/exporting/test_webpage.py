@@ -1,7 +1,9 @@
 """A page holds what it needs, says so when it cannot be made, and answers like Python."""
 
+import io
 import json
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,13 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path):
     with pytest.raises(ArtifactError, match="expected a new folder or an older page"):
         write_webpage(source, tmp_path / "papers", title="three")
     assert (tmp_path / "papers" / "thesis.txt").read_text() == "years of work"
+    # A clone of a Space: what its owner wrote stays, and what is not ours is not touched.
+    (tmp_path / "page" / "README.md").write_text("my words")
+    write_webpage(source, tmp_path / "page", title="four")
+    assert (tmp_path / "page" / "README.md").read_text() == "my words"
+    (tmp_path / "page" / ".git").mkdir()
+    with pytest.raises(ArtifactError, match=r"found something else \(.git\)"):
+        write_webpage(source, tmp_path / "page", title="five")
 
 
 def test_libraries_are_exactly_those_expected(tmp_path: Path):
@@ -83,6 +92,44 @@ def test_libraries_are_exactly_those_expected(tmp_path: Path):
     with pytest.raises(ArtifactError, match="found another content"):
         write_webpage(source, tmp_path / "page", title="x", libraries=tmp_path)
     assert not (tmp_path / "page").exists()
+
+
+def test_a_package_with_other_content_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It would be found there by every later call."""
+    pack = tmp_path / "package.tgz"
+    with tarfile.open(pack, "w:gz") as archive:
+        for name in webpage.LIBRARIES_OF_THE_PAGE[0].files:
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = 5
+            archive.addfile(member, io.BytesIO(b"other"))
+    npm = tmp_path / "npm"
+    npm.write_text(f'#!/bin/sh\ncp "{pack}" "$4/one.tgz"\n')
+    npm.chmod(0o755)
+    monkeypatch.setattr(webpage, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    source = saved_text().folders["onnx"]
+    with pytest.raises(ArtifactError, match=r"expected dist/ort.wasm.min.mjs.* found another content"):
+        write_webpage(source, tmp_path / "page", title="x")
+    pack.write_bytes(b"no archive")
+    with pytest.raises(ArtifactError, match="as npm packs it"):
+        write_webpage(source, tmp_path / "page", title="x")
+    assert not list((tmp_path / "home" / "mtcompress").glob("onnx*"))
+
+
+@pytest.mark.usefixtures("without_libraries")
+def test_a_damaged_graph_makes_no_page(tmp_path: Path):
+    """It would fail in front of every visitor."""
+    source = shutil.copytree(saved_text().folders["onnx"], tmp_path / "onnx")
+    (source / ONNX_MODEL).write_bytes((source / ONNX_MODEL).read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="found another content"):
+        write_webpage(source, tmp_path / "page", title="x")
+
+
+def test_ports_are_checked_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for port in ("99999", "-1", "http"):
+        with pytest.raises(SystemExit):
+            main(["webpage", str(tmp_path), f"--serve={port}"])
+        assert "expected a port from 0" in capsys.readouterr().err
 
 
 def test_without_npm_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,8 @@ from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows,
 from tests.unit.trainers.test_multitask import gradients
 
 ARGUMENTS = (
+    "mixing",
+    "mixing_weights",
     "measure_interference",
     "cache_precision",
     "batches",
@@ -246,6 +248,16 @@ def test_answers_to_every_task_are_the_same_from_a_cache(tmp_path: Path) -> None
 
     torch.testing.assert_close(found(teacher_cache=tmp_path / "cache"), found(), rtol=1e-5, atol=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_rows_are_drawn_by_the_tasks_they_were_made_for(tmp_path: Path) -> None:
+    """Guests on all rows would make every source weigh the same."""
+    teacher = teacher_model()
+    settings: dict[str, Any] = {"mixing": "weights", "mixing_weights": {"mood": 8.0, "strength": 0.0, "tags": 1.0}}
+    trainer = build(student_of(teacher, 2), teacher, tmp_path, every_task=True, **settings)
+    assert [group.name for group in trainer.train_groups] == ["mood+strength", "tags"]
+    trainer.get_train_dataloader()
+    assert trainer.mixing_sampler.shares == pytest.approx([8 / 9, 1 / 9])
 
 
 def test_pairs_teach_tasks_about_pairs_only(tmp_path: Path) -> None:
