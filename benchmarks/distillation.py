@@ -174,7 +174,7 @@ class Benchmark:
         steps = [] if arm == "teacher" else steps_of(arm, self.options.layers, self.epochs, cache, alone)
         if self.options.suite == "text":
             # The step that only copies layers keeps its rate of nothing.
-            steps = [{"learning_rate": STUDENT_RATE, **step} for step in steps]
+            steps = [{"learning_rate": self.options.student_rate, **step} for step in steps]
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
         # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
         recipe = dataclasses.replace(recipe, seed=seed)
@@ -254,6 +254,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, help="of the student; default: half of the encoder's")
+    parser.add_argument("--student-rate", type=float, default=STUDENT_RATE, help="of students of the text suite")
     parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")

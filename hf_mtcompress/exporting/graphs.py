@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 from transformers.utils import logging as transformers_logging
+
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.inference.graph_settings import FILES, GraphSettings, check_graph, read_graph_settings
 
 TOLERANCE = 1e-4
 """Largest difference between graph and model, as a fraction of the largest logit."""
@@ -33,6 +37,28 @@ def largest_difference(found: Mapping[str, np.ndarray], expected: Mapping[str, n
         difference = np.abs(found[name] - array).max(initial=0.0) / max(np.abs(array).max(initial=0.0), _FLOOR)
         worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
     return worst
+
+
+def float_settings(folder: Path) -> GraphSettings:
+    """The settings of a whole float32 graph, which others are made from.
+
+    Raises:
+        ArtifactError: the folder holds none.
+    """
+    settings = read_graph_settings(folder)
+    check_graph(folder, settings)
+    if settings.precision != "float32":
+        raise ArtifactError(
+            f"expected a float32 graph, found {settings.precision} in {folder}; take the folder it was made from"
+        )
+    return settings
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy what lies beside a graph, tokenizer or image processor, but for its settings."""
+    for item in source.iterdir():
+        if item.is_file() and item.name not in FILES["onnx"]:
+            shutil.copy2(item, folder / item.name)
 
 
 @contextlib.contextmanager

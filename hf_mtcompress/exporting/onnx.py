@@ -3,7 +3,6 @@
 import ast
 import copy
 import io
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
+from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.evaluation.benchmark import count_parameters
-from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, run_graph, stored_bytes
+from hf_mtcompress.exporting.graphs import TOLERANCE, copy_processor, largest_difference, quiet, run_graph, stored_bytes
 from hf_mtcompress.inference.graph_settings import GraphSettings, check_graph, read_graph_settings, write_graph_settings
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -127,9 +126,7 @@ def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict
         made[name] = folder / name
         made[name].mkdir(parents=True, exist_ok=True)
         onnx_ir.save(graph, made[name] / ONNX_MODEL)
-        for item in source_folder.iterdir():
-            if item.is_file() and item.name not in (ONNX_MODEL, ONNX_SETTINGS):
-                shutil.copy2(item, made[name] / item.name)
+        copy_processor(source_folder, made[name])
         own = [model.heads[task.head_name], *(model.adapters[key] for key in model.adapters if key == task.head_name)]
         head = sum(parameter.numel() for part in own for parameter in part.parameters())
         # What else is gone belonged to the encoder: a pooler that this head does not read.

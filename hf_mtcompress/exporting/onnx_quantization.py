@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +12,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
+from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
-from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, random_feed, run_graph, stored_bytes
+from hf_mtcompress.exporting.graphs import (
+    TOLERANCE,
+    copy_processor,
+    float_settings,
+    largest_difference,
+    quiet,
+    random_feed,
+    run_graph,
+    stored_bytes,
+)
 from hf_mtcompress.exporting.onnx import LAYER_MARK
-from hf_mtcompress.inference.graph_settings import GraphSettings, check_graph, read_graph_settings, write_graph_settings
+from hf_mtcompress.inference.graph_settings import GraphSettings, write_graph_settings
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +110,7 @@ def quantize_onnx(
     """
     require_extra("onnx")
     _check_arguments(bits, block_size, embedding_bits, float_layers, calibration)
-    settings = read_graph_settings(source_folder)
-    check_graph(source_folder, settings)
-    if settings.precision != "float32":
-        raise ArtifactError(
-            f"expected a float32 graph to quantize, found {settings.precision} in {source_folder}; "
-            "quantize the folder it was made from"
-        )
+    settings = float_settings(source_folder)
     folder.mkdir(parents=True, exist_ok=True)
     source, path = source_folder / ONNX_MODEL, folder / ONNX_MODEL
     sample = random_feed(source)
@@ -141,9 +143,7 @@ def quantize_onnx(
         raise
     for reason, names in left.names.items():
         logger.warning("%d of the matrices %s: %s", len(names), reason, ", ".join(names[:4]))
-    for item in source_folder.iterdir():
-        if item.is_file() and item.name not in (ONNX_MODEL, ONNX_SETTINGS):
-            shutil.copy2(item, folder / item.name)
+    copy_processor(source_folder, folder)
     _write_settings(
         settings,
         folder,

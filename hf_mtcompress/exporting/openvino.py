@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS, OPENVINO_MODEL
+from hf_mtcompress.artifacts import ONNX_MODEL, OPENVINO_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
-from hf_mtcompress.exporting.graphs import TOLERANCE, largest_difference, quiet, random_feed, run_graph
-from hf_mtcompress.inference.graph_settings import check_graph, read_graph_settings, write_graph_settings
+from hf_mtcompress.exporting.graphs import (
+    TOLERANCE,
+    copy_processor,
+    float_settings,
+    largest_difference,
+    quiet,
+    random_feed,
+    run_graph,
+)
+from hf_mtcompress.inference.graph_settings import write_graph_settings
 
 
 def convert_openvino(
@@ -58,13 +65,7 @@ def convert_openvino(
         raise RecipeError(f"bits: expected 32 or 8 for OpenVINO, found {bits}; choose one of them")
     if bits == 8 and not rows:
         raise RecipeError("calibration: expected at least one row, found none; give training rows")
-    settings = read_graph_settings(source_folder)
-    check_graph(source_folder, settings)
-    if settings.precision != "float32":
-        raise ArtifactError(
-            f"expected a float32 graph to convert, found {settings.precision} in {source_folder}; convert the folder "
-            "it was made from"
-        )
+    settings = float_settings(source_folder)
     source = source_folder / ONNX_MODEL
     graph = openvino.Core().read_model(source)
     if bits == 8:
@@ -83,9 +84,7 @@ def convert_openvino(
             f"expected the OpenVINO graph to answer like the ONNX one, found a relative difference of "
             f"{difference:.2g}; nothing was kept, report the encoder with the version of openvino"
         )
-    for item in source_folder.iterdir():
-        if item.is_file() and item.name not in (ONNX_MODEL, ONNX_SETTINGS):
-            shutil.copy2(item, folder / item.name)
+    copy_processor(source_folder, folder)
     versions = {name: package_version(name) for name in ("openvino", *(("nncf",) if bits == 8 else ()))}
     written = replace(
         settings,

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import SpaceCardData
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerFast
 
@@ -245,17 +246,9 @@ def _origin() -> str:
 
 def _space_card(title: str) -> str:
     """Front matter that makes the folder a static Space; the two headers allow threads."""
-    return (
-        "---\n"
-        f"title: {json.dumps(title, ensure_ascii=False)}\n"
-        "sdk: static\n"
-        "app_file: index.html\n"
-        "custom_headers:\n"
-        "  cross-origin-embedder-policy: require-corp\n"
-        "  cross-origin-opener-policy: same-origin\n"
-        "---\n\n"
-        "Several tasks in one model, answered inside the browser. Made with hf_mtcompress.\n"
-    )
+    headers = {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"}
+    front = SpaceCardData(title=title, sdk="static", app_file="index.html", custom_headers=headers)
+    return f"---\n{front}\n---\n\nSeveral tasks in one model, answered inside the browser. Made with hf_mtcompress.\n"
 
 
 # ---- the code of others ----

@@ -737,7 +737,7 @@ class DistillationTrainer(DistillationMixin, MultiTaskTrainer):
     Args:
         teacher: one model, or a list of models (or of pairs of model and weight) whose answers are averaged, or models
             by task name. Each is a `MultiTaskModel` with the student's tasks, a stock model of one task's kind, or
-            an ONNX folder opened by `open_runtime`. Labels may be in any order; they are matched by name.
+            a graph opened by `open_runtime`. Labels may be in any order; they are matched by name.
         teachers: the same, for those who have several.
         teacher_processing_class: the teacher's own tokenizer or image processor, where it is not the student's: each
             then reads the rows for itself, and tokens are matched by their first character. Likewise a list or a dict.
