@@ -40,7 +40,8 @@ from hf_mtcompress.data.sources import Sources, load_sources, task_of
 from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor
-from hf_mtcompress.workflow import do_step, prepare_output, score_folder, step_sources
+from hf_mtcompress.steps.scoring import score_folder
+from hf_mtcompress.workflow import do_step, prepare_output, step_sources
 
 HERE = Path(__file__).parent
 VISION = HERE / "distillation_vision.yaml"

@@ -28,7 +28,8 @@ from hf_mtcompress.evaluation.benchmark import measure_size
 from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor
-from hf_mtcompress.workflow import do_step, prepare_output, score_folder
+from hf_mtcompress.steps.scoring import score_folder
+from hf_mtcompress.workflow import do_step, prepare_output
 
 RESULT = Path(__file__).parent / "results" / "large_teacher.json"
 EPOCHS, TEACHER_RATE = 4, 5e-5

@@ -33,7 +33,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import SplitScores
 from hf_mtcompress.steps.bench import Bench, Start, load_processor
 from hf_mtcompress.steps.rows import calibration_batches
-from hf_mtcompress.workflow import score_folder
+from hf_mtcompress.steps.scoring import score_folder
 
 RESULT = Path(__file__).parent / "results" / "post_training_pruning.json"
 ARMS: dict[str, dict[str, Any]] = {

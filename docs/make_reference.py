@@ -51,6 +51,7 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "trim_weights": (config.TrimWeightsStep, None),
     "quantize": (config.QuantizeStep, None),
     "calibration": (config.CalibrationConfig, None),
+    "mixed": (config.MixedConfig, None),
     "export": (config.ExportStep, None),
     "budget": (config.BudgetConfig, None),
     "search": (config.SearchConfig, None),

@@ -49,8 +49,9 @@ from hf_mtcompress.records import (
     TaskDifference,
 )
 from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.steps.scoring import read_step, score_folder
 from hf_mtcompress.steps.training import merged_training
-from hf_mtcompress.workflow import do_step, prepare_output, read_step, score_folder
+from hf_mtcompress.workflow import do_step, prepare_output
 
 logger = logging.getLogger(__name__)
 

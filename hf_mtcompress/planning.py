@@ -142,6 +142,9 @@ class _Shape:
     def _graph_bytes(self, step: QuantizeStep) -> float:
         linear = self.attention + self.feed_forward
         kept = linear * min(len(set(step.float_layers)) / self.layers, 1.0)
+        if step.bits == "mixed":
+            # Without a size it is known when parts are measured and tried; as an estimate, what 8 bits take.
+            return step.mixed.size_mb * 1e6 if step.mixed and step.mixed.size_mb else self.parameters
         if step.bits != 4:
             return (self.parameters - kept) * step.bits / 8 + kept * 4
         # A scale in float32 and a zero point of 4 bits for each block.
@@ -156,6 +159,7 @@ class _Shape:
                 return self._graph_bytes(step) / 1e6
             case QuantizeStep(bits=bits, embeddings=embeddings):
                 few = linear + (self.embedding if embeddings else 0)
+                assert bits != "mixed"
                 return (few * bits / 8 + (self.parameters - few) * 4) / 1e6
             case TrimWeightsStep(storage="sparse") if (trimmed := _trimmed(step)) is not None:
                 among = linear + (self.embedding if step.embeddings else 0.0)

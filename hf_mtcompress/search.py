@@ -35,8 +35,9 @@ from hf_mtcompress.publishing.family import draw_family, family_csv
 from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor, probe_samples
 from hf_mtcompress.steps.run import check_steps_fit
+from hf_mtcompress.steps.scoring import task_record
 from hf_mtcompress.steps.timing import latency_table
-from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources, task_record
+from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources
 
 _BEYOND = 0.8
 """The last stage is this much faster than the budget asks for, since a prediction may miss."""

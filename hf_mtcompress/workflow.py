@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,9 @@ from hf_mtcompress.config.sections import near
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
-from hf_mtcompress.errors import ArtifactError, PublishingError, QualityError, RecipeError
+from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
-from hf_mtcompress.evaluation.compare import check_budget, check_gate, compare
-from hf_mtcompress.evaluation.evaluate import evaluate_folder
+from hf_mtcompress.evaluation.compare import check_budget, compare
 from hf_mtcompress.exporting.webpage import write_webpage
 from hf_mtcompress.inference.probes import reload_checks, save_probes
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
@@ -62,16 +61,18 @@ from hf_mtcompress.inference.runtimes import folder_form, task_folders
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.grouping import Grouping, best_grouping, encoders_within
 from hf_mtcompress.planning import describe_plan
-from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, render_card
+from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, SENSITIVITY_PICTURE, render_card
 from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
 from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
-from hf_mtcompress.publishing.report import align
-from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
+from hf_mtcompress.publishing.sensitivity import draw_sensitivity
+from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor, probe_batch, probe_samples
+from hf_mtcompress.steps.gate import pass_gate
 from hf_mtcompress.steps.rows import texts_to_keep
 from hf_mtcompress.steps.run import check_steps_fit, run_step
+from hf_mtcompress.steps.scoring import read_step, score_folder, task_record
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
 
 logger = logging.getLogger(__name__)
@@ -158,16 +159,16 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     name = str(step.name)
     fingerprint = step_fingerprint(step, source, done, bench)
     folder = bench.step_folder(name)
+    work = bench.output / WORK / f"{name}-{fingerprint[:8]}"
     found = read_step(folder / STEP_RECORD)
     if found is not None and found.fingerprint == fingerprint:
         logger.warning("%s: done already, skipped", name)
         if isinstance(step, QuantizeStep):
             # The limits of a gate do not change what was made: they are held against it again.
-            _pass_gate(step, done[str(source)], found, bench)
+            pass_gate(step, done[str(source)], found, bench, work)
             found.settings = _plain(step)
         return found
     logger.warning("%s: %s%s", name, step.kind, f" from {source}" if source else "")
-    work = bench.output / WORK / f"{name}-{fingerprint[:8]}"
     work.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with whole_folder(folder) as scratch:
@@ -194,7 +195,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             artefact.size = measure_size(scratch / made.folder)
             artefact.scores["validation"] = score_folder(bench, scratch / made.folder, "validation")
         if isinstance(step, QuantizeStep):
-            _pass_gate(step, done[str(source)], record, bench)
+            pass_gate(step, done[str(source)], record, bench, work)
         save_probes(scratch, probe_batch(bench, outcome.processor), outcome.probes)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))
@@ -203,81 +204,12 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     return record
 
 
-def _pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench: Bench) -> None:
-    """Hold what a quantize step saved against the limits of its gate, and write the outcome into its record.
-
-    Raises:
-        QualityError: a limit is missed and the step is not told to keep the result.
-    """
-    record.quantization = {**(record.quantization or {}), "gate": None}
-    if step.retention is None and step.worst_task_retention is None:
-        return
-    tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
-    comparison = compare(tasks, source.artefacts[0], record.artefacts[0], step=record.name, split="validation")
-    limits = check_gate(comparison, step.retention, step.worst_task_retention)
-    met = all(row["met"] for row in limits.values())
-    record.quantization["gate"] = {
-        "reference": source.name,
-        "split": comparison.split,
-        "limits": limits,
-        "met": met,
-        "tasks": comparison.tasks,
-    }
-    if met:
-        return
-    message = _gate_message(step, source, limits, comparison, tasks)
-    if not step.keep:
-        raise QualityError(message)
-    logger.warning("%s\nIt is kept, as the recipe says.", message)
-
-
-def _gate_message(
-    step: QuantizeStep,
-    source: StepRecord,
-    limits: Mapping[str, dict[str, Any]],
-    comparison: records.Comparison,
-    tasks: Mapping[str, TaskRecord],
-) -> str:
-    """What was expected, what was found, task by task, and what can be done."""
-
-    def shown(value: float | None) -> str:
-        return "undefined" if value is None else f"{value:.4f}"
-
-    missed = [
-        f"{name} of at least {row['limit']:g}, found {shown(row['found'])}"
-        for name, row in limits.items()
-        if not row["met"]
-    ]
-    rows = [["task", "metric", source.name, str(step.name), "retention"]]
-    for name, row in comparison.tasks.items():
-        values = [shown(row["reference"]), shown(row["score"]), shown(row["retention"])]
-        reason = f" ({comparison.undefined[name]})" if name in comparison.undefined else ""
-        rows.append([name, tasks[name].metric, *values[:2], values[2] + reason])
-    better = ["float_layers: [...] keeps layers in float"] if step.backend == "onnxruntime" and step.bits < 16 else []
-    match step.bits:
-        case 4 if step.backend == "onnxruntime":
-            better += ["block_size: 32 or embedding_bits: 8 is closer to float", "bits: 8 closer still"]
-        case 4:
-            better.append("bits: 8 is closer to float")
-        case 8 if step.backend == "openvino":
-            better.append("calibration: {rows: ...} with more rows, or backend: onnxruntime, may be closer to float")
-        case 8 if step.calibration is not None:
-            better.append("no calibration (dynamic), more rows or another method may be closer to float")
-        case 8 if step.backend == "onnxruntime":
-            better.append("bits: 16 is almost exact")
-        case _:
-            better.append("backend: onnxruntime with bits: 16 is almost exact")
-    return (
-        f"steps.{step.name}: expected {' and '.join(missed)} of '{source.name}' on the {comparison.split} split\n"
-        + align(rows)
-        + f"\nWhat to do: {'; '.join(better)}; keep: true keeps it all the same"
-    )
-
-
 def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepRecord], bench: Bench) -> str:
     """Digest of everything a step's result depends on: its settings, its inputs, the data and the encoder."""
     recipe = bench.recipe
-    limits = _LIMITS_OF_A_GATE if isinstance(step, QuantizeStep) else ()
+    # Mixed bits without a size are chosen by these limits.
+    judged = isinstance(step, QuantizeStep) and (step.bits != "mixed" or (step.mixed and step.mixed.size_mb))
+    limits = _LIMITS_OF_A_GATE if judged else ()
     parts = {
         "format": records.FORMAT_VERSION,
         "step": {
@@ -354,25 +286,6 @@ def _folder_digest(folder: Path) -> str | None:
         return None
     files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def read_step(path: Path) -> StepRecord | None:
-    """What a step left in its folder; None where it is not done."""
-    try:
-        return records.step_from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def score_folder(bench: Bench, folder: Path, role: Role) -> records.SplitScores:
-    """Scores of a saved folder on the rows that play a role."""
-    return evaluate_folder(
-        folder,
-        bench.sources.tasks,
-        bench.sources.role(role),
-        split=role,
-        batch_size=bench.recipe.training.eval_batch_size or 64,
-    )
 
 
 # ---- measuring ----
@@ -489,53 +402,10 @@ def _write_results(bench: Bench, record: RunRecord) -> None:
         record.publish = _plain(bench.recipe.publish)
     draw_comparison(record, assets / "comparison.png")
     draw_interference(record, assets / INTERFERENCE_PICTURE)
+    draw_sensitivity(record, assets / SENSITIVITY_PICTURE)
     write_text(bench.output / RECORD, records.to_json(record))
     recipe = dump_recipe(bench.recipe, portable=True)
     write_text(bench.output / CARD, render_card(record, recipe))
-
-
-def task_record(name: str, bench: Bench) -> TaskRecord:
-    """Rows, labels and baselines of a task, as the record holds them."""
-    task = bench.sources.tasks[name]
-    source = bench.sources.configs[name]
-    labelled: dict[str, int] = {}
-    baseline: dict[str, float] = {}
-    for role, rows in bench.sources.splits[name].items():
-        labels = _encoded(task, rows)
-        labelled[role] = int(sum(_is_labelled(label) for label in labels))
-        if role != "train":
-            baseline[role] = task.baseline([label for label in labels if _is_labelled(label)])
-    return TaskRecord(
-        name=name,
-        kind=task.kind,
-        problem_type=task.problem,
-        metric=str(task.metric),
-        role=task.role,
-        weight=task.weight,
-        labels=list(task.labels) if task.labels else None,
-        rows=labelled,
-        baseline=baseline,
-        dataset_id=source.dataset_id,
-        dataset_revision=bench.sources.revision(name),
-        license=source.license,
-    )
-
-
-def _encoded(task: Any, rows: Any) -> list[Any]:
-    """Encoded labels of raw rows, one word a position for word labels."""
-    values = list(rows[task.label])
-    words = (
-        {"word_ids": [list(range(len(value or ()))) for value in values]}
-        if task.problem == "token_classification"
-        else {}
-    )
-    return task.encode_labels(values, words)
-
-
-def _is_labelled(label: Any) -> bool:
-    if isinstance(label, list):
-        return any(item != -100 for item in label)
-    return label == label and label != -100
 
 
 def _encoder_facts(bench: Bench) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hf_mtcompress.config.steps import (
     DistillStep,
     ExportStep,
     FinetuneStep,
+    MixedConfig,
     PretrainStep,
     PruneStep,
     QuantizeStep,
@@ -194,15 +195,17 @@ def check_steps(
 
 def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
     onnx = step.backend == "onnxruntime"
-    if step.bits == 16 and step.backend == "bitsandbytes":
-        problems.add(join(path, "bits"), "backend bitsandbytes has 8 and 4 bits; 16 need backend: onnxruntime")
+    if step.bits in (16, "mixed") and step.backend == "bitsandbytes":
+        problems.add(join(path, "bits"), "backend bitsandbytes has 8 and 4 bits; others need backend: onnxruntime")
     if step.bits != 8 and step.backend == "openvino":
-        problems.add(join(path, "bits"), "backend openvino has 8 bits; 16 and 4 need backend: onnxruntime")
+        problems.add(join(path, "bits"), "backend openvino has 8 bits; others need backend: onnxruntime")
+    _check_mixed(step, path, problems)
     for key, given, bits in (
-        ("block_size", step.block_size != 64, (4,)),
+        ("block_size", step.block_size != 64, (4, "mixed")),
         ("embedding_bits", step.embedding_bits is not None, (4,)),
         ("float_layers", bool(step.float_layers), (8, 4)),
         ("calibration", step.calibration is not None, (8,)),
+        ("mixed", step.mixed is not None, ("mixed",)),
     ):
         if key == "calibration" and step.backend == "openvino":
             continue
@@ -231,6 +234,21 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
         problems.add(join(path, "calibration.percentile"), "belongs to method: percentile; remove the key")
     if step.keep and step.retention is None and step.worst_task_retention is None:
         problems.add(join(path, "keep"), "expected 'retention' or 'worst_task_retention' beside it; remove the key")
+
+
+def _check_mixed(step: QuantizeStep, path: str, problems: Problems) -> None:
+    mixed = step.mixed or MixedConfig()
+    if not mixed.choices or len(set(mixed.choices)) < len(mixed.choices):
+        problems.add(
+            join(path, "mixed.choices"),
+            f"expected at least one number of bits, each once, found {list(mixed.choices)}; choose among 4, 8, 16, 32",
+        )
+    limits = (mixed.size_mb, step.retention, step.worst_task_retention)
+    if step.bits == "mixed" and step.backend == "onnxruntime" and limits == (None, None, None):
+        problems.add(
+            path,
+            "expected something to choose the bits by: 'mixed: {size_mb: ...}', 'retention' or 'worst_task_retention'",
+        )
 
 
 def _check_earlier(name: str, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems) -> None:

@@ -288,10 +288,27 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixedConfig:
+    """Bits for each part of the model, by how far answers move when that part alone is stored in few bits.
+
+    Parts are the embeddings, and attention and feed-forward part of each layer.
+    """
+
+    choices: tuple[Literal[4, 8, 16, 32], ...] = (4, 8, 16)
+    """Bits that a part may get."""
+    size_mb: float | None = None
+    """Size of the graph in megabytes (10^6 bytes): answers are kept as close to float as it allows. Default: the
+    smallest graph that reaches the step's `retention` on the validation rows, found by trying."""
+    rows: int = 256
+    """Training rows that answers are compared on, over all tasks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeStep:
-    """Store weights in 16, 8 or 4 bits.
+    """Store weights in 16, 8 or 4 bits, or each part of the model in as many as it needs.
 
     ```yaml
+    - {kind: quantize, from: pruned, backend: onnxruntime, bits: mixed, mixed: {size_mb: 8}}
     - {kind: quantize, from: pruned, backend: onnxruntime, bits: 8}
     - {kind: quantize, from: pruned, backend: openvino, bits: 8, calibration: {rows: 256}}
     ```
@@ -305,11 +322,13 @@ class QuantizeStep:
     """The finetune, distill or prune step to start from; default: the latest of them."""
     backend: Literal["bitsandbytes", "onnxruntime", "openvino"]
     """`onnxruntime` and `openvino` export a graph and are fast on CPUs; `bitsandbytes` stays in torch."""
-    bits: Literal[16, 8, 4] = 8
-    """16 is half precision, with `onnxruntime` only: half the file, at the speed of float."""
+    bits: Literal[16, 8, 4, "mixed"] = 8
+    """With `onnxruntime` only: 16, half precision, which halves the file at the speed of float; and `mixed`."""
+    mixed: MixedConfig | None = None
+    """With `bits: mixed`: what may be chosen from, and how large the graph may be."""
     block_size: int = 64
-    """With `onnxruntime` in 4 bits: weights that share a scale, 16, 32, 64, 128 or 256. Smaller is closer to float and
-    larger on disk."""
+    """With `onnxruntime` in 4 or mixed bits: weights that share a scale, 16, 32, 64, 128 or 256. Smaller is closer to
+    float and larger on disk."""
     embedding_bits: Literal[8, 4] | None = None
     """With `onnxruntime` in 4 bits: bits of the embeddings; default: 4."""
     float_layers: tuple[int, ...] = ()

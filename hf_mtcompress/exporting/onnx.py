@@ -24,7 +24,7 @@ from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
 
 LAYER_MARK = "layer_"
-"""Matrix products of encoder layer 2 have names that begin with `layer_2/`."""
+"""Matrix products of encoder layer 2 have names that begin with `layer_2/attention/` or `layer_2/feed_forward/`."""
 
 
 def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
@@ -209,8 +209,12 @@ def _store_once(graph: Any) -> None:
 
 
 def _name_layers(graph: Any, model: MultiTaskModel) -> None:
-    """Write the encoder layer that a matrix product belongs to into its name, before the exporter's notes go."""
+    """Write the encoder layer that a matrix product belongs to, and which half of it, into its name.
+
+    The exporter's notes that tell it go before the graph is stored.
+    """
     numbers: dict[str, int] = {}
+    feed_forward: set[str] = set()
     names = {module: name for name, module in model.named_modules()}
     for encoder in model.encoders.values():
         assert isinstance(encoder, PreTrainedModel)
@@ -218,13 +222,17 @@ def _name_layers(graph: Any, model: MultiTaskModel) -> None:
             layers = find_anatomy(encoder).layers
         except UnsupportedEncoderError:
             continue  # no layers to keep apart later, which is said when somebody asks for it
-        numbers |= {f"model.{names[layer.module]}": number for number, layer in enumerate(layers)}
+        for number, layer in enumerate(layers):
+            numbers[f"model.{names[layer.module]}"] = number
+            linear = [*layer.feed_forward.inputs.values(), layer.feed_forward.output]
+            feed_forward |= {f"model.{names[module]}" for module in linear}
     for node in graph.graph:
         if node.op_type in ("MatMul", "Gemm"):
             scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
             found = [numbers[scope] for scope in scopes if scope in numbers]
             if found:
-                node.name = f"{LAYER_MARK}{found[0]}/{node.name}"
+                half = "attention" if feed_forward.isdisjoint(scopes) else "feed_forward"
+                node.name = f"{LAYER_MARK}{found[0]}/{half}/{node.name}"
 
 
 def _tidy(graph: Any) -> Any:

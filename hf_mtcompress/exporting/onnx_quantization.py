@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,6 @@ from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.exporting.graphs import (
-    TOLERANCE,
     copy_processor,
     float_settings,
     largest_difference,
@@ -25,7 +24,7 @@ from hf_mtcompress.exporting.graphs import (
     run_graph,
     stored_bytes,
 )
-from hf_mtcompress.exporting.onnx import LAYER_MARK
+from hf_mtcompress.exporting.preparation import last_layers, load_prepared, products_of, weight_of
 from hf_mtcompress.inference.graph_settings import GraphSettings, write_graph_settings
 
 logger = logging.getLogger(__name__)
@@ -120,14 +119,16 @@ def quantize_onnx(
             _store_half(source, path, left)
         else:
             with TemporaryDirectory() as scratch:
-                prepared = _load_prepared(source, Path(scratch), sample)
-                excluded = [*_last_layers(prepared), *_products_of(prepared, float_layers)]
+                prepared = load_prepared(source, Path(scratch), sample)
+                excluded = [*last_layers(prepared), *products_of(prepared, float_layers)]
                 if calibration is not None:
                     _quantize_static(prepared, path, excluded, calibration)
                 elif bits == 8:
                     _quantize_dynamic(prepared, path, excluded)
                 else:
-                    _quantize_blocks(prepared, path, excluded, block_size, (embedding_bits or 4) == 4, left)
+                    tables = embedding_bits != 8
+                    names = [node.name for node in prepared.graph.node if tables or node.op_type != "Gather"]
+                    _quantize_blocks(prepared, path, excluded, names, block_size, left)
         found = run_graph(path, sample)
         if not all(np.isfinite(array).all() for array in found.values()):
             raise ArtifactError(
@@ -144,7 +145,7 @@ def quantize_onnx(
     for reason, names in left.names.items():
         logger.warning("%d of the matrices %s: %s", len(names), reason, ", ".join(names[:4]))
     copy_processor(source_folder, folder)
-    _write_settings(
+    write_quantized_settings(
         settings,
         folder,
         "float16" if bits == 16 else f"int{bits}",
@@ -162,7 +163,10 @@ def quantize_onnx(
     return folder
 
 
-def _write_settings(settings: GraphSettings, folder: Path, precision: str, quantization: dict[str, Any]) -> None:
+def write_quantized_settings(
+    settings: GraphSettings, folder: Path, precision: str, quantization: dict[str, Any]
+) -> None:
+    """Write the settings of the float graph for the one in `folder` that was made from it."""
     versions = {**settings.versions, "onnxruntime": package_version("onnxruntime")}
     written = replace(
         settings,
@@ -201,8 +205,8 @@ def _check_arguments(
 # ---- half precision ----
 
 
-def _store_half(source: Path, target: Path, left: _Left) -> None:
-    """Store matrices and tables in half precision, with a Cast behind each.
+def _store_half(source: Path, target: Path, left: _Left, wanted: Collection[str] | None = None) -> None:
+    """Store matrices and tables, or those of them in `wanted`, in half precision, with a Cast behind each.
 
     Vectors (biases, norms) stay: they are next to nothing. Converting the operators as well, as
     `onnxruntime.transformers.float16` does, gains nothing on a processor: ONNX Runtime has no kernels for most of them
@@ -221,6 +225,8 @@ def _store_half(source: Path, target: Path, left: _Left) -> None:
     behind: dict[str, Any] = {}
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        if wanted is not None and tensor.name not in wanted:
             continue
         name, array = tensor.name, numpy_helper.to_array(tensor)
         if np.abs(array).max(initial=0.0) > _LARGEST_HALF:
@@ -250,130 +256,39 @@ def _store_half(source: Path, target: Path, left: _Left) -> None:
     onnx.save(model, target)
 
 
-# ---- what 8 and 4 bits share ----
+# ---- a number of bits for each part ----
 
 
-def _load_prepared(source: Path, scratch: Path, sample: Mapping[str, np.ndarray]) -> Any:
-    """The fused graph with every linear layer as a MatMul that has a name."""
-    import onnx
-    from onnxruntime.quantization.onnx_model import ONNXModel
+def write_parts(
+    model: Any, target: Path, parts: Mapping[str, Sequence[str]], bits: Mapping[str, int], block_size: int = 64
+) -> dict[str, int]:
+    """Write a prepared graph with the matrices of each part in bits of its own.
 
-    wrapped = ONNXModel(onnx.load(_prepare(source, scratch, sample)))
-    wrapped.replace_gemm_with_matmul()
-    wrapped.clean_initializers()
-    model = wrapped.model
-    # Weights are transposed on the way, and shapes noted for them before would then be wrong.
-    weights = {item.name for item in model.graph.initializer}
-    kept = [info for info in model.graph.value_info if info.name not in weights]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
-    for number, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{number}"
-    return model
+    Args:
+        model: what `load_prepared` gave; it is changed.
+        target: where to write.
+        parts: names of nodes by part, as `parts_of` finds them; matrices in no part stay in float32.
+        bits: 32, 16, 8 or 4 for parts by name; 32 for those that are not named.
+        block_size: of 4 bits.
 
-
-def _prepare(source: Path, scratch: Path, sample: Mapping[str, np.ndarray]) -> Path:
-    """The float graph with operators fused for ONNX Runtime, or as it was where a fusion changes an answer."""
-    import onnx
-    import onnx_ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
-
-    fused = scratch / "fused.onnx"
-    output = io.StringIO()
-    try:
-        with quiet(output):
-            graph = onnx_ir.load(source)
-            fuse_for_onnxruntime(graph, "cpu")
-            ClearMetadataAndDocStringPass()(graph)
-            onnx_ir.save(graph, fused)
-        model = _split_skip_norms(onnx.load(fused))
-        onnx.save(model, fused)
-        # Weights inside an Attention operator would stay in float.
-        whole = all(node.op_type != "Attention" for node in model.graph.node)
-        if whole and largest_difference(run_graph(fused, sample), run_graph(source, sample)) <= TOLERANCE:
-            return fused
-    except Exception as error:  # a fusion that fails on some encoder costs speed, nothing else
-        logging.getLogger(__name__).info("operators are not fused: %s", error)
-    return source
-
-
-def _split_skip_norms(model: Any) -> Any:
-    """Replace SkipLayerNormalization by the Add and LayerNormalization it stands for: its CPU kernel is slower."""
-    from onnx import helper
-
-    nodes = []
-    for index, node in enumerate(model.graph.node):
-        if node.op_type != "SkipLayerNormalization" or any(node.output[1:3]):
-            nodes.append(node)
-            continue
-        first, second, scale, shift, bias = [*node.input, "", ""][:5]
-        if bias:
-            nodes.append(helper.make_node("Add", [first, bias], [f"skip_norm_bias_{index}"]))
-            first = f"skip_norm_bias_{index}"
-        total = node.output[3] if len(node.output) > 3 and node.output[3] else f"skip_norm_sum_{index}"
-        nodes.append(helper.make_node("Add", [first, second], [total]))
-        epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
-        inputs = [total, scale, shift] if shift else [total, scale]
-        nodes.append(helper.make_node("LayerNormalization", inputs, [node.output[0]], axis=-1, epsilon=epsilon))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
-
-
-def _last_layers(model: Any) -> list[str]:
-    """Names of the matrix products that the logits come from (also under the name that a split Gemm gets)."""
-    maker = {output: node for node in model.graph.node for output in node.output}
-    names: list[str] = []
-    for result in model.graph.output:
-        node = maker.get(result.name)
-        while node is not None and node.op_type not in ("MatMul", "Gemm"):
-            node = next((maker[name] for name in node.input if name in maker), None)
-        if node is not None:
-            names += [node.name, f"{node.name}_MatMul"]
-    return names
-
-
-def _products_of(model: Any, layers: Sequence[int]) -> list[str]:
-    """Names of the matrix products of encoder layers.
-
-    A product that the fusion made anew (query, key and value in one) has lost the name of its layer; it belongs to the
-    layer of the next product behind it that still has one.
+    Returns:
+        How many matrices were not stored as asked for, by reason.
     """
-    if not layers:
-        return []
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    weights = {item.name for item in model.graph.initializer}
-    of_layer: dict[int, list[str]] = {}
-    for node in model.graph.node:
-        if node.op_type != "MatMul" or not weights.intersection(node.input):
-            continue
-        number = _layer_of(node, readers)
-        if number is not None:
-            of_layer.setdefault(number, []).append(node.name)
-    missing = [layer for layer in layers if layer not in of_layer]
-    if missing:
-        known = f"0 to {max(of_layer)}" if of_layer else "none that could be told apart"
-        raise RecipeError(f"float_layers: expected encoder layers among {known}, found {missing}; count from 0")
-    return [name for layer in layers for name in of_layer[layer]]
+    left = _Left()
+    of_node = {name: bits.get(part, 32) for part, names in parts.items() for name in names}
+    matrices = [node for node in model.graph.node if node.op_type in ("MatMul", "Gather")]
+    excluded = [node.name for node in matrices if of_node.get(node.name, 32) > 8]
+    halves = {weight_of(node) for node in matrices if of_node.get(node.name) == 16}
+    if four := {name for name, number in of_node.items() if number == 4}:
+        _quantize_blocks(model, target, excluded, four, block_size, left)
+    else:
+        _quantize_dynamic(model, target, excluded)
+    if halves:
+        _store_half(target, target, left, halves)
+    return {reason: len(names) for reason, names in left.names.items()}
 
 
-def _layer_of(node: Any, readers: Mapping[str, Sequence[Any]]) -> int | None:
-    """Number of the encoder layer that a product, or else the next one behind it, is named after."""
-    waiting, seen = [node], set()
-    while waiting:
-        current = waiting.pop(0)
-        if current.name.startswith(LAYER_MARK):
-            return int(current.name.removeprefix(LAYER_MARK).partition("/")[0])
-        for name in current.output:
-            for reader in readers.get(name, ()):
-                if id(reader) not in seen:
-                    seen.add(id(reader))
-                    waiting.append(reader)
-    return None
+# ---- eight bits ----
 
 
 @contextlib.contextmanager
@@ -392,9 +307,6 @@ def _no_advice() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-# ---- eight bits ----
 
 
 def _quantize_dynamic(model: Any, target: Path, excluded: Sequence[str]) -> None:
@@ -471,15 +383,17 @@ class _Rows:
 
 
 def _quantize_blocks(
-    model: Any, target: Path, excluded: Sequence[str], block_size: int, tables: bool, left: _Left
+    model: Any, target: Path, excluded: Sequence[str], wanted: Collection[str], block_size: int, left: _Left
 ) -> None:
-    """Linear layers (and tables, where `tables`) in 4 bits; what does not fit, and tables otherwise, in 8."""
+    """Products and look-ups named in `wanted` in 4 bits; the others, and those that do not fit, in 8."""
     import onnx
 
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer if item.data_type == 1}
     chosen = set()
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.name not in excluded and len(shape := shapes.get(node.input[1], ())) == 2:
+        if node.name not in wanted or node.name in excluded:
+            continue
+        if node.op_type == "MatMul" and len(shape := shapes.get(node.input[1], ())) == 2:
             blocks = math.ceil(shape[0] / block_size)
             if blocks * (4 * block_size + _BITS_OF_A_BLOCK) > 8 * shape[0]:
                 reason = f"are in 8 bits, since a width of {shape[0]} in blocks of {block_size} would take more"
@@ -488,7 +402,7 @@ def _quantize_blocks(
             if shape[0] % block_size:
                 left.add(f"are padded from a width of {shape[0]} to {blocks * block_size}", node.input[1])
             chosen.add(node.name)
-        elif tables and node.op_type == "Gather" and len(shapes.get(node.input[0], ())) == 2:
+        elif node.op_type == "Gather" and len(shapes.get(node.input[0], ())) == 2:
             chosen.add(node.name)
     with TemporaryDirectory() as scratch:
         eight = Path(scratch) / "eight.onnx"

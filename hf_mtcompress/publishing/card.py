@@ -38,11 +38,13 @@ from hf_mtcompress.publishing.report import (
     vocabulary_lines,
 )
 from hf_mtcompress.publishing.repository import repository_layout
+from hf_mtcompress.publishing.sensitivity import sensitive_steps, sensitivity_rows, sensitivity_words
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
 LIBRARY_TAG = "hf_mtcompress"
 PICTURE = "comparison.png"
 INTERFERENCE_PICTURE = "interference.png"
+SENSITIVITY_PICTURE = "sensitivity.png"
 MATRIX_TASKS = 12
 """Up to this many tasks a card shows cosines as a matrix, beyond it the pairs with most conflicts."""
 MOST_CONFLICTS = 20
@@ -94,6 +96,7 @@ def render_card(
     *,
     picture: bool = True,
     interference_picture: bool = True,
+    sensitivity_picture: bool = True,
     own_words: str | None = None,
 ) -> str:
     """Write the model card of a run.
@@ -105,6 +108,7 @@ def render_card(
         picture: whether `assets/comparison.png` is shown (see `draw_comparison`).
         interference_picture: whether `assets/interference.png` is shown where a step logged how its tasks got along
             (see `draw_interference`).
+        sensitivity_picture: the same of `assets/sensitivity.png` and what few bits do (see `draw_sensitivity`).
         own_words: text of the author, shown as it is and free of checks on numbers (see `own_words_of`).
 
     Returns:
@@ -113,12 +117,12 @@ def render_card(
     Raises:
         PublishingError: the record holds no saved step.
     """
-    return _render(record, recipe_text, repo_id, (picture, interference_picture), own_words)[0]
+    return _render(record, recipe_text, repo_id, (picture, interference_picture, sensitivity_picture), own_words)[0]
 
 
 def allowed_numbers(record: RunRecord) -> set[str]:
     """Every number, as text, that a card of this record may print."""
-    return _render(record, None, None, (True, True), None)[1].allowed
+    return _render(record, None, None, (True, True, True), None)[1].allowed
 
 
 def card_metadata(record: RunRecord, repo_id: str | None = None) -> dict[str, Any]:
@@ -127,7 +131,11 @@ def card_metadata(record: RunRecord, repo_id: str | None = None) -> dict[str, An
 
 
 def _render(
-    record: RunRecord, recipe_text: str | None, repo_id: str | None, pictures: tuple[bool, bool], own_words: str | None
+    record: RunRecord,
+    recipe_text: str | None,
+    repo_id: str | None,
+    pictures: tuple[bool, bool, bool],
+    own_words: str | None,
 ) -> tuple[str, Figures]:
     # Local paths may stand in the settings of a step; the card shows the record as others may see it.
     record = run_from_dict(portable(json.loads(to_json(record))))
@@ -150,6 +158,7 @@ def _render(
         recipe=portable_recipe(recipe_text).strip() if recipe_text else None,
         picture=pictures[0],
         interference_picture=pictures[1],
+        sensitivity_picture=pictures[2],
         own_words="\n".join([OWN_WORDS_BEGIN, own_words or _STUB, OWN_WORDS_END]),
     )
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -489,6 +498,17 @@ class _Page:
     def gates(self) -> list[str]:
         """What quantized models had to keep, and kept."""
         return gate_lines(self.record, self.n)
+
+    def sensitivities(self) -> dict[str, dict[str, Any]]:
+        """By step that measured what few bits do: its table, and what that shows."""
+        return {
+            step.name: {
+                "table": sensitivity_rows(quantization["sensitivity"], quantization.get("parts"), self.n),
+                "words": sensitivity_words(step, self.n),
+            }
+            for step in sensitive_steps(self.record)
+            if (quantization := step.quantization) is not None
+        }
 
     def _shape(self, step: StepRecord) -> list[str]:
         shapes = list(layers_of(step.structure).values())

@@ -25,11 +25,12 @@ from hf_mtcompress.config import (
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import MissingExtraError, RecipeError
 from hf_mtcompress.steps.bench import Bench, StepOutcome
-from hf_mtcompress.steps.compressing import quantize_step, trim_vocabulary_step, trim_weights_step
 from hf_mtcompress.steps.exporting import export_step
 from hf_mtcompress.steps.pruning import prune_step
+from hf_mtcompress.steps.quantizing import quantize_step
 from hf_mtcompress.steps.teaching import teach_step
 from hf_mtcompress.steps.training import finetune_step
+from hf_mtcompress.steps.trimming import trim_vocabulary_step, trim_weights_step
 
 
 def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:

@@ -1,7 +1,9 @@
 """The step quantize of a recipe: every kind of ONNX graph, and the gate that judges what was saved."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.errors import QualityError
 from hf_mtcompress.evaluation.compare import check_gate
+from hf_mtcompress.exporting.mixed_precision import BitChoice
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.records import Comparison
+from hf_mtcompress.steps.mixed_bits import smallest_that_keeps
 from hf_mtcompress.workflow import load_record, push, run
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -23,6 +27,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "half": {"bits": 16},
     "int4": {"bits": 4, "block_size": 32, "embedding_bits": 8},
     "static": {"bits": 8, "calibration": {"method": "percentile", "rows": 12}, "float_layers": [1]},
+    "sized": {"bits": "mixed", "block_size": 32, "mixed": {"size_mb": 0.13, "rows": 12}},
+    "kept": {"bits": "mixed", "block_size": 32, "mixed": {"choices": [4, 8], "rows": 12}, "retention": 0.8},
     "vino": {"bits": 8, "backend": "openvino", "calibration": {"rows": 12}},
 }
 
@@ -59,6 +65,24 @@ def test_sizes_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert planned["half"]["estimated_mb"] == pytest.approx(parameters * 2 / 1e6, abs=0.06)
     assert planned["int8"]["estimated_mb"] == pytest.approx(parameters / 1e6, abs=0.06)
     assert planned["int4"]["estimated_mb"] <= planned["int8"]["estimated_mb"]
+    assert planned["sized"]["estimated_mb"] == pytest.approx(0.13, abs=0.06)
+
+
+def test_the_smallest_that_keeps_enough():
+    """By halving, from either end; the last where none does."""
+    choices = [BitChoice({"embeddings": place}, place, 1 / (place + 1)) for place in range(9)]
+    asked: list[int] = []
+
+    def keeps(limit: int) -> Callable[[BitChoice], bool]:
+        def reaches(choice: BitChoice) -> bool:
+            asked.append(choice.size_bytes)
+            return choice.size_bytes >= limit
+
+        return reaches
+
+    assert [smallest_that_keeps(choices, keeps(limit)).size_bytes for limit in range(11)] == [*range(9), 8, 8]
+    assert len(asked) <= 11 * 4
+    assert smallest_that_keeps(choices[:1], keeps(5)) == choices[0]
 
 
 @pytest.mark.slow
@@ -82,7 +106,8 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     output = tmp_path / "out"
     record = run(load_recipe(path), output)
     steps = {step.name: step for step in record.steps}
-    assert {name: steps[name].artefacts[0].precision for name in FORMS} == {
+    assert {name: steps[name].artefacts[0].precision for name in FORMS if name != "kept"} == {
+        "sized": "mixed, int4 and int8",
         "half": "float16 weights, computed in float32",
         "int4": "int4, blocks of 32, embeddings in int8",
         "static": "int8, static, percentile of 12 rows, layers 1 in float",
@@ -98,7 +123,20 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         assert {"validation", "test"} <= set(artefact.scores)
         assert steps[name].quantization is not None
         assert steps[name].quantization["bits"] == FORMS[name]["bits"]
-        assert steps[name].quantization["gate"] is None
+        assert (steps[name].quantization["gate"] is None) == (name != "kept")
+    sized, kept = (steps[name].quantization or {} for name in ("sized", "kept"))
+    size = steps["sized"].artefacts[0].size
+    assert size is not None
+    assert size.weights_bytes <= 130_000
+    assert size.weights_bytes == pytest.approx(sized["estimated"]["size_mb"] * 1e6, abs=600)
+    assert set(sized["parts"].values()) == {4, 8}
+    assert [part["part"] for part in sized["sensitivity"]["parts"]] == list(sized["parts"])
+    assert sized["divergence"]["mean"] > 0
+    assert kept["gate"]["met"]
+    assert any(tried["met"] for tried in kept["tried"])
+    pictures = [output / "assets" / f"sensitivity.{suffix}" for suffix in ("png", "csv")]
+    assert all(path.is_file() for path in pictures)
+    assert pictures[1].read_text().count("sized,") == 3 * len(sized["parts"])
     assert [artefact.folder for artefact in steps["graphs"].artefacts] == [
         "graphs/openvino",
         "graphs/onnx",
@@ -121,6 +159,9 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     card = (output / CARD).read_text(encoding="utf-8")
     assert lint_card(card, output, record) == []
     assert "int4" in card
+    assert "## Which parts need their bits" in card
+    assert "(assets/sensitivity.png)" in card
+    assert "| layer 1 feed-forward | 16,384 |" in card
     assert "in OpenVINO (step `graphs`" in card
     # What OpenVINO calls model.bin is no pickle, and may go up.
     lines = push(output, "me/tiny", dry_run=True)
@@ -147,6 +188,10 @@ def test_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert message.startswith("steps.int4: expected retention of at least 3, found ")
     assert "of 'teacher' on the validation split" in message
     assert all(word in message for word in ("mood", "strength", "float_layers", "bits: 8", "keep: true"))
+    assert "part                  weights  int4 alone  int8 alone" in message
+    assert re.search(
+        r"bits: mixed finds the smallest graph that reaches this \('[a-z0-9 -]+' hurts most now\)", message
+    )
     assert not (output / "int4").exists()
     waiting = list((output / WORK).glob("int4-*/quantized/model.onnx"))
     assert len(waiting) == 1
@@ -158,6 +203,7 @@ def test_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     gate = (record.steps[-1].quantization or {})["gate"]
     assert gate["met"] is False
     assert gate["limits"]["retention"]["limit"] == 3.0
+    assert len((record.steps[-1].quantization or {})["sensitivity"]["parts"]) == 8
     assert not (output / WORK / "graphs").exists()
     assert (output / "int4" / "model.onnx").is_file()
     assert not waiting[0].exists()

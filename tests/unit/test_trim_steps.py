@@ -19,7 +19,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps import compressing
+from hf_mtcompress.steps import trimming
 from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.workflow import _chosen, do_step, load_record, prepare_output, step_sources
 from tests.tiny_recipe import write_tiny_recipe
@@ -69,7 +69,7 @@ def test_a_killed_recovery_goes_on_with_the_same_mask(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressing, "save_trained", lambda *args: stop() if args[3] else None)
+        patch.setattr(trimming, "save_trained", lambda *args: stop() if args[3] else None)
         with pytest.raises(KeyboardInterrupt):
             steps_done(killed)
     (last,) = killed.output.glob(".work/trimmed-*/checkpoint-6")

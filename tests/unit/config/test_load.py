@@ -568,12 +568,36 @@ def test_rows_are_not_shared_in_a_chain():
         ({"kind": "prune", "heads": 0.5, "importance": "fischer"}, "found 'fischer'; did you mean 'fisher'?"),
         ({"kind": "prune", "heads": 0.5, "repair": "all"}, "repair: expected true or false, found 'all'"),
         ({"kind": "quantize"}, "steps.1 (quantize).backend: is required: expected one of bitsandbytes, onnxruntime"),
-        ({"kind": "quantize", "backend": "onnxruntime", "bits": 5}, "bits: expected one of 16, 8, 4, found 5"),
-        ({"kind": "quantize", "backend": "onnxruntime", "bits": 3}, "bits: expected one of 16, 8, 4, found 3"),
+        ({"kind": "quantize", "backend": "onnxruntime", "bits": 5}, "bits: expected one of 16, 8, 4, mixed, found 5"),
+        ({"kind": "quantize", "backend": "onnxruntime", "bits": 3}, "bits: expected one of 16, 8, 4, mixed, found 3"),
         ({"kind": "quantize", "backend": "bitsandbytes", "bits": 16}, "bits: backend bitsandbytes has 8 and 4 bits"),
         (
+            {"kind": "quantize", "backend": "openvino", "bits": "mixed"},
+            "bits: backend openvino has 8 bits; others",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": "mixed"},
+            "expected something to choose the bits by: 'mixed: {size_mb: ...}', 'retention' or",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "mixed": {"size_mb": 1}},
+            "mixed: expected backend onnxruntime with bits mixed beside it, found onnxruntime with 8; remove the key",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": "mixed", "mixed": {"size_mb": 1, "choices": [4, 5]}},
+            "mixed.choices.1: expected one of 4, 8, 16, 32, found 5",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": "mixed", "mixed": {"size_mb": 1, "choices": [4, 4]}},
+            "mixed.choices: expected at least one number of bits, each once, found [4, 4]",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "bits": "mixed", "mixed": {"size_mb": 0}},
+            "mixed.size_mb: expected a number above 0, found 0",
+        ),
+        (
             {"kind": "quantize", "backend": "onnxruntime", "bits": 8, "block_size": 32},
-            "block_size: expected backend onnxruntime with bits 4 beside it, found onnxruntime with 8",
+            "block_size: expected backend onnxruntime with bits 4 or mixed beside it, found onnxruntime with 8",
         ),
         (
             {"kind": "quantize", "backend": "onnxruntime", "bits": 4, "block_size": 48},
