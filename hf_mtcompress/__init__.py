@@ -36,6 +36,7 @@ from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, Mult
 from hf_mtcompress.trainers.distillation import DistillationMixin, DistillationTrainer
 from hf_mtcompress.trainers.masking import KeepTrimmed
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
+from hf_mtcompress.trainers.rounding import RoundToBits
 from hf_mtcompress.workflow import run as run_recipe
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "MultiTaskTrainingArguments",
     "Predictor",
     "Recipe",
+    "RoundToBits",
     "RunRecord",
     "SequenceClassification",
     "Task",

@@ -225,7 +225,7 @@ def _training_size(step: StepConfig, recipe: Recipe, rows: int) -> dict[str, Any
     match step:
         case PruneStep():
             trainings = recoveries(step, recipe.training)
-        case TrimWeightsStep():
+        case TrimWeightsStep() | QuantizeStep():
             trainings = [] if step.recover is None else [step.recover]
         case _:
             trainings = [step]

@@ -181,6 +181,7 @@ def check_steps(
                 _check_recover(step.recover, path, earlier, names, problems)
             case QuantizeStep():
                 _check_quantize(step, path, problems)
+                _check_recover(step.recover, path, earlier, names, problems)
             case ExportStep():
                 _check_words(step.formats, join(path, "formats"), problems)
                 if step.per_task and "onnx" not in step.formats:
@@ -206,6 +207,7 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
         ("float_layers", bool(step.float_layers), (8, 4)),
         ("calibration", step.calibration is not None, (8,)),
         ("mixed", step.mixed is not None, ("mixed",)),
+        ("recover", step.recover is not None, (8, 4)),
     ):
         if key == "calibration" and step.backend == "openvino":
             continue
@@ -223,6 +225,8 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
             elif step.bits == 8 and key != "embeddings":
                 problems.add(join(path, key), "is about 4 bits; say bits: 4, or remove the key")
     calibration = step.calibration
+    if calibration is not None and step.recover is not None:
+        problems.add(join(path, "calibration"), "training rounds as dynamic 8 bits do; remove this key, or 'recover'")
     if calibration is None:
         pass
     elif step.backend == "openvino":
@@ -589,7 +593,11 @@ def check_adapters(recipe: Recipe, problems: Problems) -> None:
                 if source in adapted:
                     adapted.add(step.name)
             case QuantizeStep() | ExportStep():
-                continue
+                if isinstance(step, QuantizeStep) and step.recover is not None and source in adapted:
+                    problems.add(
+                        join(path, "recover"), f"trains models without adapters, found those of '{source}'; remove it"
+                    )
+                continue  # leaves, from which no step starts
         latest = step.name
 
 

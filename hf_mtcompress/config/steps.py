@@ -349,6 +349,9 @@ class QuantizeStep:
     """Of 4 bits with `bitsandbytes`: the scales of the blocks in 8 bits too."""
     embeddings: bool = False
     """With `bitsandbytes`: the word embedding in as many bits too; `onnxruntime` always does so."""
+    recover: FinetuneStep | DistillStep | None = None
+    """With `onnxruntime` in 8 (dynamic) or 4 bits: training before weights are stored, with numbers rounded as they
+    will be; a finetune or distill section without `name`, `from` and `student`. The float model may be the teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -396,7 +399,11 @@ def teachers_of(step: StepConfig) -> tuple[str, ...]:
             return tuple(item.path for item in teachers)
         case DistillStep() | PretrainStep():
             return () if step.teacher is None else (step.teacher,)
-        case PruneStep(recover=DistillStep() as recover) | TrimWeightsStep(recover=DistillStep() as recover):
+        case (
+            PruneStep(recover=DistillStep() as recover)
+            | TrimWeightsStep(recover=DistillStep() as recover)
+            | QuantizeStep(recover=DistillStep() as recover)
+        ):
             return teachers_of(recover)
         case _:
             return ()

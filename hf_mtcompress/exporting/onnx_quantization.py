@@ -382,6 +382,11 @@ class _Rows:
 # ---- four bits ----
 
 
+def fits_blocks(width: int, block_size: int) -> bool:
+    """Whether a matrix of so many inputs is smaller in 4 bits, in blocks, than in 8."""
+    return math.ceil(width / block_size) * (4 * block_size + _BITS_OF_A_BLOCK) <= 8 * width
+
+
 def _quantize_blocks(
     model: Any, target: Path, excluded: Sequence[str], wanted: Collection[str], block_size: int, left: _Left
 ) -> None:
@@ -395,7 +400,7 @@ def _quantize_blocks(
             continue
         if node.op_type == "MatMul" and len(shape := shapes.get(node.input[1], ())) == 2:
             blocks = math.ceil(shape[0] / block_size)
-            if blocks * (4 * block_size + _BITS_OF_A_BLOCK) > 8 * shape[0]:
+            if not fits_blocks(shape[0], block_size):
                 reason = f"are in 8 bits, since a width of {shape[0]} in blocks of {block_size} would take more"
                 left.add(reason, node.input[1])
                 continue

@@ -192,7 +192,7 @@ def _metadata(record: RunRecord, repo_id: str | None) -> ModelCardData:
     language = list(publish.get("language") or [])
     extra = {}
     if base is not None:
-        untrained = all(step.kind in ("quantize", "export") for step in chain)
+        untrained = all(step.kind in ("quantize", "export") and step.training is None for step in chain)
         extra["base_model_relation"] = "quantized" if untrained else "finetune"
     return ModelCardData(
         language=language or None,

@@ -50,7 +50,7 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench:
     }
     if met:
         return
-    if step.backend == "onnxruntime" and step.bits in (8, 4) and step.calibration is None:
+    if step.backend == "onnxruntime" and step.bits in (8, 4) and not (step.calibration or step.recover):
         logger.warning("%s: a limit is missed; looking for the parts that it comes from", step.name)
         start = start_of(source.name, bench)
         graph = float_graph(source.name, bench, start.model.eval(), start.processor)
@@ -86,7 +86,7 @@ def _gate_message(
         values = [shown(row["reference"]), shown(row["score"]), shown(row["retention"])]
         reason = f" ({comparison.undefined[name]})" if name in comparison.undefined else ""
         rows.append([name, tasks[name].metric, *values[:2], values[2] + reason])
-    todo = "; ".join(_proposals(step, sensitivity))
+    todo = "; ".join(_proposals(step, source.name, sensitivity))
     parts = "" if sensitivity is None else f"\n\n{align(sensitivity_rows(sensitivity))}\n"
     return (
         f"steps.{step.name}: expected {' and '.join(missed)} of '{source.name}' on the {comparison.split} split\n"
@@ -94,7 +94,7 @@ def _gate_message(
     )
 
 
-def _proposals(step: QuantizeStep, sensitivity: Mapping[str, Any] | None) -> list[str]:
+def _proposals(step: QuantizeStep, source: str, sensitivity: Mapping[str, Any] | None) -> list[str]:
     """What may come closer to float, the likeliest first."""
     better = []
     if sensitivity is not None and step.bits in (8, 4):
@@ -102,6 +102,8 @@ def _proposals(step: QuantizeStep, sensitivity: Mapping[str, Any] | None) -> lis
         better.append(f"bits: mixed finds the smallest graph that reaches this ('{worst['part']}' hurts most now)")
     if step.backend == "onnxruntime" and step.bits in (8, 4):
         better.append("float_layers: [...] keeps layers in float")
+        if step.recover is None and step.calibration is None:
+            better.append(f"recover: {{kind: distill, teacher: {source}}} trains with numbers rounded as they will be")
     match step.bits:
         case 4 if step.backend == "onnxruntime":
             better += ["block_size: 32 or embedding_bits: 8 is closer to float", "bits: 8 closer still"]

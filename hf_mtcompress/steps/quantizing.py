@@ -1,11 +1,14 @@
 """Quantize steps: a bitsandbytes folder, or a graph for ONNX Runtime or OpenVINO."""
 
+import dataclasses
 import json
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
@@ -21,9 +24,13 @@ from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, structure_of
 from hf_mtcompress.steps.mixed_bits import mix_bits
 from hf_mtcompress.steps.rows import calibration_rows
+from hf_mtcompress.steps.teaching import recover
+from hf_mtcompress.steps.training import Fit
+from hf_mtcompress.trainers.rounding import RoundToBits
 
 logger = logging.getLogger(__name__)
 
+_FLOAT = "float"
 _QUANTIZED = "quantized"
 _STRUCTURE = "structure.json"
 
@@ -67,8 +74,21 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
     if not structure.exists():
         # What is done stays in the work folder until the step is: its gate may send it back.
         quantization: dict[str, Any] = {}
-        model = bench.load(source).eval()
-        start = float_graph(source, bench, model, processor)
+        model = bench.load(source)
+        fit: Fit | None = None
+        if step.recover is None:
+            start = float_graph(source, bench, model.eval(), processor)
+        else:
+            assert step.bits in (8, 4)
+            rounding = RoundToBits(
+                step.bits,
+                block_size=step.block_size,
+                embedding_bits=step.embedding_bits,
+                float_layers=step.float_layers,
+            )
+            fit = recover(step.recover, Start(model, processor), bench, work, [rounding])
+            torch.nn.Module.to(model, "cpu")
+            start = export_onnx(model.eval(), processor, work / _FLOAT)
         with whole_folder(work / _QUANTIZED) as scratch:
             try:
                 if step.bits == "mixed":
@@ -77,9 +97,10 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
                     _few_bits(step, start, scratch, Start(model, processor), bench)
             except RecipeError as error:
                 raise RecipeError([f"steps.{step.name}.{problem}" for problem in error.problems]) from error
-        write_text(structure, json.dumps([structure_of(model), quantization]))
+        training = dataclasses.asdict(fit) if fit is not None else {}
+        write_text(structure, json.dumps([structure_of(model), quantization, training], default=str))
     shutil.copytree(work / _QUANTIZED, folder, dirs_exist_ok=True)
-    shape, chosen = json.loads(structure.read_text(encoding="utf-8"))
+    shape, chosen, training = json.loads(structure.read_text(encoding="utf-8"))
     form: GraphForm = "onnx" if step.backend == "onnxruntime" else "openvino"
     settings = read_graph_settings(folder, form)
     artefact = Artefact(form=form, folder=".", precision=_graph_precision(step, settings.quantization))
@@ -89,6 +110,7 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
         [artefact],
         processor,
         shape,
+        **training,
         probes={".": answers},
         quantization={
             "backend": step.backend,
@@ -144,6 +166,7 @@ def _graph_precision(step: QuantizeStep, quantization: Mapping[str, Any]) -> str
     """Kind of numbers first, then how."""
     kinds = sorted(set(quantization.get("parts", {}).values()))
     kept = f", layers {', '.join(map(str, step.float_layers))} in float" if step.float_layers else ""
+    kept += ", trained with it" if step.recover is not None else ""
     match step.bits:
         case 16:
             return "float16 weights, computed in float32"

@@ -580,6 +580,18 @@ def test_rows_are_not_shared_in_a_chain():
             "expected something to choose the bits by: 'mixed: {size_mb: ...}', 'retention' or",
         ),
         (
+            {"kind": "quantize", "backend": "openvino", "recover": {"kind": "finetune"}},
+            "recover: expected backend onnxruntime with bits 8 or 4 beside it, found openvino with 8; remove the key",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "recover": {"kind": "finetune"}, "calibration": {"rows": 3}},
+            "calibration: training rounds as dynamic 8 bits do; remove this key, or 'recover'",
+        ),
+        (
+            {"kind": "quantize", "backend": "onnxruntime", "recover": {"kind": "finetune", "name": "a"}},
+            "recover.name: recovery belongs to its step; remove the key",
+        ),
+        (
             {"kind": "quantize", "backend": "onnxruntime", "mixed": {"size_mb": 1}},
             "mixed: expected backend onnxruntime with bits mixed beside it, found onnxruntime with 8; remove the key",
         ),

@@ -1,0 +1,211 @@
+"""Training of weights that will be stored in few bits: numbers are rounded as the runtime will round them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.exporting.onnx_quantization import BLOCK_SIZES, fits_blocks
+from hf_mtcompress.model.adapters import ADAPTERS
+from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.modeling import MultiTaskModel
+
+Bits = Literal[8, 4]
+
+
+class RoundToBits(TrainerCallback):
+    """Quantization-aware training, in any `Trainer`: `callbacks=[RoundToBits(8)]`.
+
+    While the model is trained and evaluated, its linear layers and embeddings compute with rounded weights and rounded
+    activations, as ONNX Runtime will when `quantize_onnx` has stored them in as many bits; gradients pass the rounding
+    as if it were not there. Parameters, checkpoints and the saved model stay float: quantize them afterwards, with the
+    same settings. The last layer of each head stays float, as it does there.
+
+    Args:
+        bits: 8 (dynamic) or 4.
+        block_size: with 4 bits, as in `quantize_onnx`.
+        embedding_bits: with 4 bits, 4 or 8; default: 4.
+        float_layers: encoder layers that stay in float, counted from 0.
+
+    Raises:
+        ValueError: other numbers of bits, or a block size that does not exist.
+
+    References:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+            Inference", CVPR.
+        Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
+            Computation" (gradients that pass).
+    """
+
+    def __init__(
+        self,
+        bits: Bits = 8,
+        *,
+        block_size: int = 64,
+        embedding_bits: Bits | None = None,
+        float_layers: Sequence[int] = (),
+    ) -> None:
+        if bits not in (8, 4):
+            raise ValueError(f"bits: expected 8 or 4, found {bits}")
+        if block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
+        if embedding_bits not in (None, 8, 4) or (embedding_bits is not None and bits == 8):
+            raise ValueError(f"embedding_bits: expected 8 or 4, with 4 bits only, found {embedding_bits}")
+        self.bits = bits
+        self.block_size = block_size
+        self.table_bits: Bits = embedding_bits or bits
+        self.float_layers = tuple(float_layers)
+        self._rounded: list[nn.Module] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the model compute with rounded numbers.
+
+        Raises:
+            UnsupportedEncoderError: `float_layers` names layers that cannot be told apart, or that do not exist.
+        """
+        model = kwargs["model"]
+        self.install(getattr(model, "module", model))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let it compute in float again."""
+        self.remove()
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Let a model compute with rounded numbers until `remove`."""
+        self.remove()
+        skipped = _last_layers(model) | _layers_of(model, self.float_layers)
+        for name, module in model.named_modules():
+            if module in skipped or f"{ADAPTERS}." in f"{name}.":
+                continue
+            if isinstance(module, nn.Linear):
+                bits = 4 if self.bits == 4 and fits_blocks(module.in_features, self.block_size) else 8
+                own = _linear(module, bits, self.block_size)
+            elif isinstance(module, nn.Embedding):
+                own = _embedding(module, self.table_bits, self.block_size)
+            else:
+                continue
+            module.__dict__["forward"] = own  # of this instance; that of its class stays behind it
+            self._rounded.append(module)
+
+    def remove(self) -> None:
+        """Let the model compute in float again."""
+        for module in self._rounded:
+            module.__dict__.pop("forward", None)
+        self._rounded = []
+
+
+# ---- layers ----
+
+
+def _linear(module: nn.Linear, bits: int, block_size: int) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        weight, values = module.weight.float(), input.float()
+        if bits == 8:
+            weight, values = round_rows(weight), round_tensor(values)
+        else:
+            weight, values = round_blocks(weight, block_size), round_block_activations(values, block_size)
+        return nn.functional.linear(values, weight, module.bias)
+
+    return forward
+
+
+def _embedding(module: nn.Embedding, bits: int, block_size: int) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        table = module.weight.float()
+        table = round_tensor(table) if bits == 8 else round_blocks(table, block_size)
+        return nn.functional.embedding(input, table, module.padding_idx)
+
+    return forward
+
+
+def _last_layers(model: nn.Module) -> set[nn.Module]:
+    """The linear layers that logits come from; of a stock model, all outside of its encoder."""
+    if isinstance(model, MultiTaskModel):
+        found = [[part for part in head.modules() if isinstance(part, nn.Linear)] for head in model.heads.values()]
+        return {parts[-1] for parts in found if parts}
+    inside = set(model.base_model.modules()) if isinstance(model, PreTrainedModel) else set()
+    return {part for part in model.modules() if isinstance(part, nn.Linear) and part not in inside}
+
+
+def _layers_of(model: PreTrainedModel, numbers: Sequence[int]) -> set[nn.Module]:
+    """All modules of encoder layers."""
+    if not numbers:
+        return set()
+    encoders = model.encoders.values() if isinstance(model, MultiTaskModel) else [model.base_model]
+    found: set[nn.Module] = set()
+    for encoder in encoders:
+        assert isinstance(encoder, PreTrainedModel)
+        layers = find_anatomy(encoder).layers
+        if missing := [number for number in numbers if not 0 <= number < len(layers)]:
+            raise UnsupportedEncoderError(
+                f"float_layers: expected layers among 0 to {len(layers) - 1}, found {missing}; count from 0"
+            )
+        found |= {part for number in numbers for part in layers[number].module.modules()}
+    return found
+
+
+# ---- numbers ----
+
+
+def round_rows(weight: Tensor) -> Tensor:
+    """8 bits with a scale for each output channel.
+
+    Args:
+        weight: (outputs, inputs).
+    """
+    scale = weight.detach().abs().amax(dim=1, keepdim=True) / 127
+    return _rounded(weight, scale, None, -127, 127)
+
+
+def round_tensor(values: Tensor) -> Tensor:
+    """8 bits from the smallest to the largest of all numbers: those of a batch, or of a table."""
+    low, high = values.detach().amin().clamp(max=0), values.detach().amax().clamp(min=0)
+    scale = (high - low) / 255
+    return _rounded(values, scale, _zero_point(low, scale, 255), 0, 255)
+
+
+def round_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """4 bits in blocks along the second axis, each with a scale and a zero point.
+
+    Args:
+        weight: (outputs, inputs); the last block is filled up with zeros.
+        block_size: numbers in a block.
+    """
+    blocks = _blocks(weight, block_size)
+    low = blocks.detach().amin(dim=-1, keepdim=True).clamp(max=0)
+    high = blocks.detach().amax(dim=-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 15
+    rounded = _rounded(blocks, scale, _zero_point(low, scale, 15), 0, 15)
+    return rounded.flatten(-2)[..., : weight.shape[-1]]
+
+
+def round_block_activations(values: Tensor, block_size: int) -> Tensor:
+    """8 bits in blocks along the last axis, each with a scale."""
+    blocks = _blocks(values, block_size)
+    scale = blocks.detach().abs().amax(dim=-1, keepdim=True) / 127
+    return _rounded(blocks, scale, None, -127, 127).flatten(-2)[..., : values.shape[-1]]
+
+
+def _blocks(values: Tensor, block_size: int) -> Tensor:
+    missing = -values.shape[-1] % block_size
+    return nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, block_size))
+
+
+def _zero_point(low: Tensor, scale: Tensor, largest: int) -> Tensor:
+    return torch.where(scale > 0, (-low / scale.clamp(min=1e-30)).round(), 0).clamp(0, largest)
+
+
+def _rounded(values: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+    """The nearest numbers that can be stored; gradients are those of `values`."""
+    # All numbers of a block of zeros are 0.
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = 0 if zero_point is None else zero_point
+    stored = ((values.detach() / safe).round() + zero).clamp(low, high)
+    return values + ((stored - zero) * safe - values.detach())
