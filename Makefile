@@ -6,6 +6,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 ARGS   ?=
+# Processes that share the test files.
+JOBS   ?= 2
 # What is installed belongs to the content of these files: the same content installs nothing twice.
 KEY    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 RUN    := $(VENV)/.installed-to-run-$(KEY)
@@ -23,10 +25,10 @@ quickstart: $(RUN) ## Make one small checkpoint for three tasks, with card and m
 	HF_HUB_OFFLINE=1 $(BIN)/hf-mtcompress run recipes/quickstart/recipe.yaml "encoder.path=$$encoder" $(ARGS)
 
 test: $(DEV) ## Run the tests (seconds each; no network)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(DEV) ## Run the tests that take longer
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(DEV) ## Check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import platform
+import signal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ def load_average() -> float | None:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):  # Windows has no such function
         return None
+
+
+def ending_of(returncode: int) -> str:
+    """How a child process ended, in words; with what to do where its processor or memory was too small for it.
+
+    Args:
+        returncode: as `subprocess` has it, below 0 for the number of a signal.
+    """
+    if returncode >= 0:
+        return f"ended with code {returncode}"
+    names = {number.value: number.name for number in signal.Signals}
+    found = names.get(-returncode, f"signal {-returncode}")
+    advice = {
+        "SIGILL": f" (an instruction that this processor, {_processor()}, does not have: install a build of the "
+        "runtime that is made for it, or take another form, such as the torch folder)",
+        "SIGKILL": " (most often for want of memory: close other programs, or take smaller batches)",
+    }
+    return f"was ended by {found}{advice.get(found, '')}"
 
 
 def require_extra(extra: str) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.data.preprocessing import max_length_of
-from hf_mtcompress.environment import available_cores, load_average
+from hf_mtcompress.environment import available_cores, ending_of, load_average
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.inference.graph_settings import FILES, graph_bytes, read_graph_settings
 from hf_mtcompress.inference.reload_check import child_environment, save_arrays
@@ -435,7 +435,9 @@ class _Worker:
         return json.loads(line)
 
     def _failure(self, what: str) -> ArtifactError:
-        self._process.wait()
+        code = self._process.wait()
+        if what == "ended" and code < 0:
+            what = ending_of(code)
         self._errors.seek(0)
         last = "\n".join(self._errors.read().strip().splitlines()[-3:])
         return ArtifactError(f"expected '{self.label}' to load and answer, but its process {what}:\n{last}")

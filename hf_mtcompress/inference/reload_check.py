@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_mtcompress.environment import ending_of
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.inference.runtimes import folder_form, read_config, task_folders
 from hf_mtcompress.model.marking import is_ours
@@ -137,8 +138,7 @@ def _run_child(checks: list[ReloadCheck], scratch: Path, *, plain: bool, timeout
     if child.returncode != 0 or not results.is_file():
         last = "\n".join(child.stderr.strip().splitlines()[-5:])
         raise ArtifactError(
-            f"expected a fresh process to reload {len(checks)} folders, but it ended with code {child.returncode}:\n"
-            f"{last}"
+            f"expected a fresh process to reload {len(checks)} folders, but it {ending_of(child.returncode)}:\n{last}"
         )
     return json.loads(results.read_text(encoding="utf-8"))
 

@@ -4,12 +4,15 @@ import getpass
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from hf_mtcompress import environment
+from hf_mtcompress.environment import ending_of
 from hf_mtcompress.errors import MissingExtraError
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -62,3 +65,18 @@ def test_extras_are_those_of_the_package():
         # What some Pythons cannot have (it carries a marker) is asked for where it is used.
         names = {re.split(r"[^\w-]", requirement)[0] for requirement in extras[extra] if ";" not in requirement}
         assert {modules_of.get(name, name) for name in names} == set(modules)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("sys.exit(3)", "ended with code 3"),
+        ("os.kill(os.getpid(), signal.SIGILL)", "was ended by SIGILL (an instruction that this processor, "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL (most often for want of memory"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", "was ended by SIGTERM"),
+    ],
+)
+def test_how_a_process_ended(way: str, words: str):
+    """A number below 0 tells nobody that the processor is too old."""
+    child = subprocess.run([sys.executable, "-c", f"import os, signal, sys; {way}"], check=False)
+    assert ending_of(child.returncode).startswith(words)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def test_no_process_outlives_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
         assert worker._process.returncode is not None
         with pytest.raises(ProcessLookupError):
             os.kill(worker._process.pid, 0)
+
+
+def test_a_processor_that_lacks_an_instruction_is_named(monkeypatch: pytest.MonkeyPatch):
+    """A runtime built for another processor ends its process without a word; the message must have some."""
+    begin = module._Worker.__enter__
+
+    def unlucky(self: module._Worker) -> module._Worker:
+        begin(self)
+        os.kill(self._process.pid, signal.SIGILL)
+        return self
+
+    monkeypatch.setattr(module._Worker, "__enter__", unlucky)
+    message = r"'teacher' .* its process was ended by SIGILL \(an instruction that this processor, .*, does not have"
+    with pytest.raises(ArtifactError, match=message):
+        benchmark({"teacher": saved_text().folders["torch"]}, reference="teacher", config=CONFIG, samples=LONG)
 
 
 def test_a_worker_that_hangs_is_ended():

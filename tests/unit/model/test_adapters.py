@@ -142,7 +142,7 @@ def test_the_folder_opens_in_a_fresh_process(tmp_path: Path) -> None:
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("modernbert", marks=pytest.mark.slow)])
 def test_onnx_equals_torch(family: str, tmp_path: Path) -> None:
     """One graph with every adapter's run; the encoder's weights stand in it once."""
     model = plain(family)
