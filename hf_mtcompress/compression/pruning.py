@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_mtcompress.compression.counting import check_amounts, costs_of, select_compute
+from hf_mtcompress.compression.counting import Costs, check_amounts, costs_of, select_compute
 from hf_mtcompress.compression.importance import (
     Gradients,
     Scores,
@@ -39,6 +39,7 @@ from hf_mtcompress.compression.selection import (
     select_within_time,
 )
 from hf_mtcompress.compression.selection import rearrange as rearrange_layer
+from hf_mtcompress.compression.uniform import select_one_width
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
@@ -139,6 +140,7 @@ def prune(
     rearrange: bool = False,
     repair: bool = False,
     multiple_of: int = 32,
+    shape: Literal["free", "vanilla"] = "free",
     seed: int = 42,
     whole: Whole | None = None,
     progress: bool = True,
@@ -166,6 +168,8 @@ def prune(
         rearrange: swap parts within a layer where that hurts the loss less; needs `fisher`.
         repair: solve the output projections anew after the cut, without training; see `repair.py`.
         multiple_of: feed-forward widths become multiples of this, which is what kernels like.
+        shape: `vanilla` for what plain transformers can load: whole layers go, and all feed-forward parts get the same
+            width; heads stay. `compute` and `latency` then choose that width.
         seed: of `random`.
         whole: for a further round: what `heads`, `feed_forward` and `compute` are fractions of, what went before
             included; default: the model as it is.
@@ -185,6 +189,8 @@ def prune(
         refuse_adapters(model, "pruning")
     start = time.monotonic()
     _check_arguments(heads, feed_forward, compute, length, latency, importance, rearrange)
+    if shape == "vanilla" and heads:
+        raise ValueError(f"heads: expected 0 with shape 'vanilla', whose configs know no width of heads, found {heads}")
     encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
@@ -233,6 +239,10 @@ def prune(
             layer_scores = _combined(measured, "mean" if combine == "max_min" else combine, one_scale)
 
         def select(scores: Scores) -> tuple[Kept, Kept]:
+            if shape == "vanilla":
+                parts = None if whole is None else [whole.layers[layer][1] for layer in kept_layers]
+                fits = _fitting(feed_forward, parts, scores, costs, total, compute, latency, milliseconds)
+                return select_one_width(encoder, scores, fits, multiple_of)
             if latency is not None and milliseconds is not None:
                 return _select_time(scores, latency, milliseconds, multiple_of)
             if costs is None or total is None:
@@ -411,6 +421,29 @@ def _select_time(scores: Scores, latency: TimeBudget, milliseconds: float, multi
         budget=budget - fixed,
         multiple_of=multiple_of,
     )
+
+
+def _fitting(
+    feed_forward: float,
+    whole: Sequence[int] | None,
+    scores: Scores,
+    costs: Costs | None,
+    total: int | None,
+    compute: float,
+    latency: TimeBudget | None,
+    milliseconds: float | None,
+) -> Callable[[int], bool]:
+    """Whether one width for all feed-forward parts is within what was asked for."""
+    heads, layers = sum(map(len, scores.heads)), len(scores.feed_forward)
+    if latency is not None and milliseconds is not None:
+        times = latency.table.batches[latency.batch_size]
+        heads_cost, width_cost = block_costs(times, max(map(len, scores.heads)), max(map(len, scores.feed_forward)))
+        fixed = times.rest + times.layer * layers + sum(heads_cost(len(values)) for values in scores.heads)
+        return lambda width: fixed + layers * width_cost(width) <= (1.0 - latency.remove) * milliseconds
+    if costs is not None and total is not None:
+        return lambda width: costs.head * heads + costs.neuron * layers * width <= (1.0 - compute) * total
+    neurons = sum(map(len, scores.feed_forward)) if whole is None else sum(whole)
+    return lambda width: layers * width <= (1.0 - feed_forward) * neurons + 1e-9
 
 
 def _rearrange(kept: tuple[Kept, Kept], measured: _Measured, how: Combine) -> tuple[tuple[Kept, Kept], int]:

@@ -354,6 +354,10 @@ def _check_prune(
             join(path, "candidates"),
             f"tries random cuts; expected importance: random beside it, found importance: {step.importance}",
         )
+    if step.shape == "vanilla" and step.heads:
+        problems.add(join(path, "heads"), "plain transformers knows no width of heads; remove the key, or shape")
+    if step.shape == "vanilla" and isinstance(step.schedule, GradualSchedule):
+        problems.add(join(path, "shape"), "gradual cuts layers unevenly; expected shape: free, or another schedule")
     if step.latency and not isinstance(step.schedule, OneShotSchedule):
         problems.add(
             join(path, "schedule"),

@@ -211,6 +211,9 @@ class PruneStep:
     (`iterative`), or step by step during the recovery (`gradual`)."""
     multiple_of: int = 32
     """Feed-forward widths are rounded to multiples of this, which is what kernels like."""
+    shape: Literal["free", "vanilla"] = "free"
+    """`vanilla` for what plain transformers can load: whole layers go, all feed-forward parts get the same width, and
+    heads stay; `compute` and `latency` then choose that width."""
     recover: FinetuneStep | DistillStep | None = None
     """Training after the cut: a finetune or distill section without `name`, `from` and `student`."""
 

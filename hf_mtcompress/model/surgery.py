@@ -447,6 +447,16 @@ def _write_config(encoder: PreTrainedModel) -> None:
             _set_fields(encoder.config, changes)
 
 
+def expresses_width(encoder: PreTrainedModel, width: int) -> bool:
+    """Whether the encoder's config can say that every feed-forward part has this width."""
+    hidden_size = find_anatomy(encoder).hidden_size
+    for changes in _width_changes(encoder.config, width, hidden_size):
+        built = _build_with(encoder, changes)
+        if built and all(layer.feed_forward.width == width for layer in built):
+            return True
+    return False
+
+
 def _mark(encoder: PreTrainedModel) -> None:
     write_mark(encoder.config, None if is_vanilla(encoder) else describe_structure(encoder))
 

@@ -188,6 +188,7 @@ def _cut(
                 rearrange=step.rearrange,
                 repair=step.repair,
                 multiple_of=step.multiple_of,
+                shape=step.shape,
                 seed=seed,
                 progress=progress,
                 **wanted,

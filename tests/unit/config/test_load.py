@@ -565,6 +565,10 @@ def test_rows_are_not_shared_in_a_chain():
             "combine: is about importance that is measured for each task, found importance: random",
         ),
         ({"kind": "prune", "heads": 0.5, "combine": "maxmin"}, "found 'maxmin'; did you mean 'max_min'?"),
+        (
+            {"kind": "prune", "heads": 0.5, "shape": "vanilla"},
+            "heads: plain transformers knows no width of heads; remove the key, or shape",
+        ),
         ({"kind": "prune", "heads": 0.5, "importance": "fischer"}, "found 'fischer'; did you mean 'fisher'?"),
         ({"kind": "prune", "heads": 0.5, "repair": "all"}, "repair: expected true or false, found 'all'"),
         ({"kind": "quantize"}, "steps.1 (quantize).backend: is required: expected one of bitsandbytes, onnxruntime"),
