@@ -35,8 +35,8 @@ def select_one_width(
     width = next((size for size in reversed(steps) if fits(size) and expresses_width(encoder, size)), None)
     if width is None:
         raise ValueError(
-            f"shape: expected an amount that all heads and {steps[0]} or more of {widths[0]} neurons in every layer are "
-            f"within, in a width that {type(encoder.config).__name__} can express, found more to remove; remove layers "
+            f"shape: expected an amount that leaves {steps[0]} or more of {widths[0]} neurons in every layer, and all "
+            f"heads, in a width that {type(encoder.config).__name__} can express, found more to remove; remove layers "
             "too, or less"
         )
     heads = {layer: list(range(len(values))) for layer, values in enumerate(scores.heads)}

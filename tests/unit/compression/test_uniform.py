@@ -88,7 +88,7 @@ def test_widths_that_a_config_can_say() -> None:
     ("arguments", "message"),
     [
         ({"heads": 0.5}, "heads: expected 0 with shape 'vanilla', .* found 0.5"),
-        ({"feed_forward": 1.0}, "shape: expected an amount that all heads and 8 or more of 64 neurons"),
+        ({"feed_forward": 1.0}, "shape: expected an amount that leaves 8 or more of 64 neurons"),
         ({"compute": 0.9}, "found more to remove; remove layers too, or less"),
     ],
 )
