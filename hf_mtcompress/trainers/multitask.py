@@ -173,7 +173,10 @@ class MultiTaskTrainer(Trainer):
     @property
     def tasks(self) -> dict[str, Task]:
         """The model's tasks by name."""
-        model = self.accelerator.unwrap_model(self.model)
+        model: Any = self.model
+        if not isinstance(model, MultiTaskModel):
+            # Walks through all modules, which would be done several times a step.
+            model = self.accelerator.unwrap_model(model)
         assert isinstance(model, MultiTaskModel)
         return model.tasks
 
