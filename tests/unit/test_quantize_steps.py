@@ -29,6 +29,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "static": {"bits": 8, "calibration": {"method": "percentile", "rows": 12}, "float_layers": [1]},
     "sized": {"bits": "mixed", "block_size": 32, "mixed": {"size_mb": 0.13, "rows": 12}},
     "kept": {"bits": "mixed", "block_size": 32, "mixed": {"choices": [4, 8], "rows": 12}, "retention": 0.8},
+    "trained": {
+        "bits": 4,
+        "block_size": 32,
+        "recover": {"kind": "distill", "teacher": "teacher", "criteria": ["logits"], "epochs": 2},
+    },
     "vino": {"bits": 8, "backend": "openvino", "calibration": {"rows": 12}},
 }
 
@@ -66,6 +71,8 @@ def test_sizes_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert planned["int8"]["estimated_mb"] == pytest.approx(parameters / 1e6, abs=0.06)
     assert planned["int4"]["estimated_mb"] <= planned["int8"]["estimated_mb"]
     assert planned["sized"]["estimated_mb"] == pytest.approx(0.13, abs=0.06)
+    assert planned["trained"]["optimizer_steps"] > 0
+    assert "optimizer_steps" not in planned["int4"]
 
 
 def test_the_smallest_that_keeps_enough():
@@ -108,6 +115,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     steps = {step.name: step for step in record.steps}
     assert {name: steps[name].artefacts[0].precision for name in FORMS if name != "kept"} == {
         "sized": "mixed, int4 and int8",
+        "trained": "int4, blocks of 32, embeddings in int4, trained with it",
         "half": "float16 weights, computed in float32",
         "int4": "int4, blocks of 32, embeddings in int8",
         "static": "int8, static, percentile of 12 rows, layers 1 in float",
@@ -133,6 +141,13 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     assert [part["part"] for part in sized["sensitivity"]["parts"]] == list(sized["parts"])
     assert sized["divergence"]["mean"] > 0
     assert kept["gate"]["met"]
+    assert steps["int4"].training is None
+    training = steps["trained"].training
+    assert training is not None
+    # What the trainer scored, with numbers rounded, is what the saved graph scores.
+    scored = {row["step"]: row["eval_average"] for row in training["log"] if "eval_average" in row}
+    found = steps["trained"].artefacts[0].scores["validation"].average
+    assert scored[training["best_step"] or training["steps"]] == pytest.approx(found, abs=1e-4)
     assert any(tried["met"] for tried in kept["tried"])
     pictures = [output / "assets" / f"sensitivity.{suffix}" for suffix in ("png", "csv")]
     assert all(path.is_file() for path in pictures)
