@@ -243,14 +243,12 @@ def _bfloat16(model: torch.nn.Module) -> None:
     model.to(torch.bfloat16)
 
 
-def _quanto(bits: int) -> Callable[[torch.nn.Module], None]:
-    def change(model: torch.nn.Module) -> None:
-        from optimum.quanto import freeze, qint4, qint8, quantize  # pyright: ignore[reportMissingImports] -- a peer
+def _quanto(model: torch.nn.Module) -> None:
+    # Its 4 bits do not run in torch's inference mode (0.2.7).
+    from optimum.quanto import freeze, qint8, quantize  # pyright: ignore[reportMissingImports] -- a peer
 
-        quantize(model, weights=qint8 if bits == 8 else qint4, exclude=["heads.*"])
-        freeze(model)
-
-    return change
+    quantize(model, weights=qint8, exclude=["heads.*"])
+    freeze(model)
 
 
 def _torchao(kind: str) -> Callable[[torch.nn.Module], None]:
@@ -268,8 +266,7 @@ def _torchao(kind: str) -> Callable[[torch.nn.Module], None]:
 
 PEERS: dict[str, Callable[[torch.nn.Module], None]] = {
     "torch bfloat16": _bfloat16,
-    "optimum-quanto int8": _quanto(8),
-    "optimum-quanto int4": _quanto(4),
+    "optimum-quanto int8": _quanto,
     "torchao int8 weights": _torchao("Int8WeightOnlyConfig"),
     "torchao int8": _torchao("Int8DynamicActivationInt8WeightConfig"),
 }
