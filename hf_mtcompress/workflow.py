@@ -167,6 +167,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             # The limits of a gate do not change what was made: they are held against it again.
             pass_gate(step, done[str(source)], found, bench, work)
             found.settings = _plain(step)
+            shutil.rmtree(work, ignore_errors=True)
         return found
     logger.warning("%s: %s%s", name, step.kind, f" from {source}" if source else "")
     work.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
     recipe = bench.recipe
     # Mixed bits without a size are chosen by these limits.
     judged = isinstance(step, QuantizeStep) and (step.bits != "mixed" or (step.mixed and step.mixed.size_mb))
-    limits = _LIMITS_OF_A_GATE if judged else ()
+    limits = _LIMITS_OF_A_GATE if judged else _KEEP if isinstance(step, QuantizeStep) else ()
     parts = {
         "format": records.FORMAT_VERSION,
         "step": {
@@ -233,7 +234,8 @@ def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepR
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-_LIMITS_OF_A_GATE = ("retention", "worst_task_retention", "keep")
+_KEEP = ("keep",)
+_LIMITS_OF_A_GATE = ("retention", "worst_task_retention", *_KEEP)
 """Keys of a quantize step that judge what it made, and do not change it."""
 
 

@@ -39,7 +39,7 @@ from hf_mtcompress.compression.selection import (
     select_within_time,
 )
 from hf_mtcompress.compression.selection import rearrange as rearrange_layer
-from hf_mtcompress.compression.uniform import select_one_width
+from hf_mtcompress.compression.uniform import check_vanilla, select_one_width
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
@@ -212,6 +212,8 @@ def prune(
     difference, swapped = 0.0, 0
     lost: dict[str, float] = {}
     repaired, costs, total = None, None, None
+    if shape == "vanilla":
+        check_vanilla(encoder, kept_layers)
     was_training = model.training
     model.eval()
     full = copy.deepcopy(model) if repair else None
@@ -232,6 +234,8 @@ def prune(
                 lambda scores: select_layers(scores.layers, layers),
                 lambda kept, share: 1.0 - float(share.layers[kept].sum()),
             )
+            if shape == "vanilla":
+                check_vanilla(encoder, kept_layers)
             keep_layers(encoder, kept_layers)
             if heads or feed_forward or compute or latency:
                 measured = _measure(model, encoder, data, importance, rearrange, seed, progress)

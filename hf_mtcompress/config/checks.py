@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.config.data import DataConfig
@@ -583,26 +583,32 @@ def check_adapters(recipe: Recipe, problems: Problems) -> None:
                         f"{verb} models without adapters, found those of '{source}'; {verb.removesuffix('s')} before "
                         "them",
                     )
-                recover = step.recover
-                if isinstance(recover, FinetuneStep) and recover.adapters is not None:
-                    problems.add(
-                        join(path, "recover.adapters"),
-                        "recovery trains the cut model itself; remove the key, and add a finetune step that has it",
-                    )
-                elif isinstance(recover, DistillStep):
-                    place = join(path, "recover")
-                    taught = any(teacher in adapted for teacher in teachers_of(recover))
-                    _check_distilled_adapters(recover, False, taught, place, problems)
+                _check_recovered_adapters(step.recover, adapted, path, problems)
             case TrimVocabularyStep():
                 if source in adapted:
                     adapted.add(step.name)
             case QuantizeStep() | ExportStep():
-                if isinstance(step, QuantizeStep) and step.recover is not None and source in adapted:
-                    problems.add(
-                        join(path, "recover"), f"trains models without adapters, found those of '{source}'; remove it"
-                    )
+                if isinstance(step, QuantizeStep) and step.recover is not None:
+                    if source in adapted:
+                        words = f"trains models without adapters, found those of '{source}'; remove it"
+                        problems.add(join(path, "recover"), words)
+                    _check_recovered_adapters(step.recover, adapted, path, problems)
                 continue  # leaves, from which no step starts
         latest = step.name
+
+
+def _check_recovered_adapters(
+    recover: FinetuneStep | DistillStep | None, adapted: Collection[str | None], path: str, problems: Problems
+) -> None:
+    """The training after a cut has no adapters of its own; its teacher may have some."""
+    if isinstance(recover, FinetuneStep) and recover.adapters is not None:
+        problems.add(
+            join(path, "recover.adapters"),
+            "recovery trains the cut model itself; remove the key, and add a finetune step that has it",
+        )
+    elif isinstance(recover, DistillStep):
+        taught = any(teacher in adapted for teacher in teachers_of(recover))
+        _check_distilled_adapters(recover, False, taught, join(path, "recover"), problems)
 
 
 def _check_new_adapters(recipe: Recipe, already: bool, path: str, problems: Problems) -> None:

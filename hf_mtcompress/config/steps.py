@@ -294,14 +294,15 @@ class CalibrationConfig:
 class MixedConfig:
     """Bits for each part of the model, by how far answers move when that part alone is stored in few bits.
 
-    Parts are the embeddings, and attention and feed-forward part of each layer.
+    Parts are the embeddings, and attention and feed-forward part of each layer. Layers of branches, and encoders with
+    adapters, are one part together with all other matrices.
     """
 
     choices: tuple[Literal[4, 8, 16, 32], ...] = (4, 8, 16)
     """Bits that a part may get."""
     size_mb: float | None = None
-    """Size of the graph in megabytes (10^6 bytes): answers are kept as close to float as it allows. Default: the
-    smallest graph that reaches the step's `retention` on the validation rows, found by trying."""
+    """Size of the graph in megabytes (10^6 bytes): answers of main tasks are kept as close to float as it allows.
+    Default: a small graph that reaches the step's `retention` on the validation rows, found by halving among 40."""
     rows: int = 256
     """Training rows that answers are compared on, over all tasks."""
 

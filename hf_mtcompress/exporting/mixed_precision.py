@@ -10,6 +10,7 @@ References:
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ from hf_mtcompress.tasks import Task
 MIXED_BITS = (4, 8, 16, 32)
 """What a part may be stored in."""
 _COLUMNS = ("divergence", "tasks", "saved_bytes")
-_SIZE_STEPS = 4000
-"""Sizes are told apart to this fraction of the float graph, so that the front stays short."""
+_LONGEST_FRONT = 4000
+"""Choices that are kept while parts are added; of more, those that lie close together are thinned."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PartSensitivity:
     Attributes:
         name: the part, such as `layer 0 attention`.
         weights: numbers in its matrices.
-        divergence: by bits, how far answers move; see `answer_divergence`. Nothing for 32 bits.
+        divergence: by bits, how far answers of the main tasks move; see `answer_divergence`. Nothing for 32 bits.
         tasks: the same by bits and task.
         saved_bytes: by bits, how much smaller the file gets.
     """
@@ -164,7 +165,7 @@ def measure_sensitivity(
         progress: show a progress bar.
 
     Returns:
-        A mean over tasks, and the divergence of each, by part and bits.
+        A mean over the main tasks, and the divergence of each, by part and bits.
 
     Raises:
         ArtifactError: the source is no float ONNX folder.
@@ -193,7 +194,7 @@ def measure_sensitivity(
                 for number in tried:
                     write_parts(copy.deepcopy(model), target, parts, {part: number}, block_size)
                     of_tasks[number] = _compare(tasks, _answers(target, batches), expected, batches)
-                    divergences[number] = sum(of_tasks[number].values()) / len(tasks)
+                    divergences[number] = _mean_of_main(tasks, of_tasks[number])
                     saved[number] = whole - target.stat().st_size
                     bar.update()
                 found.append(PartSensitivity(part, numbers[part], divergences, of_tasks, saved))
@@ -203,31 +204,50 @@ def measure_sensitivity(
 def best_choices(sensitivity: Sensitivity, bits: Sequence[int] = MIXED_BITS) -> list[BitChoice]:
     """The choices of bits that no other choice beats in both size and divergence, from the smallest to the largest.
 
-    Exact, but for sizes that differ by less than a four-thousandth of the float graph.
+    Exact while there are at most 4,000 of them. Of more, the range of sizes is divided into 2,000, and of each division
+    the smallest and the best stay; so the smallest and the best of all are always among them.
 
     Args:
         sensitivity: what `measure_sensitivity` found.
-        bits: that may be chosen; 32 is float. Others must have been measured.
+        bits: that may be chosen; 32 is float. Others must have been measured; where one gave numbers that are not
+            finite, it is left out.
+
+    Raises:
+        RecipeError: a part is left without any.
     """
-    step = max(sensitivity.float_bytes / _SIZE_STEPS, 1)
     front = [BitChoice({}, sensitivity.float_bytes, 0.0)]
     for part in sensitivity.parts:
         options = [
             (number, part.saved_bytes.get(number, 0), part.divergence.get(number, 0.0))
             for number in bits
-            if number == 32 or number in part.divergence
+            if number == 32 or math.isfinite(part.divergence.get(number, math.nan))
         ]
+        if not options:
+            raise RecipeError(f"mixed.choices: expected bits in which '{part.name}' gives numbers, found none; add 32")
         grown = [
             BitChoice({**choice.bits, part.name: number}, choice.size_bytes - saved, choice.divergence + moved)
             for choice in front
             for number, saved, moved in options
         ]
-        grown.sort(key=lambda choice: (round(choice.size_bytes / step), choice.divergence))
+        grown.sort(key=lambda choice: (choice.size_bytes, choice.divergence))
         front = []
         for choice in grown:
             if not front or choice.divergence < front[-1].divergence:
                 front.append(choice)
+        front = _thinned(front)
     return front
+
+
+def _thinned(front: list[BitChoice]) -> list[BitChoice]:
+    if len(front) <= _LONGEST_FRONT:
+        return front
+    smallest, step = front[0].size_bytes, 2 * (front[-1].size_bytes - front[0].size_bytes) / _LONGEST_FRONT
+    kept: dict[tuple[int, bool], BitChoice] = {}
+    for choice in front:
+        place = int((choice.size_bytes - smallest) / step)
+        kept.setdefault((place, False), choice)
+        kept[place, True] = choice
+    return sorted({id(choice): choice for choice in kept.values()}.values(), key=lambda choice: choice.size_bytes)
 
 
 def choose_within_size(choices: Sequence[BitChoice], size_mb: float) -> BitChoice:
@@ -296,7 +316,7 @@ def quantize_mixed(
     if rows:
         tasks = settings.build_tasks()
         moved = _compare(tasks, _answers(path, rows), _answers(source, rows), rows)
-        quantization["divergence"] = {"mean": sum(moved.values()) / len(moved), "tasks": moved}
+        quantization["divergence"] = {"mean": _mean_of_main(tasks, moved), "tasks": moved}
     write_quantized_settings(settings, folder, "mixed", quantization)
     return folder
 
@@ -330,6 +350,12 @@ def _compare(
         own, wanted = (_joined(answers, task.logits_name, batches) for answers in (found, expected))
         moved[name] = answer_divergence(task, own, wanted)
     return moved
+
+
+def _mean_of_main(tasks: Mapping[str, Task], moved: Mapping[str, float]) -> float:
+    """Over the main tasks, which the gate judges; over all where there is none."""
+    main = [name for name, task in tasks.items() if task.role == "main"] or list(tasks)
+    return sum(moved[name] for name in main) / len(main)
 
 
 def _joined(

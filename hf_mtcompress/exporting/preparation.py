@@ -121,7 +121,8 @@ def parts_of(model: Any) -> dict[str, list[str]]:
     """Names of the nodes that read a matrix or a table, by part of the model, without the last layers of the heads.
 
     Parts are `embeddings`, `layer 0 attention`, `layer 0 feed-forward` and so on, and `other matrices` for those
-    outside of the layers (poolers, hidden layers of heads).
+    outside of the layers (poolers, hidden layers of heads), for layers of branches, and for an encoder with adapters,
+    whose runs the graph does not tell apart.
     """
     tables = matrices_of(model)
     parts: dict[str, list[str]] = {}

@@ -50,7 +50,8 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench:
     }
     if met:
         return
-    if step.backend == "onnxruntime" and step.bits in (8, 4) and not (step.calibration or step.recover):
+    plain = step.backend == "onnxruntime" and step.bits in (8, 4) and not (step.calibration or step.recover)
+    if plain and "sensitivity" not in record.quantization:
         logger.warning("%s: a limit is missed; looking for the parts that it comes from", step.name)
         start = start_of(source.name, bench)
         graph = float_graph(source.name, bench, start.model.eval(), start.processor)

@@ -15,6 +15,7 @@ import numpy as np
 
 from hf_mtcompress.artifacts import STEP_RECORD, write_text
 from hf_mtcompress.config import MixedConfig, QuantizeStep
+from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.compare import check_gate, compare
 from hf_mtcompress.exporting.mixed_precision import (
     BitChoice,
@@ -119,7 +120,10 @@ class _Tries:
 
     def _try(self, bits: Mapping[str, int]) -> dict[str, Any]:
         with TemporaryDirectory() as scratch:
-            folder = quantize_mixed(self.graph, Path(scratch), bits, block_size=self.step.block_size)
+            try:
+                folder = quantize_mixed(self.graph, Path(scratch), bits, block_size=self.step.block_size)
+            except ArtifactError:  # numbers that are not finite
+                return {"retention": None, "worst_task_retention": None, "met": False}
             scores = score_folder(self.bench, folder, "validation")
         artefact = Artefact(form="onnx", folder=".", precision="mixed", scores={"validation": scores})
         found = compare(self.tasks, self.reference, artefact, step=str(self.step.name), split="validation")

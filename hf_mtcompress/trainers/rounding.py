@@ -11,6 +11,7 @@ from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.exporting.onnx_quantization import BLOCK_SIZES, fits_blocks
 from hf_mtcompress.model.adapters import ADAPTERS
 from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
 
 Bits = Literal[8, 4]
@@ -20,9 +21,10 @@ class RoundToBits(TrainerCallback):
     """Quantization-aware training, in any `Trainer`: `callbacks=[RoundToBits(8)]`.
 
     While the model is trained and evaluated, its linear layers and embeddings compute with rounded weights and rounded
-    activations, as ONNX Runtime will when `quantize_onnx` has stored them in as many bits; gradients pass the rounding
-    as if it were not there. Parameters, checkpoints and the saved model stay float: quantize them afterwards, with the
-    same settings. The last layer of each head stays float, as it does there.
+    activations, as ONNX Runtime will when `quantize_onnx` has stored them in as many bits (in 8 bits, on batches of the
+    same rows, which share their range); gradients pass the rounding as if it were not there. Parameters, checkpoints
+    and the saved model stay float: quantize them afterwards, with the same settings. The last layer of each head stays
+    float, as it does there.
 
     Args:
         bits: 8 (dynamic) or 4.
@@ -58,7 +60,7 @@ class RoundToBits(TrainerCallback):
         self.block_size = block_size
         self.table_bits: Bits = embedding_bits or bits
         self.float_layers = tuple(float_layers)
-        self._rounded: list[nn.Module] = []
+        self._rounded: list[tuple[nn.Module, type[nn.Module]]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,7 +68,8 @@ class RoundToBits(TrainerCallback):
         """Let the model compute with rounded numbers.
 
         Raises:
-            UnsupportedEncoderError: `float_layers` names layers that cannot be told apart, or that do not exist.
+            UnsupportedEncoderError: `float_layers` names layers that cannot be told apart, or that do not exist, or the
+                model has branches beside them.
         """
         model = kwargs["model"]
         self.install(getattr(model, "module", model))
@@ -86,41 +89,47 @@ class RoundToBits(TrainerCallback):
                 continue
             if isinstance(module, nn.Linear):
                 bits = 4 if self.bits == 4 and fits_blocks(module.in_features, self.block_size) else 8
-                own = _linear(module, bits, self.block_size)
+                forward = linear_forward(bits, self.block_size)
             elif isinstance(module, nn.Embedding):
-                own = _embedding(module, self.table_bits, self.block_size)
+                forward = _embedding_forward(self.table_bits, self.block_size)
             else:
                 continue
-            module.__dict__["forward"] = own  # of this instance; that of its class stays behind it
-            self._rounded.append(module)
+            self._rounded.append((module, type(module)))
+            # A class and not a function on the instance: copies and replicas then compute with their own weights.
+            rounded: Any = type(f"Rounded{type(module).__name__}", (type(module),), {"forward": forward})
+            module.__class__ = rounded
 
     def remove(self) -> None:
         """Let the model compute in float again."""
-        for module in self._rounded:
-            module.__dict__.pop("forward", None)
+        for module, own in self._rounded:
+            module.__class__ = own
         self._rounded = []
 
 
 # ---- layers ----
 
 
-def _linear(module: nn.Linear, bits: int, block_size: int) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:
-        weight, values = module.weight.float(), input.float()
+def linear_forward(bits: int, block_size: int) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """What a linear layer computes with rounded weights and inputs, in 8 or 4 bits."""
+
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        weight, values = self.weight.float(), input.float()
         if bits == 8:
             weight, values = round_rows(weight), round_tensor(values)
         else:
             weight, values = round_blocks(weight, block_size), round_block_activations(values, block_size)
-        return nn.functional.linear(values, weight, module.bias)
+        bias = None if self.bias is None else self.bias.float()
+        output = nn.functional.linear(values, weight, bias)
+        return output if self.weight.dtype == torch.float32 else output.to(self.weight.dtype)
 
     return forward
 
 
-def _embedding(module: nn.Embedding, bits: int, block_size: int) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:
-        table = module.weight.float()
+def _embedding_forward(bits: int, block_size: int) -> Callable[[nn.Embedding, Tensor], Tensor]:
+    def forward(self: nn.Embedding, input: Tensor) -> Tensor:
+        table = self.weight.float()
         table = round_tensor(table) if bits == 8 else round_blocks(table, block_size)
-        return nn.functional.embedding(input, table, module.padding_idx)
+        return nn.functional.embedding(input, table, self.padding_idx).to(self.weight.dtype)
 
     return forward
 
@@ -138,6 +147,8 @@ def _layers_of(model: PreTrainedModel, numbers: Sequence[int]) -> set[nn.Module]
     """All modules of encoder layers."""
     if not numbers:
         return set()
+    if isinstance(model, MultiTaskModel):
+        refuse_sub_models(model, "training with float_layers")
     encoders = model.encoders.values() if isinstance(model, MultiTaskModel) else [model.base_model]
     found: set[nn.Module] = set()
     for encoder in encoders:

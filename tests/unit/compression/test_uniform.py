@@ -1,5 +1,6 @@
 """Shapes that plain transformers loads: one width for all, said by the config alone."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from tests.unit.compression.test_pruning import answers, model_and_batches
 def test_every_family_stays_plain(family: str) -> None:
     """Half of the neurons of every layer go, all heads stay, and the config says it."""
     model, batches = model_and_batches(family)
-    report = prune(model, batches, feed_forward=0.5, layers=1, shape="vanilla", multiple_of=8, progress=False)
-    assert find_anatomy(model.encoder).sizes == [(HEADS, 32)] * 2
+    layers = 0 if family == "modernbert" else 1
+    report = prune(model, batches, feed_forward=0.5, layers=layers, shape="vanilla", multiple_of=8, progress=False)
+    assert find_anatomy(model.encoder).sizes == [(HEADS, 32)] * (3 - layers)
     assert is_vanilla(model.encoder)
     assert report.masked_difference < 1e-5
-    assert len(report.removed_layers) == 1
+    assert len(report.removed_layers) == layers
 
 
 def test_a_plain_folder_needs_nothing_of_ours(tmp_path: Path) -> None:
@@ -104,5 +106,24 @@ def test_uneven_models_are_refused() -> None:
     """What was cut freely cannot become plain by cutting more of it alike."""
     model, batches = model_and_batches("bert")
     prune(model, batches, heads=0.5, feed_forward=0.3, multiple_of=8, progress=False)
-    with pytest.raises(ValueError, match=r"shape: expected layers that are alike .* say shape 'free'"):
-        prune(model, batches, feed_forward=0.5, shape="vanilla", multiple_of=8, progress=False)
+    before = find_anatomy(model.encoder).sizes
+    for arguments in ({"feed_forward": 0.5}, {"layers": 1}):
+        with pytest.raises(ValueError, match=r"shape: expected layers that are alike .* say shape 'free'"):
+            prune(model, batches, shape="vanilla", multiple_of=8, progress=False, **arguments)
+    assert find_anatomy(model.encoder).sizes == before
+
+
+def test_layers_that_a_config_cannot_say() -> None:
+    """ModernBERT attends globally in every third layer: which layers are left decides, and nothing is cut if not."""
+    left = []
+    for seed in range(4):
+        model, batches = model_and_batches("modernbert")
+        with contextlib.suppress(ValueError):
+            prune(model, batches, layers=2, importance="random", seed=seed, shape="vanilla", progress=False)
+        assert is_vanilla(model.encoder)
+        left.append(len(find_anatomy(model.encoder).layers))
+    assert set(left) == {1, 3}
+    refused = left.index(3)
+    model, batches = model_and_batches("modernbert")
+    with pytest.raises(ValueError, match="layers that ModernBertConfig can express"):
+        prune(model, batches, layers=2, importance="random", seed=refused, shape="vanilla", progress=False)

@@ -106,7 +106,7 @@ def test_divergence_is_nothing_for_equal_answers_and_known_for_small_ones():
     logits = np.array([[0.0, math.log(3)], [1.0, 1.0]])
     for task in (two, many):
         assert answer_divergence(task, logits, logits) == 0
-        assert answer_divergence(task, logits + 1e-3, logits) >= 0
+        assert answer_divergence(task, logits + np.array([[0.0, 1e-2]]), logits) > 1e-7
     assert answer_divergence(two, logits + 5, logits) == pytest.approx(0, abs=1e-12)  # an offset changes no answer
     # From (1/4, 3/4) to (1/2, 1/2); the second row agrees.
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
@@ -209,8 +209,26 @@ def test_many_uneven_parts_are_quick():
         for _ in range(40)
     ]
     front = best_choices(planted(numbers, whole=200_000))
-    assert 100 < len(front) <= 4001
+    assert 100 < len(front) <= 4000
     assert all(a.size_bytes < b.size_bytes and a.divergence > b.divergence for a, b in itertools.pairwise(front))
+
+
+def test_thinning_loses_neither_end():
+    """Parts whose options are less than a division apart must not add up to a size that nobody can have."""
+    numbers = [{4: (0.2 + 0.01 * place, 1000 + 3**place % 97), 8: (0.1, 955 + place)} for place in range(26)]
+    sensitivity = planted(numbers, whole=100_000)
+    front = best_choices(sensitivity, (4, 8))
+    assert front[0].size_bytes == 100_000 - sum(max(options[4][1], options[8][1]) for options in numbers)
+    assert front[-1].divergence == pytest.approx(26 * 0.1)
+    assert all(a.size_bytes < b.size_bytes and a.divergence > b.divergence for a, b in itertools.pairwise(front))
+
+
+def test_bits_without_numbers_are_left_out():
+    """Not-a-number is neither smaller nor larger than anything, and would win."""
+    found = planted([{4: (math.nan, 9000), 8: (0.1, 5000)}])
+    assert [choice.bits for choice in best_choices(found, (4, 8))] == [{"part 0": 8}]
+    with pytest.raises(RecipeError, match=r"expected bits in which 'part 0' gives numbers, found none; add 32"):
+        best_choices(found, (4,))
 
 
 # ---- graphs ----

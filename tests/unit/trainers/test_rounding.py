@@ -1,5 +1,6 @@
 """Training for few bits: what is computed is what ONNX Runtime will compute, and nothing of it stays in the model."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
 from hf_mtcompress.trainers.rounding import (
     RoundToBits,
-    _linear,
+    linear_forward,
     round_block_activations,
     round_blocks,
     round_rows,
@@ -41,6 +42,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4, tables in 8": {"bits": 4, "block_size": 32, "embedding_bits": 8},
     "blocks that do not fit": {"bits": 4, "block_size": 64},
 }
+
+
+def rounded_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.startswith("Rounded")]
 
 
 def logits_of(model: MultiTaskModel, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -131,7 +136,7 @@ def test_gradients_pass():
     rounded_inputs = round_block_activations(inputs.detach(), 16).requires_grad_()
     rounded_weight = round_blocks(layer.weight.detach(), 16).requires_grad_()
     torch.nn.functional.linear(rounded_inputs, rounded_weight, layer.bias.detach()).square().sum().backward()
-    _linear(layer, 4, 16)(inputs).square().sum().backward()
+    linear_forward(4, 16)(layer, inputs).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, rounded_weight.grad)
     torch.testing.assert_close(inputs.grad, rounded_inputs.grad)
 
@@ -172,7 +177,7 @@ def test_training_in_four_bits(tmp_path: Path):
     """What the trainer scored while it trained is what the graph scores; the model itself is float again, as if new."""
     model, trainer = trained(tmp_path, [RoundToBits(4, block_size=16)])
     scored = [row["eval_mood_accuracy"] for row in trainer.state.log_history if "eval_mood_accuracy" in row][-1]
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not rounded_modules(model)
     assert list(model.state_dict()) == list(MultiTaskModel.from_pretrained(last_checkpoint(tmp_path)).state_dict())
     tokenizer = tiny_tokenizer()
     source = export_onnx(model, tokenizer, tmp_path / "float")
@@ -191,11 +196,11 @@ def test_training_repairs_what_rounding_breaks(seed: int):
     layer = torch.nn.Linear(16, 1, bias=False)
     layer.weight.data = torch.cat([torch.tensor([[2.0]]), 0.3 * torch.randn(1, 15, generator=generator)], dim=1)
     wanted = layer(inputs).detach()
-    forward = _linear(layer, 4, 16)
+    forward = linear_forward(4, 16)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
     losses = []
     for _ in range(200):
-        losses.append(loss := (forward(inputs) - wanted).square().mean())
+        losses.append(loss := (forward(layer, inputs) - wanted).square().mean())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,8 +218,8 @@ def test_a_stock_model_in_a_stock_trainer(tmp_path: Path):
 
     class Look(type(rounding).__mro__[1]):  # a TrainerCallback
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seen.append(sum("forward" in module.__dict__ for module in model.modules()))
-            assert "forward" not in model.classifier.__dict__
+            seen.append(len(rounded_modules(model)))
+            assert model.classifier not in rounded_modules(model)
 
     encoded = tiny_tokenizer()(list(tiny_text_rows(8)["text"]), padding=True)
     rows = [{name: values[place] for name, values in encoded.items()} | {"labels": place % 3} for place in range(8)]
@@ -228,7 +233,7 @@ def test_a_stock_model_in_a_stock_trainer(tmp_path: Path):
     ).train()
     # Six linear layers in each layer, the pooler, and three tables.
     assert seen == [6 * LAYERS + 1 + 3] * 2
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not rounded_modules(model)
     assert model.bert.embeddings.word_embeddings.embedding_dim == HIDDEN
 
 
@@ -243,3 +248,31 @@ def test_what_cannot_be():
             RoundToBits(**settings)
     with pytest.raises(UnsupportedEncoderError, match=r"float_layers: expected layers among 0 to 2, found \[7\]"):
         RoundToBits(8, float_layers=[7]).install(saved_text().model)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    """An export copies the model; replicas on several devices are copies, too."""
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [SequenceClassification("mood", labels=FEELING_LABELS)])
+    rounding = RoundToBits(8)
+    rounding.install(model)
+    twin = copy.deepcopy(model)
+    rounding.remove()
+    layer = twin.encoder.encoder.layer[0].intermediate.dense
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    assert not layer(torch.randn(2, HIDDEN)).any()
+    assert rounded_modules(twin)
+    assert not rounded_modules(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype):
+    """transformers opens a checkpoint in the precision that it was saved in."""
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [SequenceClassification("mood", labels=FEELING_LABELS)])
+    model.to(dtype)  # type: ignore[arg-type]  # a dtype is one
+    for rounding in (RoundToBits(8), RoundToBits(4, block_size=16)):
+        rounding.install(model)
+        answers = model(**tiny_inputs("bert"))["logits_mood"]
+        rounding.remove()
+        assert answers.dtype == dtype
+        assert torch.isfinite(answers).all()
