@@ -41,7 +41,7 @@ from hf_mtcompress.workflow import prepare_output
 
 RESULTS = Path(__file__).parent / "results" / "quantized_adapters"
 ARMS = ("full", "float", "int8", "nf4")
-ADAPTED = {"learning_rate": 2e-3, "head_learning_rate": 2e-3}
+ADAPTED = {"learning_rate": 1e-3, "head_learning_rate": 2e-3}
 
 
 def build(arm: str, bench: Bench, options: argparse.Namespace) -> MultiTaskModel:
@@ -75,7 +75,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, split: str) -> dict[
     rates = {} if arm == "full" else {**ADAPTED, **({"learning_rate": options.rate} if options.rate else {})}
     step = FinetuneStep(name=arm, epochs=options.epochs, **rates)
     begin = time.monotonic()
-    fit = train_finetune(step, Start(model, bench.processor), bench, folder / f"{arm}-work")
+    fit = train_finetune(step, Start(model, bench.processor), bench, folder / f"{arm}-{options.rate or 'work'}")
     seconds = time.monotonic() - begin
     with whole_folder(folder / arm) as scratch:
         torch.nn.Module.to(model, "cpu")
