@@ -197,7 +197,7 @@ class Forms:
             },
             "peers_in_torch": peers,
         }
-        write_text(self.results / "times.json", json.dumps(result, indent=2) + "\n")
+        write_text(times_of(self.results, self.options.threads), json.dumps(result, indent=2) + "\n")
 
     def _time_peers(self, config: BenchmarkConfig, samples: list[Any]) -> dict[str, Any]:
         """Milliseconds of peers, and of torch float32 in the same turns."""
@@ -304,9 +304,14 @@ def _stored(model: torch.nn.Module) -> int:
 # ---- table ----
 
 
-def table(results: Path) -> str:
+def times_of(results: Path, threads: int) -> Path:
+    """Where the times with so many threads stand."""
+    return results / f"times_{threads}_threads.json"
+
+
+def table(results: Path, threads: int) -> str:
     """Everything that is known, against the float teacher and the float form of each model."""
-    times_file = results / "times.json"
+    times_file = times_of(results, threads)
     times = json.loads(times_file.read_text(encoding="utf-8")) if times_file.exists() else {"latency": {}}
     reference = json.loads((results / "teacher" / "torch float32.json").read_text(encoding="utf-8"))
     lines = [
@@ -351,7 +356,7 @@ def main() -> int:
         forms.peers()
     if options.times:
         forms.times()
-    print(table(forms.results))
+    print(table(forms.results, options.threads))
     return 0
 
 
