@@ -94,6 +94,12 @@ def train(arm: str, seed: int, options: argparse.Namespace, split: str) -> dict[
     }
 
 
+def _mean(seconds: list[float | None]) -> str:
+    """Of the trainings that were not interrupted: a clock that went on says nothing."""
+    known = [value for value in seconds if value is not None]
+    return f"{sum(known) / len(known):.0f}" if known else "-"
+
+
 def main() -> int:
     """Do what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +146,7 @@ def main() -> int:
             against = f"{100 * difference.mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
         print(
             f"| {arm} | {found[0]['trained_parameters']:,} | {found[0]['bytes'] / 1e6:.1f} | "
-            f"{sum(facts['seconds'] for facts in found) / len(found):.0f} | "
+            f"{_mean([facts['seconds'] for facts in found])} | "
             f"{' | '.join(f'{score:.4f}' for score in mean.values())} | "
             f"{sum(averages) / len(averages):.4f} | {against} |"
         )
