@@ -26,7 +26,7 @@ from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.exporting.graphs import copy_processor, float_settings, random_feed, run_graph
-from hf_mtcompress.exporting.onnx_quantization import BLOCK_SIZES, write_parts, write_quantized_settings
+from hf_mtcompress.exporting.onnx_quantization import block_size_problems, write_parts, write_quantized_settings
 from hf_mtcompress.exporting.preparation import load_prepared, matrices_of, parts_of, weight_of
 from hf_mtcompress.tasks import Task
 
@@ -322,11 +322,10 @@ def quantize_mixed(
 
 
 def _check_bits(bits: Sequence[int], block_size: int) -> None:
-    problems = []
+    problems: list[str] = []
     if unknown := sorted(set(bits) - set(MIXED_BITS)):
         problems.append(f"choices: expected some of {', '.join(map(str, MIXED_BITS))}, found {unknown}; leave them out")
-    if block_size not in BLOCK_SIZES:
-        problems.append(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}; take 64")
+    problems += block_size_problems(block_size)
     if problems:
         raise RecipeError(problems)
 

@@ -188,8 +188,7 @@ def _check_arguments(
     problems = []
     if bits not in (16, 8, 4):
         problems.append(f"bits: expected 16, 8 or 4 for ONNX Runtime, found {bits}; choose one of them")
-    if block_size not in BLOCK_SIZES:
-        problems.append(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}; take 64")
+    problems += block_size_problems(block_size)
     if embedding_bits not in (None, 8, 4) or (embedding_bits is not None and bits != 4):
         problems.append(f"embedding_bits: expected 8 or 4, with bits 4 only, found {embedding_bits} with bits {bits}")
     if calibration is not None and bits != 8:
@@ -380,6 +379,13 @@ class _Rows:
 
 
 # ---- four bits ----
+
+
+def block_size_problems(block_size: int) -> list[str]:
+    """What is wrong with a number of weights in a block, if anything."""
+    if block_size in BLOCK_SIZES:
+        return []
+    return [f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}; take 64"]
 
 
 def fits_blocks(width: int, block_size: int) -> bool:

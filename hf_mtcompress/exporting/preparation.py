@@ -130,14 +130,14 @@ def parts_of(model: Any) -> dict[str, list[str]]:
         if node.op_type == "Gather" and node.input[0] in tables:
             parts.setdefault(EMBEDDINGS, []).append(node.name)
     last = set(last_layers(model))
-    for name, mark in _marks_of(model).items():
-        if name not in last:
-            part = OTHER_MATRICES if mark is None else f"layer {mark[0]} {mark[1]}".rstrip()
-            parts.setdefault(part, []).append(name)
-    # The order of the model: what lies outside of the layers comes last.
-    first = [EMBEDDINGS] if EMBEDDINGS in parts else []
-    layers = [part for part in parts if part not in (EMBEDDINGS, OTHER_MATRICES)]
-    return {part: parts[part] for part in [*first, *layers, *(part for part in (OTHER_MATRICES,) if part in parts)]}
+    marks = {name: mark for name, mark in _marks_of(model).items() if name not in last}
+    for name, mark in marks.items():
+        if mark is not None:
+            parts.setdefault(f"layer {mark[0]} {mark[1]}".rstrip(), []).append(name)
+    # In the order of the model: what lies outside of the layers comes last.
+    if outside := [name for name, mark in marks.items() if mark is None]:
+        parts[OTHER_MATRICES] = outside
+    return parts
 
 
 def matrices_of(model: Any) -> dict[str, int]:

@@ -18,6 +18,11 @@ _SMALLEST = 1e-7
 """Divergences are drawn on a scale of logarithms, which has no place for 0."""
 
 
+def bits_name(bits: int) -> str:
+    """What weights in so many bits are called: `int4`, `int8`, `float16`, `float32`."""
+    return f"int{bits}" if bits < 16 else f"float{bits}"
+
+
 def sensitive_steps(record: RunRecord) -> list[StepRecord]:
     """Steps that measured sensitivities."""
     return [step for step in record.steps if (step.quantization or {}).get("sensitivity")]
@@ -34,7 +39,7 @@ def sensitivity_rows(
         figures: of the card it is for; None for the terminal.
     """
     bits = _tried(sensitivity)
-    rows = [["part", "weights", *(f"{_name(number)} alone" for number in bits), *(["chosen"] if chosen else [])]]
+    rows = [["part", "weights", *(f"{bits_name(number)} alone" for number in bits), *(["chosen"] if chosen else [])]]
     for part in sensitivity["parts"]:
         moved = [part["bits"][str(number)]["divergence"] for number in bits]
         rows.append(
@@ -42,7 +47,7 @@ def sensitivity_rows(
                 part["part"],
                 f"{part['weights']:,}" if figures is None else figures.count(part["weights"]),
                 *(f"{value:.5f}" if figures is None else figures.length(value) for value in moved),
-                *([_name(chosen[part["part"]])] if chosen else []),
+                *([bits_name(chosen[part["part"]])] if chosen else []),
             ]
         )
     return rows
@@ -100,7 +105,7 @@ def _draw(axes: "Axes", step: StepRecord) -> None:
     places = list(range(len(parts)))
     for number in _tried(sensitivity):
         values = [max(part["bits"][str(number)]["divergence"], _SMALLEST) for part in parts]
-        axes.scatter(values, places, s=36, color=_COLOURS[number], label=_name(number), zorder=3)
+        axes.scatter(values, places, s=36, color=_COLOURS[number], label=bits_name(number), zorder=3)
         ringed = [place for place in places if chosen.get(parts[place]["part"]) == number]
         axes.scatter(
             [values[place] for place in ringed], ringed, s=110, facecolors="none", edgecolors="black", zorder=4
@@ -133,7 +138,3 @@ def _csv(steps: Sequence[StepRecord]) -> str:
 
 def _tried(sensitivity: Mapping[str, Any]) -> list[int]:
     return sorted({int(bits) for part in sensitivity["parts"] for bits in part["bits"]})
-
-
-def _name(bits: int) -> str:
-    return f"int{bits}" if bits < 16 else f"float{bits}"

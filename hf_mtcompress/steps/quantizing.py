@@ -20,6 +20,7 @@ from hf_mtcompress.exporting.openvino import convert_openvino
 from hf_mtcompress.inference.graph_settings import GraphForm, read_graph_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.publishing.sensitivity import bits_name
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, structure_of
 from hf_mtcompress.steps.mixed_bits import mix_bits
@@ -177,6 +178,6 @@ def _graph_precision(step: QuantizeStep, quantization: Mapping[str, Any]) -> str
         case 8:
             return f"int8, dynamic, per channel{kept}"
         case "mixed":
-            return "mixed, " + " and ".join(f"int{bits}" if bits < 16 else f"float{bits}" for bits in kinds)
+            return "mixed, " + " and ".join(map(bits_name, kinds))
         case 4:
             return f"int4, blocks of {step.block_size}, embeddings in int{step.embedding_bits or 4}{kept}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mtcompress.errors import UnsupportedEncoderError
-from hf_mtcompress.exporting.onnx_quantization import BLOCK_SIZES, fits_blocks
+from hf_mtcompress.exporting.onnx_quantization import block_size_problems, fits_blocks
 from hf_mtcompress.model.adapters import ADAPTERS
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
@@ -52,8 +52,8 @@ class RoundToBits(TrainerCallback):
     ) -> None:
         if bits not in (8, 4):
             raise ValueError(f"bits: expected 8 or 4, found {bits}")
-        if block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
+        if problems := block_size_problems(block_size):
+            raise ValueError(*problems)
         if embedding_bits not in (None, 8, 4) or (embedding_bits is not None and bits == 8):
             raise ValueError(f"embedding_bits: expected 8 or 4, with 4 bits only, found {embedding_bits}")
         self.bits = bits

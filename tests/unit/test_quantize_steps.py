@@ -12,14 +12,16 @@ import pytest
 from hf_mtcompress.artifacts import CARD, WORK
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import QualityError
 from hf_mtcompress.evaluation.compare import check_gate
 from hf_mtcompress.exporting.mixed_precision import BitChoice
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.records import Comparison
+from hf_mtcompress.steps.bench import Bench
 from hf_mtcompress.steps.mixed_bits import smallest_that_keeps
-from hf_mtcompress.workflow import load_record, push, run
+from hf_mtcompress.workflow import load_record, push, run, step_fingerprint
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 6}
@@ -73,6 +75,30 @@ def test_sizes_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert planned["sized"]["estimated_mb"] == pytest.approx(0.13, abs=0.06)
     assert planned["trained"]["optimizer_steps"] > 0
     assert "optimizer_steps" not in planned["int4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "same"),
+    [
+        ({"bits": 8, "retention": 0.9}, {"retention": 0.8}, True),
+        ({"bits": 8, "retention": 0.9}, {"keep": True}, True),
+        ({"bits": "mixed", "retention": 0.9}, {"retention": 0.8}, False),
+        ({"bits": "mixed", "retention": 0.9}, {"keep": True}, True),
+        ({"bits": "mixed", "retention": 0.9, "mixed": {"size_mb": 1}}, {"retention": 0.8}, True),
+        ({"bits": "mixed", "mixed": {"size_mb": 1}}, {"mixed": {"size_mb": 2}}, False),
+    ],
+)
+def test_limits_that_choose_and_limits_that_judge(
+    tmp_path: Path, options: dict[str, Any], change: dict[str, Any], same: bool
+):
+    """What only judges must not make anything again, and what chooses must."""
+
+    def fingerprint(step: dict[str, Any]) -> str:
+        recipe = load_recipe(write_tiny_recipe(tmp_path, steps=[TEACHER, step], budget=None))
+        bench = Bench(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
+        return step_fingerprint(recipe.steps[1], None, {}, bench)
+
+    assert (fingerprint(quantized("q", **options)) == fingerprint(quantized("q", **options | change))) == same
 
 
 def test_the_smallest_that_keeps_enough():

@@ -39,6 +39,9 @@ def test_settings_are_read_and_written_back() -> None:
     assert defaults.steps[0] == FinetuneStep(name="adapted", adapters=AdapterConfig())
 
 
+ADAPTED_TRAINING = {"kind": "finetune", "adapters": {}}
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -90,6 +93,19 @@ def test_steps_that_go_together(steps: tuple[dict[str, Any], ...]) -> None:
             r"steps.p.recover.criteria: expected \[logits\] with adapters",
         ),
         ((ADAPTED, {**ADAPTED, "name": "again"}), {}, "steps.again.adapters: .* has adapters already"),
+        (
+            (FIRST, {"kind": "quantize", "name": "q", "backend": "onnxruntime", "recover": ADAPTED_TRAINING}),
+            {},
+            "steps.q.recover.adapters: recovery trains the cut model itself",
+        ),
+        (
+            (
+                ADAPTED,
+                {"kind": "quantize", "name": "q", "backend": "onnxruntime", "recover": {"kind": "finetune"}},
+            ),
+            {},
+            "steps.q.recover: trains models without adapters, found those of 'adapted'",
+        ),
         (
             (FIRST, {"kind": "prune", "name": "p", "heads": 0.5, "recover": {"kind": "finetune", "adapters": {}}}),
             {},

@@ -1,7 +1,9 @@
 """Bits for each part: what is measured is what is stored, and the choice is the best there is."""
 
+import dataclasses
 import itertools
 import math
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from hf_mtcompress.exporting.mixed_precision import (
 from hf_mtcompress.exporting.onnx import export_onnx
 from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
 from hf_mtcompress.exporting.preparation import last_layers, load_prepared, matrices_of, parts_of, weight_of
-from hf_mtcompress.inference.graph_settings import read_graph_settings
+from hf_mtcompress.inference.graph_settings import read_graph_settings, write_graph_settings
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -149,6 +151,20 @@ def test_more_bits_move_answers_less(saved: Saved):
         for bits, of_tasks in part.tasks.items():
             assert list(of_tasks) == list(saved.model.tasks)
             assert sum(of_tasks.values()) / len(of_tasks) == pytest.approx(part.divergence[bits])
+
+
+def test_only_main_tasks_decide(tmp_path: Path):
+    """Bytes spent on answers that nobody judges would be missing where they are."""
+    made = saved_text()
+    source = tmp_path / "onnx"
+    shutil.copytree(made.folders["onnx"], source)
+    settings = read_graph_settings(source)
+    tasks = [{**task, "role": "main" if task["name"] == "mood" else "auxiliary"} for task in settings.tasks]
+    write_graph_settings(source, dataclasses.replace(settings, tasks=tasks))
+    found = measure_sensitivity(source, [made.inputs], (4,), block_size=16, progress=False)
+    for part in found.parts:
+        assert part.divergence[4] == part.tasks[4]["mood"]
+        assert list(part.tasks[4]) == list(made.model.tasks)
 
 
 def test_it_comes_back_from_json():

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, MultiTaskTrainingArguments, SequenceClassification
 from hf_mtcompress.artifacts import ONNX_MODEL
@@ -29,6 +35,7 @@ from tests.tiny import (
     LAYERS,
     randomize,
     tiny_encoder,
+    tiny_image_processor,
     tiny_inputs,
     tiny_text_rows,
     tiny_tokenizer,
@@ -94,8 +101,6 @@ def test_other_families(family: str, tmp_path: Path):
     model = MultiTaskModel.from_encoder(tiny_encoder(family), [SequenceClassification("mood", labels=FEELING_LABELS)])
     randomize(model, seed=2)
     inputs = {name: tensor.numpy() for name, tensor in tiny_inputs(family).items()}
-    from tests.tiny import tiny_image_processor
-
     processor = tiny_image_processor(family) if family == "dinov2" else tiny_tokenizer()
     graph = export_onnx(model, processor, tmp_path / "float")
     expected = run_graph(quantize_onnx(graph, tmp_path / "int4", 4, block_size=16) / ONNX_MODEL, inputs)
@@ -209,14 +214,12 @@ def test_training_repairs_what_rounding_breaks(seed: int):
 
 def test_a_stock_model_in_a_stock_trainer(tmp_path: Path):
     """The encoder is rounded, the head is not."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     config = AutoConfig.for_model(**tiny_encoder("bert").config.to_dict() | {"num_labels": 3})
     model = AutoModelForSequenceClassification.from_config(config)
     rounding = RoundToBits(8)
     seen: list[int] = []
 
-    class Look(type(rounding).__mro__[1]):  # a TrainerCallback
+    class Look(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             seen.append(len(rounded_modules(model)))
             assert model.classifier not in rounded_modules(model)
