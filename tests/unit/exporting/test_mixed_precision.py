@@ -13,6 +13,7 @@ import pytest
 
 from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.exporting import mixed_precision
 from hf_mtcompress.exporting.graphs import random_feed, run_graph
 from hf_mtcompress.exporting.mixed_precision import (
     BitChoice,
@@ -229,11 +230,15 @@ def test_many_uneven_parts_are_quick():
     assert all(a.size_bytes < b.size_bytes and a.divergence > b.divergence for a, b in itertools.pairwise(front))
 
 
-def test_thinning_loses_neither_end():
+def test_thinning_loses_neither_end(monkeypatch: pytest.MonkeyPatch):
     """Parts whose options are less than a division apart must not add up to a size that nobody can have."""
     numbers = [{4: (0.2 + 0.01 * place, 1000 + 3**place % 97), 8: (0.1, 955 + place)} for place in range(26)]
     sensitivity = planted(numbers, whole=100_000)
+    whole = best_choices(sensitivity, (4, 8))
+    monkeypatch.setattr(mixed_precision, "_LONGEST_FRONT", 50)
     front = best_choices(sensitivity, (4, 8))
+    assert 25 < len(front) <= 51 < len(whole)
+    assert (front[0].size_bytes, front[-1].divergence) == (whole[0].size_bytes, whole[-1].divergence)
     assert front[0].size_bytes == 100_000 - sum(max(options[4][1], options[8][1]) for options in numbers)
     assert front[-1].divergence == pytest.approx(26 * 0.1)
     assert all(a.size_bytes < b.size_bytes and a.divergence > b.divergence for a, b in itertools.pairwise(front))
