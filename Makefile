@@ -62,5 +62,5 @@ $(RUN): | $(BIN)/python
 
 $(DEV): | $(RUN)
 	@echo "Installing what tests and checks need into $(VENV)"
-	$(PIP) --editable ".[onnx,openvino,bitsandbytes,surgery,dev]"
+	$(PIP) --editable ".[onnx,openvino,bitsandbytes,torchao,surgery,dev]"
 	@touch $@

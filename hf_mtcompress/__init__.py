@@ -4,7 +4,7 @@ Importing the package makes `AutoConfig`, `AutoModel`, `AutoModelFor...` and `pi
 """
 
 from hf_mtcompress.compression.pruning import prune
-from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
 from hf_mtcompress.compression.schedule import GradualPruning
 from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.compression.vocabulary import trim_vocabulary
@@ -73,6 +73,7 @@ __all__ = [
     "push_folder",
     "quantize_bitsandbytes",
     "quantize_onnx",
+    "quantize_torchao",
     "register_task",
     "render_card",
     "run_recipe",

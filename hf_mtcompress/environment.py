@@ -24,6 +24,7 @@ PACKAGES = (
     "openvino",
     "nncf",
     "bitsandbytes",
+    "torchao",
     "torchjd",
 )
 """Packages whose versions can change a score, a size or a time."""
@@ -32,11 +33,15 @@ PACKAGES = (
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward" not in record.getMessage()
 )
+# transformers imports torchao where it is installed, which then warns of its kernels for GPUs and of its own types.
+logging.getLogger("torchao").addFilter(lambda record: "Failed to load" not in record.getMessage())
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino", "nncf"),
     "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
     "surgery": ("torchjd", "qpsolvers", "quadprog", "cvxpy", "clarabel"),
 }
 """Modules that each extra of `pyproject.toml` brings."""

@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 Record = TypeVar("Record")
 
-ArtefactForm = Literal["torch", "bitsandbytes", "vanilla", "onnx", "openvino"]
+ArtefactForm = Literal["torch", "bitsandbytes", "torchao", "vanilla", "onnx", "openvino"]
 
 
 @dataclass(kw_only=True)

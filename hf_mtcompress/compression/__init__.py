@@ -2,7 +2,7 @@
 
 from hf_mtcompress.compression.latency import LatencyTable, measure_latency
 from hf_mtcompress.compression.pruning import PruneReport, TimeBudget, prune
-from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
 from hf_mtcompress.compression.schedule import GradualPruning, GradualReport
 from hf_mtcompress.compression.sparsity import TrimReport, trim_weights
 from hf_mtcompress.compression.vocabulary import VocabularyReport, trim_vocabulary
@@ -18,6 +18,7 @@ __all__ = [
     "measure_latency",
     "prune",
     "quantize_bitsandbytes",
+    "quantize_torchao",
     "trim_vocabulary",
     "trim_weights",
 ]

@@ -1,16 +1,18 @@
-"""Weights in 8 or 4 bits with bitsandbytes, saved and reloaded through transformers.
+"""Weights in 8 or 4 bits with bitsandbytes or torchao, saved and reloaded through transformers.
 
 Only linear layers of the encoder's stack are stored in fewer bits; heads, pooler and embeddings stay float. On a CPU
-this makes a model smaller, not faster: for speed there, export to ONNX and quantize that.
+this makes a model smaller, and hardly faster: for speed there, export to ONNX and quantize that.
 """
 
 import copy
 import logging
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
@@ -66,15 +68,7 @@ def quantize_bitsandbytes(
         raise ValueError(f"quant_type: expected 'nf4' or 'fp4', found '{quant_type}'")
     if bits == 8 and (quant_type != "nf4" or double_quantization):
         raise ValueError("quant_type, double_quantization: expected them with 4 bits only, found 8; leave them out")
-    if isinstance(model, MultiTaskModel):
-        refuse_sub_models(model, "quantization by bitsandbytes")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedEncoderError(
-            f"{type(model).__name__}: expected float weights, found a model that is quantized already; start from the "
-            "float model"
-        )
-    if isinstance(model, MultiTaskModel):
-        model.refresh_config()
+    _check_start(model, "bitsandbytes")
     mark = read_mark(model.config)
     # Where the package is needed for loading anyway, layers of any size are computed exactly.
     ours = isinstance(model, MultiTaskModel) or mark is not None or embeddings
@@ -91,13 +85,65 @@ def quantize_bitsandbytes(
     weights = model.state_dict()
     for name in word_embeddings(model) if embeddings else ():
         weights[f"{name}.weight"], weights[f"{name}.scale"] = quantized_table(weights[f"{name}.weight"], bits)
+    quantized = _filled(model, weights, wanted)
+    if bits == 4:
+        keep_exact(quantized)
+    return quantized
+
+
+def quantize_torchao(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` with the linear layers of its encoder in 8 bits, computed by torchao.
+
+    Weights have one scale a row, activations one a token, found while the model runs, so that no row of a batch changes
+    the answers of another. The copy is for inference. `save_pretrained` writes it; `from_pretrained` gives it back
+    bit-equal. A stock model that was not cut unevenly opens with transformers and torchao alone.
+
+    Args:
+        model: a `MultiTaskModel` or a stock model, with float weights.
+
+    Raises:
+        MissingExtraError: torchao is not installed.
+        UnsupportedEncoderError: the encoder is built in another way, or quantized already.
+
+    References:
+        Or et al.: TorchAO: PyTorch-Native Training-to-Serving Model Optimization. ICML 2025 workshop CODEML.
+    """
+    require_extra("torchao")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    _check_start(model, "torchao")
+    mark = read_mark(model.config)
+    settings = TorchAoConfig(
+        Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=_skipped(model, 8, exact=True)
+    )
+    structure = mark.structure if mark else None
+    ours = isinstance(model, MultiTaskModel) or mark is not None
+    return _filled(
+        model, model.state_dict(), StructureConfig(structure, torchao=settings.to_dict()) if ours else settings
+    )
+
+
+def _check_start(model: PreTrainedModel, backend: str) -> None:
+    if isinstance(model, MultiTaskModel):
+        refuse_sub_models(model, f"quantization by {backend}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedEncoderError(
+            f"{type(model).__name__}: expected float weights, found a model that is quantized already; start from the "
+            "float model"
+        )
+    if isinstance(model, MultiTaskModel):
+        model.refresh_config()
+
+
+def _filled(
+    model: PreTrainedModel, weights: Mapping[str, Any], quantization_config: QuantizationConfigMixin
+) -> PreTrainedModel:
+    """A model of the same class and shapes with float `weights` stored as `quantization_config` says."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     quantized = type(model).from_pretrained(
-        None, config=config, state_dict=weights, quantization_config=wanted, dtype=model.dtype
+        None, config=config, state_dict=weights, quantization_config=quantization_config, dtype=model.dtype
     )
-    if bits == 4:
-        keep_exact(quantized)
     align_weights(quantized)
     if isinstance(model, MultiTaskModel) and isinstance(quantized, MultiTaskModel):
         # With the columns of their data, which the config does not hold: adapters can be trained on the copy.

@@ -198,8 +198,8 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
     onnx = step.backend == "onnxruntime"
     if step.bits in (16, "mixed") and step.backend == "bitsandbytes":
         problems.add(join(path, "bits"), "backend bitsandbytes has 8 and 4 bits; others need backend: onnxruntime")
-    if step.bits != 8 and step.backend == "openvino":
-        problems.add(join(path, "bits"), "backend openvino has 8 bits; others need backend: onnxruntime")
+    if step.bits != 8 and step.backend in ("openvino", "torchao"):
+        problems.add(join(path, "bits"), f"backend {step.backend} has 8 bits; others need backend: onnxruntime")
     _check_mixed(step, path, problems)
     for key, given, bits in (
         ("block_size", step.block_size != 64, (4, "mixed")),
@@ -547,8 +547,8 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
     for step in recipe.steps:
         student = step.student if isinstance(step, DistillStep | PretrainStep) else None
         layers = student is not None and student.layers is not None
-        bitsandbytes = isinstance(step, QuantizeStep) and step.backend == "bitsandbytes"
-        if isinstance(step, PruneStep) or layers or bitsandbytes:
+        in_torch = isinstance(step, QuantizeStep) and step.backend in ("bitsandbytes", "torchao")
+        if isinstance(step, PruneStep) or layers or in_torch:
             problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")
 
 

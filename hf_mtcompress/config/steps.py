@@ -324,8 +324,8 @@ class QuantizeStep:
     """Name of the step and of its folder in the run; default: the kind, made unique by a number."""
     source: str | None = None
     """The finetune, distill or prune step to start from; default: the latest of them."""
-    backend: Literal["bitsandbytes", "onnxruntime", "openvino"]
-    """`onnxruntime` and `openvino` export a graph and are fast on CPUs; `bitsandbytes` stays in torch."""
+    backend: Literal["bitsandbytes", "torchao", "onnxruntime", "openvino"]
+    """`onnxruntime` and `openvino` export a graph and are fast on CPUs; `bitsandbytes` and `torchao` stay in torch."""
     bits: Literal[16, 8, 4, "mixed"] = 8
     """With `onnxruntime` only: 16, half precision, which halves the file at the speed of float; and `mixed`."""
     mixed: MixedConfig | None = None

@@ -33,7 +33,7 @@ def check_folder(check: dict[str, Any]) -> dict[str, Any]:
     if form == "vanilla":
         return check_plain_folder(check)
     try:
-        return _check_torch(check) if form in ("torch", "bitsandbytes") else _check_graph(check)
+        return _check_torch(check) if form in ("torch", "bitsandbytes", "torchao") else _check_graph(check)
     except Exception as error:  # any failure to load or run is the result that is asked for
         return {"difference": float("inf"), "problems": [f"{type(error).__name__}: {error}"], "how": form}
 

@@ -30,7 +30,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.registration import register
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
-Form = Literal["torch", "bitsandbytes", "vanilla", "onnx", "openvino"]
+Form = Literal["torch", "bitsandbytes", "torchao", "vanilla", "onnx", "openvino"]
 
 _CONFIG = "config.json"
 _AUTO_CLASSES: dict[str, Any] = {
@@ -80,16 +80,17 @@ class Runtime(ABC):
 
 
 class TorchRuntime(Runtime):
-    """A multi-task folder, in float precision or quantized by bitsandbytes."""
+    """A multi-task folder, in float precision or quantized by bitsandbytes or torchao."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         _set_threads(threads)
         self.folder = folder
         config = _load_config(folder)
         assert isinstance(config, MultiTaskConfig)
-        self.form = "torch" if folder_form(folder) == "torch" else "bitsandbytes"
-        if self.form == "bitsandbytes":
-            require_extra("bitsandbytes")
+        form = folder_form(folder)
+        if form in ("bitsandbytes", "torchao"):
+            require_extra(form)
+        self.form = form
         self.model: MultiTaskModel = _load_weights(MultiTaskModel, folder).eval()
         self.tasks = dict(self.model.tasks)
         self.processor = load_processor(folder)
@@ -182,7 +183,7 @@ def open_runtime(folder: Path, threads: int | None = None) -> Runtime:
         MissingExtraError: the form needs a package that is not installed.
     """
     match folder_form(folder):
-        case "torch" | "bitsandbytes":
+        case "torch" | "bitsandbytes" | "torchao":
             return TorchRuntime(folder, threads)
         case "vanilla":
             return VanillaRuntime(folder, threads)
@@ -204,7 +205,7 @@ def folder_form(folder: Path) -> Form:
     if (folder / _CONFIG).is_file():
         values = read_config(folder)
         if values.get("model_type") == MultiTaskConfig.model_type:
-            return "bitsandbytes" if stores_few_bits(values) else "torch"
+            return stores_few_bits(values) or "torch"
         raise ArtifactError(
             f"expected a multi-task folder, found a model of type '{values.get('model_type')}' in {folder}; a plain "
             "transformers folder opens with transformers' own pipeline, a folder with one for each task opens here"
@@ -237,10 +238,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def stores_few_bits(config: Mapping[str, Any]) -> bool:
-    """Whether the config values of a torch folder speak of weights in 8 or 4 bits."""
+def stores_few_bits(config: Mapping[str, Any]) -> Literal["bitsandbytes", "torchao"] | None:
+    """What stored the weights in 8 or 4 bits that the config values of a torch folder speak of; None for float."""
     mark = config.get("quantization_config") or {}
-    return bool(mark.get("load_in_8bit") or mark.get("load_in_4bit") or mark.get("bitsandbytes"))
+    if mark.get("torchao") or mark.get("quant_method") == "torchao":
+        return "torchao"
+    few = mark.get("load_in_8bit") or mark.get("load_in_4bit") or mark.get("bitsandbytes")
+    return "bitsandbytes" if few else None
 
 
 def load_processor(folder: Path) -> Any:

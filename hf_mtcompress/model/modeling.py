@@ -339,6 +339,12 @@ class MultiTaskModel(PreTrainedModel):
         assert isinstance(encoder, PreTrainedModel)
         return encoder
 
+    def get_input_embeddings(self) -> nn.Module:
+        """That of the first encoder, for tools that ask any model for it."""
+        encoder = next(iter(self.encoders.values()))
+        assert isinstance(encoder, PreTrainedModel)
+        return encoder.get_input_embeddings()
+
     def forward(
         self,
         input_ids: Tensor | None = None,

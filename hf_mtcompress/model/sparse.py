@@ -128,7 +128,7 @@ def make_sparse(folder: str | os.PathLike[str]) -> SparseSizes:
         )
     config = json.loads(config_file.read_text(encoding="utf-8"))
     mark = config.get("quantization_config") or {}
-    if mark and (not is_ours(mark) or mark.get("bitsandbytes")):
+    if mark and (not is_ours(mark) or mark.get("bitsandbytes") or mark.get("torchao")):
         raise ArtifactError(
             f"expected float weights to store without zeros, found {mark.get('quant_method')} in {place}; weights in "
             "8 or 4 bits are stored as they are: save the float model"

@@ -9,15 +9,16 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.embeddings import Bits, swap_embedding
-from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, StructureConfig, write_mark
+from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, TORCHAO_METHOD, StructureConfig, write_mark
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.sparse import Expand, expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
@@ -173,10 +174,29 @@ class Structured4BitQuantizer(Bnb4BitHfQuantizer):
         return model
 
 
+class StructuredTorchAoQuantizer(TorchAoHfQuantizer):
+    """Reshapes a model, then lets torchao fill it with 8-bit weights."""
+
+    def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
+        super().__init__(_torchao(quantization_config), **kwargs)
+        self.structure_config = quantization_config
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        apply_structure(encoder_of(model), self.structure_config.structure)
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super().postprocess_model(model, **kwargs)
+        model.config.quantization_config = self.structure_config
+        align_weights(model)
+        return model
+
+
 QUANTIZERS: dict[str, type[HfQuantizer]] = {
     METHODS[None]: StructureQuantizer,
     METHODS[8]: Structured8BitQuantizer,
     METHODS[4]: Structured4BitQuantizer,
+    TORCHAO_METHOD: StructuredTorchAoQuantizer,
     SPARSE_METHOD: SparseQuantizer,
 }
 
@@ -188,4 +208,10 @@ def _expands(conversion: Any) -> bool:
 def _bitsandbytes(config: StructureConfig) -> BitsAndBytesConfig:
     found = BitsAndBytesConfig.from_dict(dict(config.bitsandbytes or {}))
     assert isinstance(found, BitsAndBytesConfig)
+    return found
+
+
+def _torchao(config: StructureConfig) -> TorchAoConfig:
+    found = TorchAoConfig.from_dict(dict(config.torchao or {}))
+    assert isinstance(found, TorchAoConfig)
     return found

@@ -184,7 +184,7 @@ def _metadata(record: RunRecord, repo_id: str | None) -> ModelCardData:
         tags.append("multi-task")
     tags += [tag for kind, tag in KIND_TAGS.items() if any(step.kind == kind for step in chain)]
     forms = [artefact.form for _, artefact in repository_layout(record).values()]
-    tags += [form for form in ("onnx", "openvino", "bitsandbytes") if form in forms]
+    tags += [form for form in ("onnx", "openvino", "bitsandbytes", "torchao") if form in forms]
     pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in record.tasks.values() if task.kind in PIPELINES))
     datasets = [task.dataset_id for task in record.tasks.values() if task.dataset_id]
     base = base_model(record)
@@ -656,6 +656,7 @@ class _Page:
         opens = {
             "torch": "`AutoModel` after `import hf_mtcompress`",
             "bitsandbytes": "`AutoModel` after `import hf_mtcompress`, with bitsandbytes",
+            "torchao": "`AutoModel` after `import hf_mtcompress`, with torchao",
             "onnx": "`hf_mtcompress.load_predictor`, or ONNX Runtime itself",
             "openvino": "`hf_mtcompress.load_predictor`, or OpenVINO itself",
             "vanilla": "plain transformers, one folder per task",
@@ -765,7 +766,7 @@ print(predictor.predict([{self._example()}]))"""
         return f"All tasks at once, in {runtime} (step `{step.name}`, {self.n.text(artefact.precision)})", code
 
     def _small_snippet(self) -> tuple[str, str] | None:
-        found = self._place("bitsandbytes")
+        found = self._place("bitsandbytes") or self._place("torchao")
         if found is None:
             return None
         place, step, artefact = found
@@ -773,9 +774,9 @@ print(predictor.predict([{self._example()}]))"""
         code = f"""\
 {fetch}from hf_mtcompress import load_predictor
 
-predictor = load_predictor({folder})  # needs bitsandbytes
+predictor = load_predictor({folder})  # needs {artefact.form}
 print(predictor.predict([{self._example()}]))"""
-        return f"All tasks at once, with bitsandbytes (step `{step.name}`, {self.n.text(artefact.precision)})", code
+        return f"All tasks at once, with {artefact.form} (step `{step.name}`, {self.n.text(artefact.precision)})", code
 
     def _download(self, place: str) -> tuple[str, str]:
         if self.repo_id is None:
@@ -886,7 +887,7 @@ print(predictor.predict([{self._example()}]))"""
     def requirement(self) -> str:
         """What pip has to install, with the extras of the forms that the run made."""
         forms = {artefact.form for _, artefact in self._artefacts()}
-        extras = [form for form in ("bitsandbytes", "onnx", "openvino") if form in forms]
+        extras = [form for form in ("bitsandbytes", "torchao", "onnx", "openvino") if form in forms]
         return f'"hf_mtcompress[{",".join(extras)}]"' if extras else "hf_mtcompress"
 
     def reload_claim(self) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from hf_mtcompress.errors import PublishingError
 from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, RunRecord, SplitScores, StepRecord
 
-LoadableForm = Literal["torch", "bitsandbytes", "vanilla", "onnx", "openvino"]
+LoadableForm = Literal["torch", "bitsandbytes", "torchao", "vanilla", "onnx", "openvino"]
 
 
 def step_named(record: RunRecord, name: str | None) -> StepRecord | None:

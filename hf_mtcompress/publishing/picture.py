@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which readers with colour-blindness tell apart; forms differ in shape as well.
 REFERENCE_COLOUR, DELIVERED_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00", "#7F7F7F"
 CONFLICT_COLOUR, AGREEMENT_COLOUR, UNKNOWN_COLOUR = "#D55E00", "#0072B2", "#DDDDDD"
-MARKERS = {"torch": "o", "bitsandbytes": "s", "onnx": "D", "openvino": "P", "vanilla": "^"}
+MARKERS = {"torch": "o", "bitsandbytes": "s", "torchao": "h", "onnx": "D", "openvino": "P", "vanilla": "^"}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ README.md record.json recipe.yaml assets/    what the run says of itself
 config.json model.safetensors ...            the float torch model of all tasks, at the root so that AutoModel finds it
 onnx/                                        the graph of all tasks, quantized where the run quantized it
 openvino/                                    the same for OpenVINO, where the run made one
-bitsandbytes/                                the k-bit torch model, where that is what the run was made for
+bitsandbytes/ or torchao/                    the k-bit torch model, where that is what the run was made for
 vanilla/TASK/                                one plain transformers folder per task, where the run exported them
 """
 
@@ -14,8 +14,6 @@ from hf_mtcompress import artifacts
 from hf_mtcompress.errors import PublishingError
 from hf_mtcompress.publishing.facts import delivered_artefact, root_artefact, shipped_artefact
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
-
-BITSANDBYTES = "bitsandbytes"
 
 _LEFT_AT_HOME = {
     artifacts.STEP_RECORD,
@@ -42,8 +40,9 @@ def repository_layout(record: RunRecord) -> dict[str, tuple[StepRecord, Artefact
         layout[artifacts.ONNX] = onnx
     if (openvino := shipped_artefact(record, "openvino")) is not None:
         layout[artifacts.OPENVINO] = openvino
-    if delivered_artefact(record).form == "bitsandbytes" and (small := shipped_artefact(record, "bitsandbytes")):
-        layout[BITSANDBYTES] = small
+    form = delivered_artefact(record).form
+    if form in ("bitsandbytes", "torchao") and (small := shipped_artefact(record, form)) is not None:
+        layout[form] = small
     if (vanilla := shipped_artefact(record, "vanilla")) is not None:
         layout[artifacts.VANILLA] = vanilla
     return layout

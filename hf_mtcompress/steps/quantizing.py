@@ -1,4 +1,4 @@
-"""Quantize steps: a bitsandbytes folder, or a graph for ONNX Runtime or OpenVINO."""
+"""Quantize steps: a folder for bitsandbytes or torchao, or a graph for ONNX Runtime or OpenVINO."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
-from hf_mtcompress.compression.quantization import quantize_bitsandbytes
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
 from hf_mtcompress.config import CalibrationConfig, QuantizeStep
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.exporting.onnx import export_onnx
@@ -37,36 +37,46 @@ _STRUCTURE = "structure.json"
 
 
 def quantize_step(step: QuantizeStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    """Store weights in fewer bits: a bitsandbytes folder or an ONNX graph."""
+    """Store weights in fewer bits: a folder that stays in torch, or a graph."""
     assert source is not None
     match step.backend:
-        case "bitsandbytes":
-            assert step.bits in (8, 4)
-            model, processor = bench.load(source).eval(), bench.processor_of(source)
-            quantized = quantize_bitsandbytes(
-                model,
-                step.bits,
-                quant_type=step.quant_type,
-                double_quantization=step.double_quantization,
-                embeddings=step.embeddings,
-            )
-            assert isinstance(quantized, MultiTaskModel)
-            probes = {".": probe(quantized, bench, processor)}
-            quantized.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            linear, table = ("int8", "int8") if step.bits == 8 else (step.quant_type, "nf4")
-            precision = f"{linear} linear layers, {table if step.embeddings else 'float32'} embeddings"
-            artefact = Artefact(form="bitsandbytes", folder=".", precision=precision)
-            quantization = {
-                "backend": step.backend,
-                "bits": step.bits,
-                **({"quant_type": step.quant_type} if step.bits == 4 else {}),
-                "double_quantization": step.double_quantization,
-                "embeddings": step.embeddings,
-            }
-            return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
+        case "bitsandbytes" | "torchao":
+            return _quantize_in_torch(step, source, bench, folder)
         case "onnxruntime" | "openvino":
             return _quantize_graph(step, source, bench, folder, work)
+
+
+def _quantize_in_torch(step: QuantizeStep, source: str, bench: Bench, folder: Path) -> StepOutcome:
+    model, processor = bench.load(source).eval(), bench.processor_of(source)
+    if step.backend == "torchao":
+        quantized: Any = quantize_torchao(model)
+        precision = "int8 linear layers, dynamic, per token, float32 embeddings"
+        quantization: dict[str, Any] = {"backend": step.backend, "bits": step.bits}
+    else:
+        assert step.bits in (8, 4)
+        quantized = quantize_bitsandbytes(
+            model,
+            step.bits,
+            quant_type=step.quant_type,
+            double_quantization=step.double_quantization,
+            embeddings=step.embeddings,
+        )
+        linear, table = ("int8", "int8") if step.bits == 8 else (step.quant_type, "nf4")
+        precision = f"{linear} linear layers, {table if step.embeddings else 'float32'} embeddings"
+        quantization = {
+            "backend": step.backend,
+            "bits": step.bits,
+            **({"quant_type": step.quant_type} if step.bits == 4 else {}),
+            "double_quantization": step.double_quantization,
+            "embeddings": step.embeddings,
+        }
+    assert isinstance(quantized, MultiTaskModel)
+    probes = {".": probe(quantized, bench, processor)}
+    quantized.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert step.backend in ("bitsandbytes", "torchao")
+    artefact = Artefact(form=step.backend, folder=".", precision=precision)
+    return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
 
 
 def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path, work: Path) -> StepOutcome:

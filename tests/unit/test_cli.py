@@ -160,9 +160,11 @@ def test_a_missing_extra_is_said_before_anything_is_trained(
 ) -> None:
     """Otherwise a run of hours ends at its last step."""
     found = importlib.util.find_spec
-    hidden = ("torchjd", "bitsandbytes")
+    hidden = ("torchjd", "bitsandbytes", "torchao")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else found(name, *rest))
-    change(recipe, steps=[*FIRST_STEP, {"kind": "quantize", "backend": "bitsandbytes", "bits": 8}])
+    few = [{"kind": "quantize", "backend": backend, "bits": 8} for backend in ("bitsandbytes", "torchao")]
+    change(recipe, steps=[*FIRST_STEP, *few])
     message = refused(capsys, "validate", str(recipe), "fusion.combination=upgrad", "mixing.batches=mixed")
     assert 'pip install "hf_mtcompress[surgery]"' in message
     assert 'pip install "hf_mtcompress[bitsandbytes]"' in message
+    assert 'pip install "hf_mtcompress[torchao]"' in message

@@ -37,6 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "recover": {"kind": "distill", "teacher": "teacher", "criteria": ["logits"], "epochs": 2},
     },
     "vino": {"bits": 8, "backend": "openvino", "calibration": {"rows": 12}},
+    "torch": {"bits": 8, "backend": "torchao"},
 }
 
 
@@ -146,6 +147,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         "int4": "int4, blocks of 32, embeddings in int8",
         "static": "int8, static, percentile of 12 rows, layers 1 in float",
         "vino": "int8, static, NNCF on 12 rows",
+        "torch": "int8 linear layers, dynamic, per token, float32 embeddings",
     }
     for name in FORMS:
         artefact = steps[name].artefacts[0]
@@ -200,6 +202,8 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
     card = (output / CARD).read_text(encoding="utf-8")
     assert lint_card(card, output, record) == []
     assert "int4" in card
+    assert "[bitsandbytes" not in card
+    assert "torchao" in card
     assert "## Which parts need their bits" in card
     assert "(assets/sensitivity.png)" in card
     assert "| layer 1 feed-forward | 16,384 |" in card

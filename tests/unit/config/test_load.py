@@ -571,10 +571,12 @@ def test_rows_are_not_shared_in_a_chain():
         ),
         ({"kind": "prune", "heads": 0.5, "importance": "fischer"}, "found 'fischer'; did you mean 'fisher'?"),
         ({"kind": "prune", "heads": 0.5, "repair": "all"}, "repair: expected true or false, found 'all'"),
-        ({"kind": "quantize"}, "steps.1 (quantize).backend: is required: expected one of bitsandbytes, onnxruntime"),
+        ({"kind": "quantize"}, "steps.1 (quantize).backend: is required: expected one of bitsandbytes, torchao, onnx"),
         ({"kind": "quantize", "backend": "onnxruntime", "bits": 5}, "bits: expected one of 16, 8, 4, mixed, found 5"),
         ({"kind": "quantize", "backend": "onnxruntime", "bits": 3}, "bits: expected one of 16, 8, 4, mixed, found 3"),
         ({"kind": "quantize", "backend": "bitsandbytes", "bits": 16}, "bits: backend bitsandbytes has 8 and 4 bits"),
+        ({"kind": "quantize", "backend": "torchao", "bits": 4}, "bits: backend torchao has 8 bits; others need"),
+        ({"kind": "quantize", "backend": "torchao", "embeddings": True}, "embeddings: is for backend: bitsandbytes"),
         (
             {"kind": "quantize", "backend": "openvino", "bits": "mixed"},
             "bits: backend openvino has 8 bits; others",

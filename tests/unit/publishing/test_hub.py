@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from huggingface_hub import HfApi
@@ -413,13 +413,14 @@ def test_collect_leaves_work_and_steps_at_home(run: Path):
     assert all(path.is_relative_to(run) for path in files.values())
 
 
-def test_bitsandbytes_lies_beside_the_float_model(tmp_path: Path):
+@pytest.mark.parametrize("form", ["bitsandbytes", "torchao"])
+def test_few_bits_lie_beside_the_float_model(tmp_path: Path, form: Literal["bitsandbytes", "torchao"]):
     """A k-bit model at the root would shadow the float one that everybody can load."""
     record = make_record()
     small = record.steps[-1].artefacts[0]
-    small.form, small.precision = "bitsandbytes", "int8"
+    small.form, small.precision = form, "int8"
     write_run(tmp_path / "run", record)
     files = collect_repository(tmp_path / "run", record)
     assert files["model.safetensors"].parent.name == "pruned"
-    assert files["bitsandbytes/model.safetensors"].parent.name == "small"
+    assert files[f"{form}/model.safetensors"].parent.name == "small"
     assert files["onnx/model.onnx"].parent.name == "teacher-int8"
