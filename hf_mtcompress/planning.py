@@ -38,8 +38,8 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     Sizes are estimates from shapes alone: four bytes a parameter in float32; with onnxruntime two in 16 bits, one in 8,
     and in 4 bits half a byte with its share of the scale of a block; with bitsandbytes or torchao one or half a byte
     for linear layers and four for the rest; trimmed to a sparsity or a pattern, four bytes for each weight that is left
-    and a bit for its place. Measured sizes are in the record. The tokens that a vocabulary is cut to are counted, with the
-    tokenizer of the recipe's encoder.
+    and a bit for its place. Measured sizes are in the record. The tokens that a vocabulary is cut to are counted, with
+    the tokenizer of the recipe's encoder.
 
     Args:
         recipe: what is wanted.
