@@ -11,10 +11,11 @@ Masks are bool.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 _SCORES_AT_ONCE = 2**24
 """Relations between positions computed together: 64 MiB in float32."""
@@ -253,8 +254,8 @@ def relation_divergence_sum(student: Tensor, teacher: Tensor, mask: Tensor, head
     positions, and 1/heads sum_a sum_positions KL(R_a of the teacher || R_a of the student). The relations are square
     in positions whatever the widths, so the student may be narrower and may have lost heads.
 
-    Scores are never kept for the backward pass but computed again, some heads at a time: memory grows with
-    (batch, tokens, width) as that of the states themselves.
+    Scores are never kept for the backward pass: the gradient is computed beside the loss, some heads at a time, and
+    memory grows with (batch, tokens, width) as that of the states themselves. There is no second derivative.
 
     Args:
         student: (batch, tokens, width), the outputs of one projection of one layer.
@@ -282,14 +283,8 @@ def relation_divergence_sum(student: Tensor, teacher: Tensor, mask: Tensor, head
             f"expected widths that are multiples of {heads} relation heads, found a student {student.shape[-1]} wide "
             f"and a teacher {teacher.shape[-1]} wide; take the number that `relation_heads` gives"
         )
-    own, wanted = (_split_heads(states, mask, heads) for states in (student, teacher))
-    batch, tokens = mask.shape
-    at_once = max(1, _SCORES_AT_ONCE // max(1, batch * tokens**2))
-    total = own.new_zeros(())
-    for some, other in zip(own.split(at_once, 1), wanted.split(at_once, 1), strict=True):
-        total = total + checkpoint(
-            _relation_divergence, some, other, mask, use_reentrant=False, preserve_rng_state=False
-        )
+    own, wanted = (_split_heads(states, mask, heads) for states in (student, teacher.detach()))
+    total: Any = _RelationDivergence.apply(own, wanted, mask)
     return total / heads
 
 
@@ -459,19 +454,42 @@ def _split_heads(states: Tensor, mask: Tensor, heads: int) -> Tensor:
     return states.float().masked_fill(~mask[..., None], 0.0).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Sum over heads and positions that count; arguments are (batch, heads, tokens, size)."""
-    own, wanted = _log_relations(student, mask), _log_relations(teacher, mask)
-    by_position = nn.functional.kl_div(own, wanted, reduction="none", log_target=True).sum((1, 3))
-    return by_position[mask].sum()
+class _RelationDivergence(torch.autograd.Function):
+    """Sum over heads and positions that count; states are (batch, heads, tokens, size)."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        batch, tokens = mask.shape
+        at_once = max(1, _SCORES_AT_ONCE // max(1, batch * tokens**2))
+        total, gradients = student.new_zeros(()), []
+        # Mixed precision would turn the products into half precision again.
+        with torch.autocast(student.device.type, enabled=False):
+            for some, other in zip(student.split(at_once, 1), teacher.split(at_once, 1), strict=True):
+                own, wanted = _log_relations(some, mask), _log_relations(other, mask)
+                weights = wanted.exp()
+                by_position = wanted.sub_(own).mul_(weights).sum((1, 3))
+                total += by_position[mask].sum()
+                if ctx.needs_input_grad[0]:
+                    # Of scores that are symmetric: each state counts once as a query and once as a key.
+                    change = own.exp_().sub_(weights).masked_fill_(~mask[:, None, :, None], 0.0)
+                    gradients.append((change + change.mT) @ (some / math.sqrt(some.shape[-1])))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients, 1))
+        return total
+
+    @staticmethod
+    @once_differentiable  # whose type has no names of arguments, which the base class has
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0], None, None
 
 
 def _log_relations(states: Tensor, mask: Tensor) -> Tensor:
-    # Mixed precision would turn the product into half precision again.
-    with torch.autocast(states.device.type, enabled=False):
-        scores = (states / math.sqrt(states.shape[-1])) @ states.mT
+    scores = (states / math.sqrt(states.shape[-1])) @ states.mT
     # Not minus infinity: a row of padding alone, and 0 * infinity in the divergence, would not be numbers.
-    scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
     return nn.functional.log_softmax(scores, dim=-1)
 
 

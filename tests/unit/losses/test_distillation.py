@@ -231,6 +231,29 @@ def test_relations_computed_part_by_part_are_the_same(monkeypatch: pytest.Monkey
     torch.testing.assert_close(other, slope)
 
 
+def test_gradient_of_relations_is_that_of_the_formula() -> None:
+    """It is written out by hand: a slip would train students towards something else, without any sign of it."""
+    student, teacher, mask = example("relations", 1), example("relations"), mask_of("relations")
+
+    def plain(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        total = student.new_zeros(())
+        for row in range(len(mask)):
+            own, other = (
+                states[row][mask[row]].unflatten(-1, (4, -1)).transpose(0, 1) for states in (student, teacher)
+            )
+            found, wanted = ((part @ part.mT / part.shape[-1] ** 0.5).log_softmax(-1) for part in (own, other))
+            total = total + (wanted.exp() * (wanted - found)).sum() / 4
+        return 3 * total
+
+    def ours(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return 3 * relation_divergence_sum(student, teacher, mask, 4)
+
+    torch.testing.assert_close(ours(student, teacher, mask), plain(student, teacher, mask))
+    slope = gradient(ours, student, teacher, mask)
+    assert slope.abs().max() > 0.1
+    torch.testing.assert_close(slope, gradient(plain, student, teacher, mask))
+
+
 def test_relations_keep_no_scores_for_the_backward_pass() -> None:
     """With them a batch of 32 x 512 tokens would hold gigabytes."""
     kept: list[int] = []
