@@ -8,6 +8,7 @@ from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quanti
 from hf_mtcompress.compression.schedule import GradualPruning
 from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.compression.vocabulary import trim_vocabulary
+from hf_mtcompress.compression.width import prune_width
 from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.errors import MTCompressError
@@ -70,6 +71,7 @@ __all__ = [
     "load_predictor",
     "load_recipe",
     "prune",
+    "prune_width",
     "push_folder",
     "quantize_bitsandbytes",
     "quantize_onnx",

@@ -126,6 +126,11 @@ class _Shape:
                 layers = student.layers or ()
                 kept = self.with_layers(layers if isinstance(layers, int) else len(layers))
                 return kept.narrower(student.heads, student.feed_forward)
+            case PruneStep(width=width) if width:
+                # Heads go with the width, so that matrices between states and heads lose it twice.
+                kept = 1 - width
+                sizes = self.attention * kept**2, self.feed_forward * kept, self.embedding * kept, self.rest * kept
+                return _Shape(self.layers, *sizes, self.tokens)
             case PruneStep():
                 less = self.with_layers(self.layers - step.layers) if step.layers else self
                 if step.compute:

@@ -6,6 +6,7 @@ from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quanti
 from hf_mtcompress.compression.schedule import GradualPruning, GradualReport
 from hf_mtcompress.compression.sparsity import TrimReport, trim_weights
 from hf_mtcompress.compression.vocabulary import VocabularyReport, trim_vocabulary
+from hf_mtcompress.compression.width import prune_width
 
 __all__ = [
     "GradualPruning",
@@ -17,6 +18,7 @@ __all__ = [
     "VocabularyReport",
     "measure_latency",
     "prune",
+    "prune_width",
     "quantize_bitsandbytes",
     "quantize_torchao",
     "trim_vocabulary",

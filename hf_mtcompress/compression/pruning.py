@@ -109,6 +109,9 @@ class PruneReport:
     """Predicted time of a call; where `latency` was asked for."""
     milliseconds_after: float | None = None
     length: int | None = None
+    width_before: int | None = None
+    """Numbers in the hidden states; where `prune_width` removed some."""
+    width_after: int | None = None
     swapped: int = 0
     """Heads and neurons that the rearrangement swapped for others."""
     repair: dict[str, Any] | None = None

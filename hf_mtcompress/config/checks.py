@@ -327,8 +327,9 @@ def _check_student(student: StudentConfig, path: str, problems: Problems) -> Non
 def _check_prune(
     step: PruneStep, path: str, earlier: Mapping[str, Any], names: Sequence[str], problems: Problems
 ) -> None:
-    if not (step.heads or step.feed_forward or step.layers or step.compute or step.latency):
-        problems.add(path, "removes nothing; expected heads, feed_forward, layers, compute or latency above 0")
+    if not (step.heads or step.feed_forward or step.layers or step.width or step.compute or step.latency):
+        problems.add(path, "removes nothing; expected heads, feed_forward, layers, width, compute or latency above 0")
+    _check_width(step, path, problems)
     for key in ("compute", "latency"):
         if getattr(step, key) and (step.heads or step.feed_forward):
             problems.add(join(path, key), "chooses heads and neurons; expected no heads and feed_forward beside it")
@@ -367,6 +368,21 @@ def _check_prune(
     elif isinstance(step.schedule, GradualSchedule):
         _check_gradual(step, step.schedule, path, problems)
     _check_recover(step.recover, path, earlier, names, problems)
+
+
+def _check_width(step: PruneStep, path: str, problems: Problems) -> None:
+    if not step.width:
+        return
+    used = ("kind", "name", "source", "width", "rows", "shape", "recover")
+    others = [
+        key.name
+        for key in dataclasses.fields(step)
+        if key.name not in used and getattr(step, key.name) != getattr(PruneStep(), key.name)
+    ]
+    if others:
+        problems.add(
+            join(path, "width"), f"stands alone in its step, found {', '.join(others)} too; write two prune steps"
+        )
 
 
 def _check_trimming(step: TrimWeightsStep, path: str, problems: Problems) -> None:
@@ -499,7 +515,11 @@ def check_search(
     if not search.timing.batch_sizes:
         problems.add("search.timing.batch_sizes", "expected at least one number of rows, found none")
     for section, default, keys in (
-        (search.prune, PruneStep(), ("name", "source", "heads", "feed_forward", "compute", "latency", "timing")),
+        (
+            search.prune,
+            PruneStep(),
+            ("name", "source", "heads", "feed_forward", "width", "compute", "latency", "timing"),
+        ),
         (search.vocabulary, TrimVocabularyStep(), ("name", "source")),
     ):
         if section is None:

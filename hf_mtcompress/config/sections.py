@@ -320,6 +320,7 @@ LIMITS: dict[str, _Limit] = {
     "eval_batch_size": _AT_LEAST_1,
     "every": _AT_LEAST_1,
     "feed_forward": _FRACTION,
+    "width": _FRACTION,
     "float_layers": _AT_LEAST_0,
     "format_version": _AT_LEAST_1,
     "gradient_accumulation_steps": _AT_LEAST_1,

@@ -165,6 +165,7 @@ class PruneStep:
     - {kind: prune, from: student, heads: 0.3, feed_forward: 0.5, recover: {kind: distill, teacher: teacher, epochs: 2}}
     - {kind: prune, from: student, compute: 0.5, importance: fisher, rearrange: true, repair: true}
     - {kind: prune, from: student, latency: 0.6, timing: {runtime: onnx_int8, batch_sizes: [1]}, importance: fisher}
+    - {kind: prune, from: student, width: 0.25, recover: {kind: distill, teacher: teacher, epochs: 4}}
     - {kind: prune, compute: 0.5, schedule: {kind: gradual}, recover: {kind: distill, teacher: teacher, epochs: 4}}
     ```
     """
@@ -181,6 +182,9 @@ class PruneStep:
     """Fraction of all feed-forward neurons to remove."""
     layers: int = 0
     """Number of whole layers to remove."""
+    width: float = 0.0
+    """Fraction of the numbers in the hidden states to remove, and as many heads; alone in its step, and before layers
+    are cut unevenly. What is left loads with plain transformers, and needs a recovery of some length."""
     compute: float = 0.0
     """Instead of `heads` and `feed_forward`: fraction of the multiply-adds of the encoder's layers to remove; heads,
     neurons and `layers` count together."""

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.compression.pruning import PruneReport, TimeBudget, Whole, mean_length, prune
 from hf_mtcompress.compression.schedule import GradualPruning
+from hf_mtcompress.compression.width import prune_width
 from hf_mtcompress.config import (
     DistillStep,
     FinetuneStep,
@@ -177,6 +178,10 @@ def _cut(
         return
     model = load()
     batches = calibration_batches(Start(model, processor), bench, step.rows)
+    if step.width:
+        model, report = _narrow(step, model, batches)
+        _keep_cut(model, report, place)
+        return
 
     def prune_with(seed: int, pruned: MultiTaskModel, progress: bool = True) -> PruneReport:
         try:
@@ -212,6 +217,23 @@ def _cut(
             report.repair["error_before"],
             report.repair["error_after"],
         )
+    _keep_cut(model, report, place)
+
+
+def _narrow(
+    step: PruneStep, model: MultiTaskModel, batches: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[MultiTaskModel, PruneReport]:
+    try:
+        narrow, report = prune_width(model, batches, step.width)
+    except MTCompressError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"steps.{step.name}.{error}") from error
+    assert isinstance(narrow, MultiTaskModel)
+    return narrow, report
+
+
+def _keep_cut(model: MultiTaskModel, report: PruneReport, place: Path) -> None:
     with whole_folder(place / "cut") as scratch:
         model.save_pretrained(scratch)
         (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report), default=str))

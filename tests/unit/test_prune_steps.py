@@ -50,6 +50,35 @@ def test_half_of_the_compute(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "steps.pruned.compute: expected at most 0." in capsys.readouterr().err
 
 
+def test_narrower_hidden_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A smaller model of the same family: planned, trained again, exported for plain transformers, cut further."""
+    recover = {"kind": "distill", "teacher": "teacher", "criteria": ["logits", "hidden"], "epochs": 1}
+    steps = [
+        TEACHER,
+        {"kind": "prune", "name": "narrow", "width": 0.5, "rows": 16, "recover": recover},
+        {"kind": "prune", "name": "pruned", "heads": 0.5, "feed_forward": 0.5, "rows": 16},
+        {"kind": "export", "name": "plain", "from": "narrow"},
+    ]
+    recipe = write_tiny_recipe(tmp_path, steps=steps, budget=None)
+    output = tmp_path / "out"
+    assert main(["plan", str(recipe), "--json"]) == 0
+    plan = {step["step"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert main(["run", str(recipe), "--output", str(output)]) == 0
+    record = {step["name"]: step for step in json.loads((output / "record.json").read_text())["steps"]}
+    (cut,) = record["narrow"]["pruning"]["rounds"]
+    assert (cut["width_before"], cut["width_after"]) == (64, 32)
+    assert [layer["heads"] for layer in record["narrow"]["structure"]["main"]["layers"]] == [2, 2, 2]
+    assert record["narrow"]["training"]["steps"] > 0
+    assert plan["narrow"]["parameters"] == pytest.approx(cut["parameters_after"], rel=0.1)
+    assert [layer["heads"] for layer in record["pruned"]["structure"]["main"]["layers"]] != [2, 2, 2]
+    for step in record.values():
+        for artefact in step["artefacts"]:
+            assert artefact["reload"]["passed"], artefact["reload"]
+    config = json.loads(next((output / "plain").rglob("config.json")).read_text())
+    assert (config["hidden_size"], config["num_attention_heads"]) == (32, 2)
+    assert "quantization_config" not in config
+
+
 def test_recipes_that_do_not_use_new_keys_keep_their_fingerprints() -> None:
     """Otherwise a run of an earlier version starts again from here."""
     assert _chosen(PruneStep(heads=0.5, rows=16)) == {"heads": 0.5, "rows": 16}

@@ -535,7 +535,7 @@ def test_rows_are_not_shared_in_a_chain():
         ),
         (
             {"kind": "prune"},
-            "steps.1 (prune): removes nothing; expected heads, feed_forward, layers, compute or latency above 0",
+            "steps.1 (prune): removes nothing; expected heads, feed_forward, layers, width, compute or latency above 0",
         ),
         (
             {"kind": "prune", "feed_forward": 1},
@@ -555,6 +555,11 @@ def test_rows_are_not_shared_in_a_chain():
             "embeddings: is for backend",
         ),
         ({"kind": "quantize", "backend": "bitsandbytes", "quant_type": "fp4"}, "quant_type: is about 4 bits"),
+        ({"kind": "prune", "width": 1.5}, "width: expected a fraction of at least 0 and below 1, found 1.5"),
+        (
+            {"kind": "prune", "width": 0.5, "layers": 1, "importance": "fisher"},
+            "width: stands alone in its step, found layers, importance too; write two prune steps",
+        ),
         ({"kind": "prune", "compute": 1}, "compute: expected a fraction of at least 0 and below 1, found 1.0"),
         ({"kind": "prune", "compute": 0.5, "heads": 0.5}, "compute: chooses heads and neurons"),
         ({"kind": "prune", "heads": 0.5, "length": 8}, "length: is what compute is counted at"),
