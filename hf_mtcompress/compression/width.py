@@ -103,7 +103,7 @@ def prune_width(
 def _measure(
     model: PreTrainedModel, anatomy: Anatomy, data: Sequence[Mapping[str, Tensor]], progress: bool
 ) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
-    """By task, squared derivatives by the gates on numbers, then on heads and on neurons of each layer; and its rows."""
+    """By task, squared derivatives by gates on numbers, then on heads and on neurons of each layer; and its rows."""
     scores: dict[str, list[Tensor]] = {}
     counts: dict[str, int] = {}
     like = next(iter(anatomy.stack.parameters()))
@@ -114,11 +114,14 @@ def _measure(
             if not key.startswith("labels"):
                 continue
             task = key.removeprefix("labels_") if isinstance(model, MultiTaskModel) else "task"
-            with torch.enable_grad(), gated(anatomy, rows, like.dtype, like.device) as gates:
-                with _gated_states(anatomy, rows, like) as gate:
-                    loss = model(**inputs, **{key: batch[key]}).loss
-                    every = [gate, *gates.heads, *gates.feed_forward]
-                    found = torch.autograd.grad(loss, every, allow_unused=True)
+            with (
+                torch.enable_grad(),
+                gated(anatomy, rows, like.dtype, like.device) as gates,
+                _gated_states(anatomy, rows, like) as gate,
+            ):
+                loss = model(**inputs, **{key: batch[key]}).loss
+                every = [gate, *gates.heads, *gates.feed_forward]
+                found = torch.autograd.grad(loss, every, allow_unused=True)
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"expected a finite loss to measure importance on, found {loss.item()}; check the labels and the "
