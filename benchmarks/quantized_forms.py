@@ -74,6 +74,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "bitsandbytes int8, embeddings": {**BITSANDBYTES, "bits": 8, "embeddings": True},
     "bitsandbytes nf4": {**BITSANDBYTES, "bits": 4},
     "bitsandbytes nf4, embeddings": {**BITSANDBYTES, "bits": 4, "embeddings": True},
+    "torchao int8": {"backend": "torchao", "bits": 8},
     "onnx float16": {**RUNTIME, "bits": 16},
     "onnx int8": {**RUNTIME, "bits": 8},
     "onnx int8, static": {**RUNTIME, "bits": 8, "calibration": {"method": "percentile", "rows": 256}},
@@ -253,7 +254,7 @@ def _quanto(model: torch.nn.Module) -> None:
 
 def _torchao(kind: str) -> Callable[[torch.nn.Module], None]:
     def change(model: torch.nn.Module) -> None:
-        from torchao import quantization  # pyright: ignore[reportMissingImports] -- a peer
+        from torchao import quantization
 
         settings = getattr(quantization, kind)()
         linear = torch.nn.Linear
