@@ -3,22 +3,21 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_mtcompress.publishing.facts import (
     ancestors,
+    artefacts_of,
     batch_sizes,
     comparison_of,
     delivered_artefact,
     delivered_step,
     final_scores,
     interfering_steps,
-    is_vanilla_shape,
     latency_of,
     layers_of,
     parent_of,
@@ -27,6 +26,8 @@ from hf_mtcompress.publishing.facts import (
     vocabulary_of,
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
+from hf_mtcompress.publishing.limitations import Limitations
+from hf_mtcompress.publishing.metadata import metadata_of
 from hf_mtcompress.publishing.portable import portable, portable_recipe
 from hf_mtcompress.publishing.report import (
     gate_lines,
@@ -37,44 +38,18 @@ from hf_mtcompress.publishing.report import (
     task_scores,
     vocabulary_lines,
 )
-from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.publishing.sensitivity import sensitive_steps, sensitivity_rows, sensitivity_words
+from hf_mtcompress.publishing.usage import Usage
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
-LIBRARY_TAG = "hf_mtcompress"
 PICTURE = "comparison.png"
 INTERFERENCE_PICTURE = "interference.png"
 SENSITIVITY_PICTURE = "sensitivity.png"
+PICTURES = (PICTURE, INTERFERENCE_PICTURE, SENSITIVITY_PICTURE)
 MATRIX_TASKS = 12
 """Up to this many tasks a card shows cosines as a matrix, beyond it the pairs with most conflicts."""
 MOST_CONFLICTS = 20
-FEW_ROWS = 500
-"""Below this many test rows a task's score is called uncertain in the card."""
 
-PIPELINES = {
-    "sequence-classification": "text-classification",
-    "token-classification": "token-classification",
-    "image-classification": "image-classification",
-}
-"""Pipeline tag by kind of task."""
-AUTO_CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
-HUB_METRICS = {
-    "mcc": "matthews_correlation",
-    "pearson": "pearsonr",
-    "spearman": "spearmanr",
-    "macro_f1": "f1",
-    "micro_f1": "f1",
-    "weighted_f1": "f1",
-    "span_f1": "f1",
-    "span_precision": "precision",
-    "span_recall": "recall",
-    "token_accuracy": "accuracy",
-}
-"""Names of the Hub for our metrics, where they differ."""
 MADE = {
     "distill": "distilled",
     "prune": "pruned",
@@ -82,11 +57,9 @@ MADE = {
     "trim_weights": "trimmed of small weights",
 }
 """What a kind of step does to a model, in words."""
-KIND_TAGS = {"distill": "distillation", "prune": "pruned", "trim_weights": "sparse", "quantize": "quantized"}
 
 _SEAL = "<!-- written by hf_mtcompress from the record, {} -->"
 _STUB = "<!-- Text between these two marks is kept when the card is written again. -->"
-_REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*|[\w][\w.-]*")
 
 
 def render_card(
@@ -94,9 +67,7 @@ def render_card(
     recipe_text: str | None = None,
     repo_id: str | None = None,
     *,
-    picture: bool = True,
-    interference_picture: bool = True,
-    sensitivity_picture: bool = True,
+    pictures: Collection[str] = PICTURES,
     own_words: str | None = None,
 ) -> str:
     """Write the model card of a run.
@@ -105,10 +76,9 @@ def render_card(
         record: what happened; every number of the card stands in it.
         recipe_text: the recipe as YAML, folded into the card without local paths.
         repo_id: where the card is published; without it the snippets name the folders of the run.
-        picture: whether `assets/comparison.png` is shown (see `draw_comparison`).
-        interference_picture: whether `assets/interference.png` is shown where a step logged how its tasks got along
-            (see `draw_interference`).
-        sensitivity_picture: the same of `assets/sensitivity.png` and what few bits do (see `draw_sensitivity`).
+        pictures: files of `assets` that are there to be shown: `comparison.png` (see `draw_comparison`),
+            `interference.png` where a step logged how its tasks got along (`draw_interference`), `sensitivity.png`
+            where one measured what few bits do (`draw_sensitivity`).
         own_words: text of the author, shown as it is and free of checks on numbers (see `own_words_of`).
 
     Returns:
@@ -117,24 +87,19 @@ def render_card(
     Raises:
         PublishingError: the record holds no saved step.
     """
-    return _render(record, recipe_text, repo_id, (picture, interference_picture, sensitivity_picture), own_words)[0]
+    return _render(record, recipe_text, repo_id, pictures, own_words)[0]
 
 
 def allowed_numbers(record: RunRecord) -> set[str]:
     """Every number, as text, that a card of this record may print."""
-    return _render(record, None, None, (True, True, True), None)[1].allowed
-
-
-def card_metadata(record: RunRecord, repo_id: str | None = None) -> dict[str, Any]:
-    """The front matter of the card as a dictionary; what is not known is left out."""
-    return _metadata(record, repo_id).to_dict()
+    return _render(record, None, None, PICTURES, None)[1].allowed
 
 
 def _render(
     record: RunRecord,
     recipe_text: str | None,
     repo_id: str | None,
-    pictures: tuple[bool, bool, bool],
+    pictures: Collection[str],
     own_words: str | None,
 ) -> tuple[str, Figures]:
     # Local paths may stand in the settings of a step; the card shows the record as others may see it.
@@ -153,12 +118,10 @@ def _render(
         page=page,
         n=figures,
         record=record,
-        front_matter=_metadata(record, repo_id).to_yaml(),
+        front_matter=metadata_of(record, repo_id).to_yaml(),
         table=markdown,
         recipe=portable_recipe(recipe_text).strip() if recipe_text else None,
-        picture=pictures[0],
-        interference_picture=pictures[1],
-        sensitivity_picture=pictures[2],
+        pictures=pictures,
         own_words="\n".join([OWN_WORDS_BEGIN, own_words or _STUB, OWN_WORDS_END]),
     )
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -175,86 +138,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(without_own_words(text).encode()).hexdigest()[:16]
 
 
-def _metadata(record: RunRecord, repo_id: str | None) -> ModelCardData:
-    publish = record.publish or {}
-    delivered = delivered_step(record)
-    chain = ancestors(record, delivered)
-    tags = [LIBRARY_TAG]
-    if len(record.tasks) > 1:
-        tags.append("multi-task")
-    tags += [tag for kind, tag in KIND_TAGS.items() if any(step.kind == kind for step in chain)]
-    forms = [artefact.form for _, artefact in repository_layout(record).values()]
-    tags += [form for form in ("onnx", "openvino", "bitsandbytes", "torchao") if form in forms]
-    pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in record.tasks.values() if task.kind in PIPELINES))
-    datasets = [task.dataset_id for task in record.tasks.values() if task.dataset_id]
-    base = base_model(record)
-    metrics = [hub_metric(task.metric) for task in record.tasks.values()]
-    language = list(publish.get("language") or [])
-    extra = {}
-    if base is not None:
-        untrained = all(step.kind in ("quantize", "export") and step.training is None for step in chain)
-        extra["base_model_relation"] = "quantized" if untrained else "finetune"
-    return ModelCardData(
-        language=language or None,
-        license=publish.get("license") or record.encoder.get("license"),
-        library_name="transformers",
-        pipeline_tag=pipelines[0] if pipelines else None,
-        base_model=base,
-        datasets=[name for name in dict.fromkeys(datasets) if _REPO_ID.fullmatch(name)] or None,
-        metrics=list(dict.fromkeys(metrics)) or None,
-        tags=[*tags, *pipelines[1:]],
-        model_name=(repo_id or record.name).rpartition("/")[2],
-        eval_results=_eval_results(record) or None,
-        **extra,
-    )
-
-
-def base_model(record: RunRecord) -> str | None:
-    """Hub id of the checkpoint that the delivered model started from, or None where that is not known."""
-    chain = ancestors(record, delivered_step(record))
-    if any((step.settings.get("student") or {}).get("path") for step in chain):
-        return None
-    return record.encoder.get("hub_id")
-
-
-def hub_metric(name: str) -> str:
-    """What the Hub calls one of our metrics."""
-    return HUB_METRICS.get(name, name)
-
-
-def _eval_results(record: RunRecord) -> list[EvalResult]:
-    scores = final_scores(delivered_artefact(record))
-    if scores is None:
-        return []
-    results = []
-    for name, task in record.tasks.items():
-        if name not in scores.tasks or task.kind not in PIPELINES:
-            continue
-        dataset = task.dataset_id if task.dataset_id and _REPO_ID.fullmatch(task.dataset_id) else None
-        metrics = scores.tasks[name].metrics
-        # The primary metric first: it is the one that the Hub shows.
-        for metric in sorted(metrics, key=lambda metric: metric != task.metric):
-            # An undefined metric is null in the record.
-            if metrics[metric] is None:
-                continue
-            results.append(
-                EvalResult(
-                    task_type=PIPELINES[task.kind],
-                    task_name=name,
-                    dataset_type=dataset or name,
-                    dataset_name=task.dataset_id or name,
-                    # Results of one task type and data set are merged by the Hub, so the task tells them apart.
-                    dataset_config=name,
-                    dataset_split=scores.split,
-                    dataset_revision=task.dataset_revision,
-                    metric_type=hub_metric(metric),
-                    metric_name=metric,
-                    metric_value=metrics[metric],
-                )
-            )
-    return results
-
-
 class _Page:
     """What the template shows, section by section, each as text or as rows of a table."""
 
@@ -269,7 +152,8 @@ class _Page:
         self.comparison = None if self.is_reference else comparison_of(record, self.artefact)
         self.scores = final_scores(self.artefact)
         self.title = (repo_id or record.name).rpartition("/")[2]
-        self.layout = repository_layout(record)
+        self.use = Usage(record, figures, repo_id)
+        self.limits = Limitations(record, figures)
 
     # ---- summary ----
 
@@ -425,15 +309,12 @@ class _Page:
     def all_scores(self) -> list[list[str]]:
         """Primary metrics of every saved form, where there is more than the delivered one."""
         rows = [["step", "form", "precision", "split", "average", *(f"`{name}`" for name in self.record.tasks)]]
-        for step, artefact in self._artefacts():
+        for step, artefact in artefacts_of(self.record):
             scores = final_scores(artefact)
             if scores is not None:
                 cells = [self._step_name(step, artefact), artefact.form, self.n.text(artefact.precision), scores.split]
                 rows.append([*cells, self.n.score(scores.average), *task_scores(self.record, artefact, self.n)])
         return rows if len(rows) > 2 else []
-
-    def _artefacts(self) -> list[tuple[StepRecord, Artefact]]:
-        return [(step, artefact) for step in self.record.steps for artefact in step.artefacts]
 
     def _step_name(self, step: StepRecord, artefact: Artefact) -> str:
         return f"**`{step.name}`**" if artefact is self.artefact else f"`{step.name}`"
@@ -582,7 +463,7 @@ class _Page:
         for size in sizes:
             b = f"batch {n.plain(size)}"
             rows[0] += [f"{b}, minimum", f"{b}, median", f"{b}, times as fast"]
-        for step, artefact in self._artefacts():
+        for step, artefact in artefacts_of(self.record):
             if not artefact.latency:
                 continue
             weights = n.megabytes(artefact.size.weights_bytes if artefact.size else None)
@@ -598,7 +479,7 @@ class _Page:
         """The machine and the way of measuring, as they stand in the record."""
         n = self.n
         rows = [["condition", "value"]]
-        timed = [row for _, artefact in self._artefacts() for row in artefact.latency]
+        timed = [row for _, artefact in artefacts_of(self.record) for row in artefact.latency]
         benchmark = self.record.benchmark or {}
         # Already in the tables, or among the limitations.
         shown = {"batch_sizes", "reference", "repetitions", "suspicious", "tokens"}
@@ -637,7 +518,7 @@ class _Page:
         """The picture in words."""
         n = self.n
         points = []
-        for step, artefact in self._artefacts():
+        for step, artefact in artefacts_of(self.record):
             scores, latency = final_scores(artefact), [latency_of(artefact, size) for size in batch_sizes(self.record)]
             if scores is None or scores.average is None:
                 continue
@@ -648,146 +529,7 @@ class _Page:
             points.append(words)
         return ("Quality and time of every saved form: " + "; ".join(points)).replace("[", "(").replace("]", ")")
 
-    # ---- use ----
-
-    def places(self) -> list[list[str]]:
-        """What lies where."""
-        rows = [["folder", "what it is", "step", "opens with"]]
-        opens = {
-            "torch": "`AutoModel` after `import hf_mtcompress`",
-            "bitsandbytes": "`AutoModel` after `import hf_mtcompress`, with bitsandbytes",
-            "torchao": "`AutoModel` after `import hf_mtcompress`, with torchao",
-            "onnx": "`hf_mtcompress.load_predictor`, or ONNX Runtime itself",
-            "openvino": "`hf_mtcompress.load_predictor`, or OpenVINO itself",
-            "vanilla": "plain transformers, one folder per task",
-        }
-        if self.repo_id is not None:
-            listed = [(place or ".", *found) for place, found in self.layout.items()]
-        else:
-            listed = [(artefact.folder, step, artefact) for step, artefact in self._artefacts()]
-        for folder, step, artefact in listed:
-            how = opens[artefact.form]
-            if artefact.form == "vanilla" and not is_vanilla_shape(self.record, step):
-                how = "transformers after `import hf_mtcompress`, one folder per task"
-            what = f"all tasks, {self.n.text(artefact.precision)}"
-            if artefact.form == "vanilla":
-                what = f"one task each, {self.n.text(artefact.precision)}"
-            rows.append([f"`{folder}`", what, self._step_name(step, artefact), how])
-        return rows
-
-    def not_published(self) -> list[str]:
-        """Saved forms of the run that are not in the repository."""
-        if self.repo_id is None:
-            return []
-        kept = {artefact.folder for _, artefact in self.layout.values()}
-        return [
-            f"`{step.name}` ({artefact.form}, {self.n.text(artefact.precision)})"
-            for step, artefact in self._artefacts()
-            if artefact.folder not in kept
-        ]
-
-    def _place(self, form: str) -> tuple[str, StepRecord, Artefact] | None:
-        for place, (step, artefact) in self.layout.items():
-            if artefact.form == form:
-                return (place if self.repo_id is not None else artefact.folder), step, artefact
-        return None
-
-    def _example(self) -> str:
-        kinds = {task.kind for task in self.record.tasks.values()}
-        return '"picture.png"' if kinds == {"image-classification"} else '"Put your own text here."'
-
-    def snippets(self) -> list[tuple[str, str]]:
-        """Heading and Python code for each way of loading."""
-        return [
-            snippet
-            for snippet in (
-                self._torch_snippet(),
-                self._vanilla_snippet(),
-                self._graph_snippet("onnx", "ONNX Runtime"),
-                self._graph_snippet("openvino", "OpenVINO"),
-                self._small_snippet(),
-            )
-            if snippet is not None
-        ]
-
-    def _torch_snippet(self) -> tuple[str, str] | None:
-        found = self._place("torch")
-        if found is None:
-            return None
-        source = self.repo_id or found[0]
-        code = f"""\
-import hf_mtcompress  # makes the model known to transformers; runs no code from the repository
-from transformers import AutoModel, pipeline
-
-answer = pipeline("multi-task", model={_quoted(source)})
-print(answer({self._example()}))
-
-model = AutoModel.from_pretrained({_quoted(source)})  # logits_<task> for every task, and last_hidden_state"""
-        return f"All tasks at once, in PyTorch (step `{found[1].name}`)", code
-
-    def _vanilla_snippet(self) -> tuple[str, str] | None:
-        found = self._place("vanilla")
-        tasks = [(name, task) for name, task in self.record.tasks.items() if task.kind in PIPELINES]
-        if found is None or not tasks:
-            return None
-        place, step, _ = found
-        name, task = tasks[0]
-        plain = is_vanilla_shape(self.record, step)
-        auto, tag = AUTO_CLASSES[task.kind], PIPELINES[task.kind]
-        processor, argument = ("AutoTokenizer", "tokenizer")
-        if task.kind == "image-classification":
-            processor, argument = ("AutoImageProcessor", "image_processor")
-        first = "" if plain else "import hf_mtcompress  # lets transformers build the pruned shapes\n"
-        if self.repo_id is not None:
-            origin = f'"{self.repo_id}", subfolder="{place}/{name}"'
-        else:
-            origin = f'"{place}/{name}"'
-        code = f"""\
-{first}from transformers import {auto}, {processor}, pipeline
-
-model = {auto}.from_pretrained({origin})
-{argument} = {processor}.from_pretrained({origin})
-answer = pipeline("{tag}", model=model, {argument}={argument})
-print(answer({self._example()}))"""
-        title = "One task, with transformers alone" if plain else "One task, with the stock classes"
-        return f"{title} (step `{step.name}`; here `{name}`)", code
-
-    def _graph_snippet(self, form: str, runtime: str) -> tuple[str, str] | None:
-        found = self._place(form)
-        if found is None:
-            return None
-        place, step, artefact = found
-        fetch, folder = self._download(place)
-        code = f"""\
-{fetch}from hf_mtcompress import load_predictor
-
-predictor = load_predictor({folder})
-print(predictor.predict([{self._example()}]))"""
-        return f"All tasks at once, in {runtime} (step `{step.name}`, {self.n.text(artefact.precision)})", code
-
-    def _small_snippet(self) -> tuple[str, str] | None:
-        found = self._place("bitsandbytes") or self._place("torchao")
-        if found is None:
-            return None
-        place, step, artefact = found
-        fetch, folder = self._download(place)
-        code = f"""\
-{fetch}from hf_mtcompress import load_predictor
-
-predictor = load_predictor({folder})  # needs {artefact.form}
-print(predictor.predict([{self._example()}]))"""
-        return f"All tasks at once, with {artefact.form} (step `{step.name}`, {self.n.text(artefact.precision)})", code
-
-    def _download(self, place: str) -> tuple[str, str]:
-        if self.repo_id is None:
-            return "", f'"{place}"'
-        code = "from pathlib import Path\n\nfrom huggingface_hub import snapshot_download\n"
-        return (
-            code,
-            f'Path(snapshot_download("{self.repo_id}", allow_patterns="{place}/*")) / "{place}"',
-        )
-
-    # ---- training, limits ----
+    # ---- training ----
 
     def settings(self) -> dict[str, list[list[str]]]:
         """What every step was told and how its training ended."""
@@ -801,98 +543,9 @@ print(predictor.predict([{self._example()}]))"""
                 tables[f"{step.name} ({step.kind})"] = [["setting", "value"], *rows]
         return tables
 
-    def limitations(self) -> list[str]:
-        """What the record itself gives reason to warn of."""
-        record, n = self.record, self.n
-        facts = []
-        if record.encoder.get("max_length"):
-            facts.append(f"Inputs longer than {n.plain(record.encoder['max_length'])} tokens are cut.")
-        if not (record.publish or {}).get("language"):
-            facts.append("The language of the training data is not stated in the record.")
-        facts += self._quality_limits()
-        facts.append(
-            f"Everything is from one run with one seed ({n.plain(record.seed)}); other seeds give other scores."
-        )
-        if any(artefact.latency for _, artefact in self._artefacts()):
-            facts.append(
-                "Times are from one machine, named above; the ratios are likelier to carry over than the times."
-            )
-        suspicious = (record.benchmark or {}).get("suspicious") or []
-        facts += [f"A time to doubt: {n.text(str(found))}." for found in suspicious]
-        pruned = [step for step in ancestors(record, self.step) if not is_vanilla_shape(record, step)]
-        if pruned and "torch" in {artefact.form for _, artefact in self.layout.values()}:
-            facts.append(
-                "Heads or neurons were removed unevenly: the PyTorch form needs hf_mtcompress to be rebuilt, "
-                "transformers alone cannot."
-            )
-        name, runtime = {"onnx": ("ONNX", "ONNX Runtime"), "openvino": ("OpenVINO", "OpenVINO")}.get(
-            self.artefact.form, ("", "")
-        )
-        if runtime:
-            facts.append(f"The {name} form runs through {runtime} and is not opened by the `Auto` classes.")
-        if self.artefact.form == "bitsandbytes":
-            facts.append("bitsandbytes saves memory; on a processor without a GPU it is usually slower than float32.")
-        facts += self._reload_limits()
-        restricted = [
-            f"`{name}` ({n.text(task.license)})"
-            for name, task in record.tasks.items()
-            if task.license and "nc" in task.license.lower()
-        ]
-        if restricted:
-            facts.append(f"Trained on data whose licence excludes commercial use: {', '.join(restricted)}.")
-        return facts
-
-    def _quality_limits(self) -> list[str]:
-        n, facts, scores, comparison = self.n, [], self.scores, self.comparison
-        if scores is None:
-            return ["The delivered form was not scored; see the steps it was made from."]
-        if scores.split != "test" and "test" not in self.artefact.scores:
-            facts.append(
-                "There was no test split: the scores are from the validation split that decisions were made on."
-            )
-        if comparison is not None and comparison.worst_task is not None and comparison.worst_task_retention is not None:
-            facts.append(
-                f"Compression cost `{comparison.worst_task}` most: it keeps "
-                f"{n.percent(comparison.worst_task_retention)} of the reference's score."
-            )
-        if comparison is not None:
-            facts += [
-                f"`{name}`: what is kept is undefined, because {n.text(why)}."
-                for name, why in comparison.undefined.items()
-            ]
-        few = [f"`{name}` ({n.count(score.rows)})" for name, score in scores.tasks.items() if score.rows < FEW_ROWS]
-        if few:
-            facts.append(f"Few rows were scored, so small differences mean little: {', '.join(few)}.")
-        missing = [f"`{name}`" for name in self.record.tasks if name not in scores.tasks]
-        if missing:
-            facts.append(f"Not scored: {', '.join(missing)}.")
-        auxiliary = [f"`{name}`" for name, task in self.record.tasks.items() if task.role == "auxiliary"]
-        if auxiliary:
-            facts.append(f"Trained as a help to the others and not counted in averages: {', '.join(auxiliary)}.")
-        return facts
-
-    def _reload_limits(self) -> list[str]:
-        n, facts = self.n, []
-        for step, artefact in self.layout.values():
-            result = artefact.reload or {}
-            difference = result.get("max_difference")
-            if result.get("passed") is False:
-                facts.append(f"`{step.name}` ({artefact.form}) did not give the same outputs after loading again.")
-            elif isinstance(difference, int | float) and difference > 0:
-                facts.append(
-                    f"`{step.name}` ({artefact.form}): outputs after loading differ by up to {n.plain(difference)}."
-                )
-        return facts
-
-    def requirement(self) -> str:
-        """What pip has to install, with the extras of the forms that the run made."""
-        forms = {artefact.form for _, artefact in self._artefacts()}
-        extras = [form for form in ("bitsandbytes", "torchao", "onnx", "openvino") if form in forms]
-        return f'"hf_mtcompress[{",".join(extras)}]"' if extras else "hf_mtcompress"
-
     def reload_claim(self) -> str | None:
         """The sentence on loading again, where it was tried on everything that is published."""
-        results = [artefact.reload for _, artefact in self.layout.values()]
+        results = [artefact.reload for _, artefact in self.use.layout.values()]
         if not results or not all(result and result.get("passed") for result in results):
             return None
         return "Every form above was loaded again in a fresh process and compared with the model before it was saved."
@@ -916,10 +569,6 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
     kept = [column for column in range(len(rows[0])) if any(row[column] != NOT_MEASURED for row in rows[1:])]
     return [[row[column] for column in kept] for row in rows]
-
-
-def _quoted(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)
 
 
 def _words(key: str) -> str:

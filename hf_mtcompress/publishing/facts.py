@@ -32,6 +32,11 @@ def delivered_artefact(record: RunRecord) -> Artefact:
     return delivered_step(record).artefacts[0]
 
 
+def artefacts_of(record: RunRecord) -> list[tuple[StepRecord, Artefact]]:
+    """Everything that was saved, each with its step."""
+    return [(step, artefact) for step in record.steps for artefact in step.artefacts]
+
+
 def reference_artefact(record: RunRecord) -> Artefact | None:
     """The artefact that everything is compared with, or None where the reference saved nothing."""
     step = step_named(record, record.reference)

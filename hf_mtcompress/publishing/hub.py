@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_mtcompress import artifacts
 from hf_mtcompress.errors import PublishingError
-from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, PICTURE, SENSITIVITY_PICTURE, is_untouched, render_card
+from hf_mtcompress.publishing.card import PICTURES, is_untouched, render_card
 from hf_mtcompress.publishing.figures import own_words_of
 from hf_mtcompress.publishing.lint import lint_card_of_files
 from hf_mtcompress.publishing.portable import (
@@ -165,9 +165,7 @@ def repository_contents(folder: Path, record: RunRecord | None, repo_id: str) ->
 
 
 def _card(folder: Path, record: RunRecord, recipe_text: str | None, repo_id: str) -> str:
-    picture, interference_picture, sensitivity_picture = (
-        (folder / artifacts.ASSETS / name).is_file() for name in (PICTURE, INTERFERENCE_PICTURE, SENSITIVITY_PICTURE)
-    )
+    pictures = [name for name in PICTURES if (folder / artifacts.ASSETS / name).is_file()]
     path = folder / artifacts.CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     own_words = own_words_of(existing) if existing is not None else None
@@ -178,9 +176,7 @@ def _card(folder: Path, record: RunRecord, recipe_text: str | None, repo_id: str
         record,
         recipe_text,
         repo_id,
-        picture=picture,
-        interference_picture=interference_picture,
-        sensitivity_picture=sensitivity_picture,
+        pictures=pictures,
         own_words=own_words,
     )
 

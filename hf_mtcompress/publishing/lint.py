@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from hf_mtcompress.publishing.card import allowed_numbers, card_metadata
+from hf_mtcompress.publishing.card import allowed_numbers
 from hf_mtcompress.publishing.figures import numbers_in
 from hf_mtcompress.publishing.hub_terms import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS
+from hf_mtcompress.publishing.metadata import card_metadata
 from hf_mtcompress.publishing.portable import host_names_in, local_paths_in, secrets_in
 from hf_mtcompress.records import RunRecord
 

@@ -15,9 +15,10 @@ from huggingface_hub import ModelCard
 
 from hf_mtcompress.errors import PublishingError
 from hf_mtcompress.losses.interference import GradientLog, interference_report
-from hf_mtcompress.publishing.card import card_metadata, is_untouched, render_card
+from hf_mtcompress.publishing.card import is_untouched, render_card
 from hf_mtcompress.publishing.figures import numbers_in
 from hf_mtcompress.publishing.lint import lint_card
+from hf_mtcompress.publishing.metadata import card_metadata
 from hf_mtcompress.publishing.portable import local_paths_in
 from hf_mtcompress.records import RunRecord, run_from_dict, to_json
 from tests.unit.publishing.factory import RECIPE, layers, make_record
@@ -244,7 +245,7 @@ def test_interference_is_left_out_where_it_was_not_logged():
     """An empty section reads as if there were no conflict."""
     record = make_record()
     assert "## How the tasks get along" in render_card(record)
-    assert "assets/interference.png" not in render_card(record, interference_picture=False)
+    assert "assets/interference.png" not in render_card(record, pictures=["comparison.png"])
     record.steps[0].interference = None
     assert "get along" not in render_card(record)
     assert "interference" not in render_card(record)
