@@ -48,6 +48,24 @@ def keep_exact(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def keep_loadable(model: nn.Module) -> None:
+    """Let 8-bit layers take a checkpoint after they have run, as the best weights at the end of a training are.
+
+    bitsandbytes 0.50 moves the scales of a layer's rows from the weight to a state of its own on the first forward
+    pass; loading looks for them at the weight alone, and refuses.
+    """
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_load_state_dict_pre_hook(_put_scales_back)
+
+
+def _put_scales_back(module: Any, *args: Any) -> None:
+    if module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB
+
+
 def swap_word_embeddings(model: PreTrainedModel, bits: Bits | None) -> list[str]:
     """Give the word embeddings of a model's encoders empty tables of few bits; their names in the model.
 
@@ -151,6 +169,7 @@ class Structured8BitQuantizer(Bnb8BitHfQuantizer):
         super().postprocess_model(model, **kwargs)
         model.config.quantization_config = self.structure_config
         align_weights(model)
+        keep_loadable(model)
         return model
 
 

@@ -93,6 +93,30 @@ def test_a_quantized_encoder_with_adapters_trains_and_resumes(tmp_path: Path, bi
     assert all(torch.equal(value, after[name]) for name, value in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_best_weights_come_back_into_a_quantized_encoder(tmp_path: Path, bits: Any) -> None:
+    """bitsandbytes moves the scales of 8-bit layers when they run, and then takes no checkpoint any more."""
+    set_seed(0)
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [*text_tasks(), tag_task()], max_length=32)
+    quantized = quantize_bitsandbytes(model, bits)
+    assert isinstance(quantized, MultiTaskModel)
+    quantized.add_adapters()
+    epochs = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 3, "learning_rate": 0.3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    trainer = build(tmp_path, quantized, **epochs, **best)
+    trainer.train()
+    checkpoint = trainer.state.best_model_checkpoint
+    assert checkpoint is not None
+    loaded = MultiTaskModel.from_pretrained(checkpoint)
+    found = trainer.model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in loaded.state_dict().items())
+    assert any("SCB" in name for name in found) == (bits == 8)
+    row = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        one, other = (each.eval()(**row) for each in (trainer.model, loaded))
+    assert torch.equal(one.logits_mood, other.logits_mood)
+
+
 def test_a_quantized_encoder_without_adapters_is_still_refused(tmp_path: Path) -> None:
     set_seed(0)
     model = MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks(), max_length=32)
