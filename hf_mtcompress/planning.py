@@ -150,10 +150,11 @@ class _Shape:
         if step.bits == "mixed":
             # Without a size it is known when parts are measured and tried; as an estimate, what 8 bits take.
             return step.mixed.size_mb * 1e6 if step.mixed and step.mixed.size_mb else self.parameters
-        if step.bits != 4:
-            return (self.parameters - kept) * step.bits / 8 + kept * 4
         # A scale in float32 and a zero point of 4 bits for each block.
         block = (4 + 36 / step.block_size) / 8
+        if step.bits != 4:
+            saved = self.embedding * (1 - block) if step.embedding_bits == 4 else 0.0
+            return (self.parameters - kept) * step.bits / 8 + kept * 4 - saved
         tables = self.embedding * (block if step.embedding_bits != 8 else 1)
         return (linear - kept) * block + kept * 4 + tables + self.rest
 

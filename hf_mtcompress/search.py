@@ -11,7 +11,7 @@ import datetime
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import ASSETS, write_text
@@ -41,6 +41,8 @@ from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources
 
 _BEYOND = 0.8
 """The last stage is this much faster than the budget asks for, since a prediction may miss."""
+_Member = tuple[float | None, Literal[8, 4] | None]
+
 _SMALLEST_SHARE = 0.15
 """Share of the time that the last stage keeps where no limit of the budget is about time."""
 
@@ -74,26 +76,30 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     table = latency_table(settings.timing, bench, start)
     whole = find_anatomy(bench.load(start).encoder).sizes
     shares = settings.shares or shares_for(budget, table, whole, settings.points)
-    # By the share of the time that is kept; None for the uncut model.
-    family: dict[float | None, tuple[StepConfig, ...]] = {None: _path(settings, start, ())}
-    family |= {share: _path(settings, start, shares[:count]) for count, share in enumerate(shares, 1)}
+    # By the share of the time that is kept (None for the uncut model) and the bits of the embeddings.
+    kinds = settings.embedding_bits if settings.timing.runtime == "onnx_int8" else (None,)
+    family: dict[_Member, tuple[StepConfig, ...]] = {
+        (share, bits): _path(settings, start, shares[:count], bits)
+        for count, share in enumerate([None, *shares])
+        for bits in kinds
+    }
     members = {str(step.name): step for path in family.values() for step in path}
     # What a step's model reads with is looked up among the steps of the recipe.
     bench = dataclasses.replace(bench, recipe=dataclasses.replace(recipe, steps=(*recipe.steps, *members.values())))
     for name, step in members.items():
         done[name] = do_step(step, step.source, done, bench)
-    last = {share: path[-1].name if path else start for share, path in family.items()}
-    artefacts = {share: done[str(name)].artefacts[0] for share, name in last.items()}
+    last = {member: path[-1].name if path else start for member, path in family.items()}
+    artefacts = {member: done[str(name)].artefacts[0] for member, name in last.items()}
     timed = _time([reference, *artefacts.values()], bench)
     tasks = {name: task_record(name, bench) for name in sources.tasks}
     candidates = {}
-    for share, artefact in artefacts.items():
-        floats = [str(step.name) for step in family[share] if not isinstance(step, ExportStep | QuantizeStep)]
+    for member, artefact in artefacts.items():
+        floats = [str(step.name) for step in family[member] if not isinstance(step, ExportStep | QuantizeStep)]
         sizes = find_anatomy(bench.load(floats[-1] if floats else start).encoder).sizes
         found = _candidate(artefact, compare(tasks, reference, artefact, step="", split="validation"), budget)
-        found.steps, found.share = [str(step.name) for step in family[share]], share
+        found.steps, found.share = [str(step.name) for step in family[member]], member[0]
         found.predicted_ms = {str(size): table.milliseconds(sizes, size) for size in table.batches}
-        candidates[share] = found
+        candidates[member] = found
     mark_front(list(candidates.values()))
     chosen = choose(list(candidates.values()))
     record = SearchRecord(
@@ -115,7 +121,7 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     # What leads to the chosen one is done already: this measures it on test rows and writes record and card. Where the
     # starting model itself is chosen, steps after it have no part in that.
     before = [step.name for step in recipe.steps].index(start) + 1
-    path = family[chosen.share]
+    path = next(family[member] for member, found in candidates.items() if found is chosen)
     steps = (*recipe.steps, *path) if path else recipe.steps[:before]
     run(dataclasses.replace(recipe, steps=steps, search=None), output)
     return record
@@ -172,7 +178,9 @@ def shares_for(budget: BudgetConfig, table: LatencyTable, shape: Sequence[tuple[
     return [last ** (number / points) for number in range(1, points + 1)]
 
 
-def _path(settings: SearchConfig, start: str, shares: Sequence[float]) -> tuple[StepConfig, ...]:
+def _path(
+    settings: SearchConfig, start: str, shares: Sequence[float], embedding_bits: Literal[8, 4] | None
+) -> tuple[StepConfig, ...]:
     """Steps from the starting model to the form that is deployed, through one cut for each share."""
     path: list[StepConfig] = []
     source, spent = start, 1.0
@@ -192,7 +200,8 @@ def _path(settings: SearchConfig, start: str, shares: Sequence[float]) -> tuple[
         case "onnx":
             path.append(ExportStep(name=f"{source}-onnx", source=source, formats=("onnx",)))
         case "onnx_int8":
-            path.append(QuantizeStep(name=f"{source}-int8", source=source, backend="onnxruntime", bits=8))
+            name, bits = (f"{source}-int8-4", 4) if embedding_bits == 4 else (f"{source}-int8", None)
+            path.append(QuantizeStep(name=name, source=source, backend="onnxruntime", bits=8, embedding_bits=bits))
     return tuple(path)
 
 

@@ -202,8 +202,8 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
         problems.add(join(path, "bits"), f"backend {step.backend} has 8 bits; others need backend: onnxruntime")
     _check_mixed(step, path, problems)
     for key, given, bits in (
-        ("block_size", step.block_size != 64, (4, "mixed")),
-        ("embedding_bits", step.embedding_bits is not None, (4,)),
+        ("block_size", step.block_size != 64, (8, 4, "mixed") if step.embedding_bits == 4 else (4, "mixed")),
+        ("embedding_bits", step.embedding_bits is not None, (8, 4)),
         ("float_layers", bool(step.float_layers), (8, 4)),
         ("calibration", step.calibration is not None, (8,)),
         ("mixed", step.mixed is not None, ("mixed",)),
@@ -225,6 +225,10 @@ def _check_quantize(step: QuantizeStep, path: str, problems: Problems) -> None:
             elif step.bits == 8 and key != "embeddings":
                 problems.add(join(path, key), "is about 4 bits; say bits: 4, or remove the key")
     calibration = step.calibration
+    if calibration is not None and step.embedding_bits is not None:
+        problems.add(
+            join(path, "embedding_bits"), "static 8 bits have tables in 8 bits; remove this key or calibration"
+        )
     if calibration is not None and step.recover is not None:
         problems.add(join(path, "calibration"), "training rounds as dynamic 8 bits do; remove this key, or 'recover'")
     if calibration is None:

@@ -1,6 +1,7 @@
 """What a search tries on its way to the smallest checkpoint that the budget allows."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hf_mtcompress.config.steps import PruneStep, TrimVocabularyStep
 from hf_mtcompress.config.timing import TimingConfig
@@ -32,3 +33,6 @@ class SearchConfig:
     `latency` and `timing` here."""
     vocabulary: TrimVocabularyStep | None = None
     """Cut the vocabulary first."""
+    embedding_bits: tuple[Literal[8, 4], ...] = (8, 4)
+    """With `runtime: onnx_int8`: bits of the embeddings that every stage is stored with; each makes a member of the
+    family, as fast as the others and smaller."""

@@ -335,10 +335,11 @@ class QuantizeStep:
     mixed: MixedConfig | None = None
     """With `bits: mixed`: what may be chosen from, and how large the graph may be."""
     block_size: int = 64
-    """With `onnxruntime` in 4 or mixed bits: weights that share a scale, 16, 32, 64, 128 or 256. Smaller is closer to
-    float and larger on disk."""
+    """With `onnxruntime` where something is in 4 bits: weights that share a scale, 16, 32, 64, 128 or 256. Smaller is
+    closer to float and larger on disk."""
     embedding_bits: Literal[8, 4] | None = None
-    """With `onnxruntime` in 4 bits: bits of the embeddings; default: 4."""
+    """With `onnxruntime` in 8 (dynamic) or 4 bits: bits of the embeddings; default: as many as `bits`. 8 bits with
+    4 here are smaller at the speed of 8."""
     float_layers: tuple[int, ...] = ()
     """With `onnxruntime` in 8 or 4 bits: encoder layers whose matrices stay in float, counted from 0."""
     calibration: CalibrationConfig | None = None

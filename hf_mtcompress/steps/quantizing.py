@@ -186,7 +186,8 @@ def _graph_precision(step: QuantizeStep, quantization: Mapping[str, Any]) -> str
         case 8 if step.calibration is not None:
             return f"int8, static, {step.calibration.method} of {step.calibration.rows} rows{kept}"
         case 8:
-            return f"int8, dynamic, per channel{kept}"
+            tables = f", embeddings in int4, blocks of {step.block_size}" if step.embedding_bits == 4 else ""
+            return f"int8, dynamic, per channel{tables}{kept}"
         case "mixed":
             return "mixed, " + " and ".join(map(bits_name, kinds))
         case 4:

@@ -28,8 +28,8 @@ class RoundToBits(TrainerCallback):
 
     Args:
         bits: 8 (dynamic) or 4.
-        block_size: with 4 bits, as in `quantize_onnx`.
-        embedding_bits: with 4 bits, 4 or 8; default: 4.
+        block_size: of what is in 4 bits, as in `quantize_onnx`.
+        embedding_bits: 4 or 8; default: as many as `bits`.
         float_layers: encoder layers that stay in float, counted from 0.
 
     Raises:
@@ -54,8 +54,8 @@ class RoundToBits(TrainerCallback):
             raise ValueError(f"bits: expected 8 or 4, found {bits}")
         if problems := block_size_problems(block_size):
             raise ValueError(*problems)
-        if embedding_bits not in (None, 8, 4) or (embedding_bits is not None and bits == 8):
-            raise ValueError(f"embedding_bits: expected 8 or 4, with 4 bits only, found {embedding_bits}")
+        if embedding_bits not in (None, 8, 4):
+            raise ValueError(f"embedding_bits: expected 8 or 4, found {embedding_bits}")
         self.bits = bits
         self.block_size = block_size
         self.table_bits: Bits = embedding_bits or bits

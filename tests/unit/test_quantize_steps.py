@@ -28,6 +28,7 @@ TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 6}
 FORMS: dict[str, dict[str, Any]] = {
     "half": {"bits": 16},
     "int4": {"bits": 4, "block_size": 32, "embedding_bits": 8},
+    "tables": {"bits": 8, "block_size": 32, "embedding_bits": 4},
     "static": {"bits": 8, "calibration": {"method": "percentile", "rows": 12}, "float_layers": [1]},
     "sized": {"bits": "mixed", "block_size": 32, "mixed": {"size_mb": 0.13, "rows": 12}},
     "kept": {"bits": "mixed", "block_size": 32, "mixed": {"choices": [4, 8], "rows": 12}, "retention": 0.8},
@@ -72,7 +73,7 @@ def test_sizes_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     parameters = planned["teacher"]["parameters"]
     assert planned["half"]["estimated_mb"] == pytest.approx(parameters * 2 / 1e6, abs=0.06)
     assert planned["int8"]["estimated_mb"] == pytest.approx(parameters / 1e6, abs=0.06)
-    assert planned["int4"]["estimated_mb"] <= planned["int8"]["estimated_mb"]
+    assert planned["int4"]["estimated_mb"] <= planned["tables"]["estimated_mb"] <= planned["int8"]["estimated_mb"]
     assert planned["sized"]["estimated_mb"] == pytest.approx(0.13, abs=0.06)
     assert planned["trained"]["optimizer_steps"] > 0
     assert "optimizer_steps" not in planned["int4"]
@@ -145,6 +146,7 @@ def test_every_graph_through_a_recipe(tmp_path: Path):
         "trained": "int4, blocks of 32, embeddings in int4, trained with it",
         "half": "float16 weights, computed in float32",
         "int4": "int4, blocks of 32, embeddings in int8",
+        "tables": "int8, dynamic, per channel, embeddings in int4, blocks of 32",
         "static": "int8, static, percentile of 12 rows, layers 1 in float",
         "vino": "int8, static, NNCF on 12 rows",
         "torch": "int8 linear layers, dynamic, per token, float32 embeddings",

@@ -220,13 +220,18 @@ def test_search_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "meets the budget" in capsys.readouterr().out
     found = json.loads((output / "search.json").read_text())
     folders = [item["folder"] for item in found["candidates"]]
-    assert folders == ["vocabulary-int8", "cut-800-int8", "cut-600-int8"]
+    stages = ("vocabulary", "cut-800", "cut-600")
+    assert folders == [f"{stage}-{form}" for stage in stages for form in ("int8", "int8-4")]
     assert found["met"]
     sizes = {item["folder"]: item["size_mb"] for item in found["candidates"]}
     assert found["chosen"] == min(sizes, key=lambda folder: sizes[folder])
     predicted = [item["predicted_ms"]["1"] for item in found["candidates"]]
-    assert predicted[1] <= 0.8 * predicted[0] + 1e-6
-    assert predicted[2] <= 0.6 * predicted[0] + 1e-6
+    assert predicted[2] <= 0.8 * predicted[0] + 1e-6
+    assert predicted[4] <= 0.6 * predicted[0] + 1e-6
+    # The same model, once with smaller tables.
+    assert all(predicted[place] == predicted[place + 1] for place in (0, 2, 4))
+    assert all(sizes[f"{stage}-int8-4"] < sizes[f"{stage}-int8"] for stage in stages)
+    assert found["chosen"].endswith("int8-4")
     # One table for all, although the vocabulary and the layers of the later sources are smaller.
     assert len(list((output / WORK).glob("latency-*.json"))) == 1
     # Every member reads with the vocabulary that its embedding was cut to.

@@ -32,9 +32,17 @@ FORMS = {
     "int8": {"bits": 8},
     "int4": {"bits": 4, "block_size": 16},
     "int4, tables in 8": {"bits": 4, "block_size": 32, "embedding_bits": 8},
+    "int8, tables in 4": {"bits": 8, "block_size": 32, "embedding_bits": 4},
     "static": {"bits": 8},
 }
-TOLERANCES = {"half": 0.002, "int8": 0.15, "int4": 0.5, "int4, tables in 8": 0.5, "static": 0.35}
+TOLERANCES = {
+    "half": 0.002,
+    "int8": 0.15,
+    "int4": 0.5,
+    "int4, tables in 8": 0.5,
+    "int8, tables in 4": 0.5,
+    "static": 0.35,
+}
 """As a fraction of the largest logit, or of 1, on random weights; trained ones are nearer."""
 
 
@@ -152,6 +160,21 @@ def test_four_bits_are_four_bits():
     weights = {name: dims for name, dims in floats.items() if len(dims) == 2 and "scale" not in name}
     assert {min(dims) for dims in weights.values()} <= {1, 2, 3, 4}
     assert saved.folders["int8"].joinpath(ONNX_MODEL).stat().st_size * 2 > (folder / ONNX_MODEL).stat().st_size
+
+
+def test_eight_bits_with_tables_in_four():
+    """As fast as 8 bits: products must be theirs, and only look-ups be in blocks."""
+    settings = read_graph_settings(made(images=False, form="int8, tables in 4"))
+    assert settings.precision == "int8"
+    assert settings.quantization == {"block_size": 32, "embedding_bits": 4}
+    assert settings.embedding_bytes == settings.parameters["embedding"] * (4 + 36 / 32) / 8
+    kinds, plain = (
+        [node.op_type for node in onnx.load(made(images=False, form=form) / ONNX_MODEL).graph.node]
+        for form in ("int8, tables in 4", "int8")
+    )
+    assert "MatMulNBits" not in kinds
+    assert kinds.count("GatherBlockQuantized") == 3
+    assert kinds.count("MatMulInteger") == plain.count("MatMulInteger") > 0
 
 
 def test_widths_that_would_waste_their_block_take_eight_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -289,7 +312,7 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path):
     source = saved.folders["onnx"]
     with pytest.raises(RecipeError) as caught:
         quantize_onnx(source, tmp_path / "a", 3, block_size=48, embedding_bits=2, calibration=Calibration([]))
-    assert len(caught.value.problems) == 5
+    assert len(caught.value.problems) == 6
     with pytest.raises(RecipeError, match=r"encoder layers among 0 to 2, found \[3\]"):
         quantize_onnx(source, tmp_path / "a", float_layers=[3])
     with pytest.raises(RecipeError, match="found 16; leave it out"):

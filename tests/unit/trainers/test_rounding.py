@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8, a layer in float": {"bits": 8, "float_layers": [1]},
     "int4": {"bits": 4, "block_size": 16},
     "int4, tables in 8": {"bits": 4, "block_size": 32, "embedding_bits": 8},
+    "int8, tables in 4": {"bits": 8, "block_size": 32, "embedding_bits": 4},
     "blocks that do not fit": {"bits": 4, "block_size": 64},
 }
 
@@ -245,7 +246,7 @@ def test_what_cannot_be():
     for settings, message in (
         ({"bits": 2}, "bits: expected 8 or 4, found 2"),
         ({"bits": 4, "block_size": 5}, "block_size: expected one of 16, 32, .* found 5"),
-        ({"bits": 8, "embedding_bits": 4}, "embedding_bits: expected 8 or 4, with 4 bits only, found 4"),
+        ({"bits": 8, "embedding_bits": 2}, "embedding_bits: expected 8 or 4, found 2"),
     ):
         with pytest.raises(ValueError, match=message):
             RoundToBits(**settings)
