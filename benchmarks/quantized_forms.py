@@ -77,6 +77,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "torchao int8": {"backend": "torchao", "bits": 8},
     "onnx float16": {**RUNTIME, "bits": 16},
     "onnx int8": {**RUNTIME, "bits": 8},
+    "onnx int8, embeddings int4": {**RUNTIME, "bits": 8, "embedding_bits": 4},
     "onnx int8, static": {**RUNTIME, "bits": 8, "calibration": {"method": "percentile", "rows": 256}},
     "onnx int4": {**RUNTIME, "bits": 4},
     "onnx int4, blocks of 32": {**RUNTIME, "bits": 4, "block_size": 32},
