@@ -96,7 +96,6 @@ class Recoveries:
         self.output = self.suite.work / "seed-1"
         self.teacher = {"kind": "finetune", "name": "teacher", "epochs": self.suite.epochs}
         prepare_output(self.output)
-        self._do([])
 
     def learn(self, epochs: float) -> dict[str, Any]:
         """A training on the teacher's answers."""
@@ -132,6 +131,7 @@ class Recoveries:
         if arm in HALF:
             seconds = self._half(arm, self.output / name, bench)
         elif arm == "teacher":
+            self._do([])
             seconds = None
         else:
             seconds = sum(record.seconds for record in self._do(steps_of(arm, self.learn)))
@@ -248,9 +248,11 @@ def main() -> int:
     if options.times:
         recoveries.times()
     else:
-        jobs = ["teacher", *options.arms]
-        places = [recoveries.output.parent / f"{arm.replace(':', '').replace(' ', '_')}.lock" for arm in jobs]
-        share_work(recoveries.one, jobs, places)
+        # The teacher is needed by all, and the peer cuts as many parameters as the first arm of its kind did.
+        first = [HALF[0]] if set(HALF).intersection(options.arms) else []
+        for jobs in (["teacher"], first, [arm for arm in options.arms if arm not in first]):
+            names = [arm.replace(":", "").replace(" ", "_") for arm in jobs]
+            share_work(recoveries.one, jobs, [recoveries.output.parent / f"{name}.lock" for name in names])
     print(table())
     return 0
 

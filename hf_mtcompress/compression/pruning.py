@@ -45,7 +45,7 @@ from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers
+from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers, refuse_quantized
 
 _TOLERANCE = 1e-3
 """Largest difference, relative to the largest hidden value, between masking and cutting."""
@@ -96,12 +96,14 @@ class PruneReport:
     parameters_before: int
     parameters_after: int
     seconds: float
-    masked_difference: float
-    """Largest relative difference between the model with the parts masked and with the parts cut."""
+    masked_difference: float | None
+    """Largest relative difference between the model with the parts masked and with the parts cut; None by
+    `prune_width`, whose cut is no mask."""
     scores: dict[str, Any] = field(default_factory=dict)
     """Importance of the heads (by layer) and of the layers that the choice was made on."""
     lost_importance: dict[str, float] = field(default_factory=dict)
-    """By task, the share of the importance of all heads and neurons that was cut."""
+    """By task, the share of the importance of all heads and neurons that was cut; by `prune_width`, of the numbers in
+    the hidden states."""
     multiply_adds_before: int | None = None
     """Of the encoder's layers for one row of `length` tokens; where `compute` was asked for."""
     multiply_adds_after: int | None = None
@@ -195,6 +197,7 @@ def prune(
     if shape == "vanilla" and heads:
         raise ValueError(f"heads: expected 0 with shape 'vanilla', whose configs know no width of heads, found {heads}")
     encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
+    refuse_quantized(encoder, find_anatomy(encoder))
     count = len(find_anatomy(encoder).layers)
     if not 0 <= layers < count:
         raise ValueError(f"layers: expected 0 to {count - 1} layers to remove from {count}, found {layers}")

@@ -146,7 +146,7 @@ def _filled(
     )
     align_weights(quantized)
     if isinstance(model, MultiTaskModel) and isinstance(quantized, MultiTaskModel):
-        # With the columns of their data, which the config does not hold: adapters can be trained on the copy.
+        # With the columns of their data, which the config does not hold: adapters can be trained on some copies.
         quantized.tasks = dict(model.tasks)
     return quantized
 

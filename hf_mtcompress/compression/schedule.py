@@ -39,7 +39,7 @@ from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.surgery import cut, describe_structure
+from hf_mtcompress.model.surgery import cut, describe_structure, refuse_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -266,11 +266,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         self._refuse_optimizer(anatomy, kwargs.get("optimizer"))
         outputs = [part.output for layer in anatomy.layers for part in (layer.attention, layer.feed_forward)]
         weights = [parameter for output in outputs for parameter in output.parameters()]
-        if not all(weight.is_floating_point() for weight in weights):
-            raise UnsupportedEncoderError(
-                f"{type(encoder).__name__}: expected float weights to prune, found quantized ones; prune first, then "
-                "quantize"
-            )
+        refuse_quantized(encoder, anatomy)
         if self.importance == "first_order" and not all(weight.requires_grad for weight in weights):
             raise TrainingError(
                 "expected layers that are trained, whose gradients say what is important, found frozen ones; train "

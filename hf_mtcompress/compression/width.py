@@ -18,7 +18,7 @@ from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.surgery import describe_structure
+from hf_mtcompress.model.surgery import describe_structure, refuse_quantized
 from hf_mtcompress.model.width import cut_width, narrower_anatomy
 
 
@@ -59,6 +59,7 @@ def prune_width(
     start = time.monotonic()
     encoder = model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
     anatomy = find_anatomy(encoder)
+    refuse_quantized(encoder, anatomy)
     size, whole = anatomy.layers[0].attention.head_size, anatomy.hidden_size
     left = round(whole * (1 - width) / size) * size
     if not 0 < left < whole:
@@ -66,7 +67,7 @@ def prune_width(
             f"width: expected a fraction that leaves 1 to {whole // size - 1} of {whole // size} heads of {size} "
             f"numbers each, found {width}; remove another amount"
         )
-    target = narrower_anatomy(encoder, left)
+    target = narrower_anatomy(model, left)
     data = [{key: value.to(encoder.device) for key, value in batch.items()} for batch in batches]
     training = model.training
     model.eval()
@@ -83,7 +84,7 @@ def prune_width(
     parts = narrow.encoder if isinstance(narrow, MultiTaskModel) else encoder_of(narrow)
     return narrow, PruneReport(
         importance="first_order",
-        rows=max(rows.values()),
+        rows=rows,
         tasks=sorted(scores),
         before=describe_structure(encoder),
         after=describe_structure(parts),
@@ -91,7 +92,7 @@ def prune_width(
         parameters_before=model.num_parameters(),
         parameters_after=narrow.num_parameters(),
         seconds=time.monotonic() - start,
-        masked_difference=0.0,
+        masked_difference=None,
         width_before=whole,
         width_after=left,
         lost_importance={
@@ -102,14 +103,15 @@ def prune_width(
 
 def _measure(
     model: PreTrainedModel, anatomy: Anatomy, data: Sequence[Mapping[str, Tensor]], progress: bool
-) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
-    """By task, squared derivatives by gates on numbers, then on heads and on neurons of each layer; and its rows."""
+) -> tuple[dict[str, list[Tensor]], int]:
+    """By task, squared derivatives by gates on numbers, then on heads and on neurons of each layer; and all rows."""
     scores: dict[str, list[Tensor]] = {}
-    counts: dict[str, int] = {}
+    every_row = 0
     like = next(iter(anatomy.stack.parameters()))
     for batch in tqdm(data, desc="measuring importance", unit="batch", disable=not progress):
         inputs = {key: value for key, value in batch.items() if not key.startswith("labels")}
         rows = len(next(iter(batch.values())))
+        every_row += rows
         for key in batch:
             if not key.startswith("labels"):
                 continue
@@ -135,13 +137,12 @@ def _measure(
                 for one, gradient in zip(every, found, strict=True)
             ]
             scores[task] = [a + b for a, b in zip(scores[task], squares, strict=True)] if task in scores else squares
-            counts[task] = counts.get(task, 0) + rows
     if not scores:
         raise DataError(
             f"expected batches with labels to measure importance on, found {list(data[0]) if data else 'no batches'}; "
             "pass labelled rows"
         )
-    return scores, counts
+    return scores, every_row
 
 
 def _joined(scores: Mapping[str, Sequence[Tensor]], layers: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:

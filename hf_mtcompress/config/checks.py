@@ -152,6 +152,8 @@ def check_steps(
     problems: Problems,
 ) -> None:
     """Look at each step that could be built, with the names and kinds of all as they were written."""
+    uneven: dict[str, str] = {}
+    """By step: the one that cut the layers of its model unevenly."""
     for index, (step, path) in enumerate(zip(steps, paths, strict=True)):
         if step is None:
             continue
@@ -173,6 +175,12 @@ def check_steps(
                     )
             case PruneStep():
                 _check_prune(step, path, earlier, names, problems)
+                if step.width and source in uneven:
+                    problems.add(
+                        join(path, "width"),
+                        f"needs layers that are alike, but '{uneven[source]}' cuts them unevenly before; put this step "
+                        "before that one",
+                    )
             case TrimVocabularyStep():
                 if step.corpus is None and step.column != "text":
                     problems.add(join(path, "column"), "names a column of 'corpus', which is not there; remove the key")
@@ -190,6 +198,11 @@ def check_steps(
                     problems.add(
                         join(path, "formats"), "expected onnx beside transformers_js, which is made from it; add it"
                     )
+        start = step.teacher if made and isinstance(step, DistillStep | PretrainStep) else source
+        if _cuts_unevenly(step):
+            uneven[names[index]] = names[index]
+        elif start in uneven:
+            uneven[names[index]] = uneven[str(start)]
         if source is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):
             problems.add(path, "expected a finetune or distill step before it, whose model it can start from")
 
@@ -372,6 +385,13 @@ def _check_prune(
     elif isinstance(step.schedule, GradualSchedule):
         _check_gradual(step, step.schedule, path, problems)
     _check_recover(step.recover, path, earlier, names, problems)
+
+
+def _cuts_unevenly(step: StepConfig) -> bool:
+    if not isinstance(step, PruneStep):
+        return False
+    free = step.shape == "free" and (step.feed_forward or step.compute or step.latency)
+    return bool(step.heads or free or isinstance(step.schedule, GradualSchedule))
 
 
 def _check_width(step: PruneStep, path: str, problems: Problems) -> None:

@@ -128,6 +128,11 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
             f"expected one or more different tasks without an adapter, among {without}, found {tasks}; a task has one "
             "adapter, which further training goes on with"
         )
+    if not passes_gradients(model):
+        raise UnsupportedEncoderError(
+            "expected an encoder in float, or in few bits of bitsandbytes, to train adapters on, found weights of "
+            "torchao, which pass no gradient; quantize with bitsandbytes, or after the training"
+        )
     deep = [name for name in tasks if model.tasks[name].layer is not None]
     branches = [model.tasks[name].encoder for name in tasks if model.tasks[name].encoder in model.branches]
     if deep or branches:
@@ -136,6 +141,11 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
             f"{deep} that read a lower layer; build the model without them, an adapter is a task's own part too"
         )
     return {name: _build(model, name, settings).train(model.training) for name in tasks}
+
+
+def passes_gradients(model: PreTrainedModel) -> bool:
+    """Whether what is below a linear layer can be trained; weights in few bits, too, may let gradients through."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
 
 
 def adapter_of(model: "MultiTaskModel", name: str) -> Adapter | None:
@@ -162,19 +172,10 @@ def adapted(encoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 
 
 def merged_encoder(model: "MultiTaskModel", name: str) -> PreTrainedModel:
-    """The encoder that one task reads, its adapter added to the weights of a copy.
-
-    Raises:
-        UnsupportedEncoderError: the encoder is quantized, so that there are no weights to add to.
-    """
+    """The encoder that one task reads, its adapter added to the float weights of a copy."""
     encoder, adapter = whole_encoder(model, name), adapter_of(model, name)
     if adapter is None:
         return encoder
-    if getattr(model, "is_quantized", False):
-        raise UnsupportedEncoderError(
-            f"task '{name}': expected float weights to add its adapter to, found a quantized encoder; keep the "
-            "multi-task folder, or add adapters to the float model and quantize after the export"
-        )
     encoder = copy.deepcopy(encoder)
     with torch.no_grad():
         for layer in _on(encoder, adapter).values():
@@ -189,7 +190,8 @@ def trains_adapters(model: Any) -> Iterator[None]:
     It looks for a mark that transformers sets on models whose adapters it manages itself. The mark is taken off again,
     since a model that carries it saves its adapters only.
     """
-    marked = len(getattr(model, "adapters", ())) > 0 and bool(getattr(model, "is_quantized", False))
+    quantized = bool(getattr(model, "is_quantized", False)) and passes_gradients(model)
+    marked = quantized and len(getattr(model, "adapters", ())) > 0
     if marked:
         model._hf_peft_config_loaded = True
     try:

@@ -23,6 +23,7 @@ class MultiTaskConfig(PreTrainedConfig):
         preprocessing: by encoder name: `max_length` in tokens or `image_size` in pixels.
         branches: by branch name: {"encoder": whose lower layers it shares, "layers": how many top layers are its own}.
         adapters: by task name: {"rank", "alpha", "dropout", "targets"} of its adapter (see `model/adapters.py`).
+        without_pooler: names of encoders that came without the pooler that their class may have.
         structure: by encoder name: what pruning left, by layer index and role (see `model/surgery.py`); empty if whole.
     """
 
@@ -35,6 +36,7 @@ class MultiTaskConfig(PreTrainedConfig):
     branches: dict | None = None
     adapters: dict | None = None
     structure: dict | None = None
+    without_pooler: list | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -49,6 +51,7 @@ class MultiTaskConfig(PreTrainedConfig):
         self.branches = self.branches or {}
         self.adapters = self.adapters or {}
         self.structure = self.structure or {}
+        self.without_pooler = self.without_pooler or []
 
     def encoder_config(self, name: str = "main") -> PreTrainedConfig:
         """A fresh config object of one encoder, or of the one that a branch shares."""

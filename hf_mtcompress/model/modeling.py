@@ -225,8 +225,25 @@ class MultiTaskModel(PreTrainedModel):
         return head
 
     def _drop_unread_parts(self) -> None:
-        """Take out parts of an encoder that no head reads, as stock classes do (a pooler under token heads)."""
+        """Take out parts of an encoder that no head reads, as stock classes do (a pooler under token heads).
+
+        Raises:
+            UnsupportedEncoderError: a head reads a pooler that the encoder came without.
+        """
         for name, encoder in self.encoders.items():
+            if name in (self.config.without_pooler or []):
+                setattr(encoder, "pooler", None)  # noqa: B010 - the type of an attribute says a module
+            if _lacks_pooler(encoder):
+                for task in self.tasks.values():
+                    head = self.heads[task.head_name]
+                    reads = isinstance(head, PreTrainedModel) and _reads_pooler(type(head), head.config)
+                    if task.encoder == name and reads:
+                        raise UnsupportedEncoderError(
+                            f"task '{task.name}': expected an encoder with a pooler for its stock head, found a "
+                            f"{type(encoder).__name__} without; load it without add_pooling_layer=False, or use head "
+                            "'linear'"
+                        )
+                continue
             readers = [self.heads[task.head_name] for task in self.tasks.values() if task.encoder == name]
             stocks = [reader for reader in readers if isinstance(reader, PreTrainedModel)]
             if len(stocks) < len(readers) or not stocks:
@@ -482,6 +499,8 @@ class MultiTaskModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write config (with the encoder's present config and structure) and weights; see `PreTrainedModel`."""
+        # A task that was taken out may have been the last one that read a part; without it the folder loads so.
+        self._drop_unread_parts()
         self.refresh_config()
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -496,6 +515,7 @@ class MultiTaskModel(PreTrainedModel):
             for name, encoder in self.encoders.items()
             if isinstance(encoder, PreTrainedModel) and not is_vanilla(encoder)
         }
+        self.config.without_pooler = [name for name, encoder in self.encoders.items() if _lacks_pooler(encoder)]
         self.config.tasks = [task.to_dict() for task in self.tasks.values()]
         self.config.adapters = describe_adapters(self)
 
@@ -567,6 +587,10 @@ def _reads_pooler(stock: type[PreTrainedModel], config: PreTrainedConfig) -> boo
     with torch.device("meta"):
         base = stock._from_config(config).base_model
     return any(key == "pooler" and module is not None for key, module in base.named_children())
+
+
+def _lacks_pooler(encoder: nn.Module) -> bool:
+    return getattr(encoder, "pooler", encoder) is None
 
 
 def _initialize(module: nn.Module, config: PreTrainedConfig, head: nn.Module) -> None:

@@ -15,12 +15,13 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.embeddings import Bits, swap_embedding
 from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, TORCHAO_METHOD, StructureConfig, write_mark
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
-from hf_mtcompress.model.sparse import Expand, expanding_conversion
+from hf_mtcompress.model.sparse import expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 
 
@@ -143,9 +144,7 @@ class SparseQuantizer(StructureQuantizer):
         return [expanding_conversion()]
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # What was converted on loading would be converted back on saving.
-        conversions: list[Any] = vars(model).get("_weight_conversions") or []
-        vars(model)["_weight_conversions"] = [item for item in conversions if not _expands(item)]
+        _forget_conversions(model, "Expand")
         super().postprocess_model(model, **kwargs)
         write_mark(model.config, self.quantization_config.structure)
         return model
@@ -167,6 +166,7 @@ class Structured8BitQuantizer(Bnb8BitHfQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super().postprocess_model(model, **kwargs)
+        _forget_conversions(model, "Deserialize")
         model.config.quantization_config = self.structure_config
         align_weights(model)
         keep_loadable(model)
@@ -187,6 +187,7 @@ class Structured4BitQuantizer(Bnb4BitHfQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super().postprocess_model(model, **kwargs)
+        _forget_conversions(model, "Deserialize")
         model.config.quantization_config = self.structure_config
         align_weights(model)
         keep_exact(model)
@@ -194,7 +195,11 @@ class Structured4BitQuantizer(Bnb4BitHfQuantizer):
 
 
 class StructuredTorchAoQuantizer(TorchAoHfQuantizer):
-    """Reshapes a model, then lets torchao fill it with 8-bit weights."""
+    """Reshapes a model, then lets torchao fill it with 8-bit weights, which pass no gradient to their inputs."""
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
 
     def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
         super().__init__(_torchao(quantization_config), **kwargs)
@@ -206,6 +211,7 @@ class StructuredTorchAoQuantizer(TorchAoHfQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super().postprocess_model(model, **kwargs)
+        _forget_conversions(model, "Deserialize")
         model.config.quantization_config = self.structure_config
         align_weights(model)
         return model
@@ -220,8 +226,17 @@ QUANTIZERS: dict[str, type[HfQuantizer]] = {
 }
 
 
-def _expands(conversion: Any) -> bool:
-    return any(isinstance(operation, Expand) for operation in getattr(conversion, "operations", ()))
+def _forget_conversions(model: PreTrainedModel, kind: str) -> None:
+    """Drop conversions of stored weights whose operations end so.
+
+    What was converted on loading would be converted back on saving, for which these have no way.
+    """
+    conversions: list[Any] = vars(model).get("_weight_conversions") or []
+    vars(model)["_weight_conversions"] = [
+        item
+        for item in conversions
+        if not any(type(operation).__name__.endswith(kind) for operation in getattr(item, "operations", ()))
+    ]
 
 
 def _bitsandbytes(config: StructureConfig) -> BitsAndBytesConfig:
@@ -231,6 +246,7 @@ def _bitsandbytes(config: StructureConfig) -> BitsAndBytesConfig:
 
 
 def _torchao(config: StructureConfig) -> TorchAoConfig:
+    require_extra("torchao")
     found = TorchAoConfig.from_dict(dict(config.torchao or {}))
     assert isinstance(found, TorchAoConfig)
     return found

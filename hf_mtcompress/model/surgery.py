@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
@@ -121,7 +122,7 @@ def cut(
                 raise ValueError(
                     f"expected different {what} of layer {index} among 0 to {sizes[index] - 1}, found {list(indices)}"
                 )
-    _refuse_quantized(encoder, anatomy)
+    refuse_quantized(encoder, anatomy)
     for index, layer in enumerate(anatomy.layers):
         if heads is not None and index in heads and len(heads[index]) < layer.attention.heads:
             _cut_heads(encoder, anatomy, layer, sorted(heads[index]))
@@ -340,10 +341,18 @@ def _select(parameter: Tensor, dimension: int, indices: list[int]) -> None:
     parameter.data = parameter.data.index_select(dimension, torch.tensor(indices, device=parameter.device))
 
 
-def _refuse_quantized(encoder: nn.Module, anatomy: Anatomy) -> None:
+def refuse_quantized(encoder: nn.Module, anatomy: Anatomy) -> None:
+    """Say that weights in few bits cannot be cut.
+
+    Raises:
+        UnsupportedEncoderError: some of the layers' weights are in few bits.
+    """
     for layer in anatomy.layers:
         for name, linear in [*layer.attention.projections.items(), *layer.feed_forward.inputs.items()]:
-            if isinstance(linear, nn.Linear) and not linear.weight.is_floating_point():
+            if not isinstance(linear, nn.Linear):
+                continue
+            # Those of torchao are tensors of a class of their own, which says that it is of float numbers.
+            if not linear.weight.is_floating_point() or is_traceable_wrapper_subclass(linear.weight):
                 raise UnsupportedEncoderError(
                     f"{type(encoder).__name__}: expected float weights to cut, found {linear.weight.dtype} in "
                     f"'{name}'; prune first, then quantize"

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mtcompress.errors import TaskError
+from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import merged_encoder
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
@@ -31,6 +31,11 @@ def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
     """See `MultiTaskModel.to_stock`."""
     if name not in model.tasks:
         raise TaskError(f"expected one of the tasks {list(model.tasks)}, found '{name}'")
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedEncoderError(
+            f"task '{name}': expected float weights to write a plain transformers model, found quantized ones; keep "
+            "the multi-task folder, or export the task before quantizing"
+        )
     task = model.tasks[name]
     head = model.heads[task.head_name]
     encoder = merged_encoder(model, name)

@@ -3,7 +3,7 @@
 Everything that reads or writes hidden states is cut: embeddings, norms, projections, feed-forward parts, heads. Which
 dimension of which weight that is, the stock class says: it is built once more from a config of the wanted width, and
 where its shapes differ, hidden states are meant. Heads keep their size, so a model loses heads as it loses width; where
-the config ties feed-forward parts to the width (DINOv2), neurons go too.
+the config ties feed-forward parts to the width (DINOv2 has a ratio), neurons go too.
 """
 
 import copy
@@ -21,24 +21,24 @@ from hf_mtcompress.model.marking import write_mark
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.surgery import cut, is_vanilla
 
-_HEAD_FIELDS = ("hidden_size", "num_attention_heads")
 _FOLLOWING_FIELDS = ("pooler_hidden_size", "embedding_size")
 """Fields that some families have beside the width, and that must equal it where they do."""
 
+_POOLER = "pooler"
 
-def narrower_anatomy(encoder: PreTrainedModel, width: int) -> Anatomy:
+
+def narrower_anatomy(model: PreTrainedModel, width: int) -> Anatomy:
     """What the stock class builds for hidden states of `width` numbers; weights are on the meta device.
 
     Args:
-        encoder: whose layers are alike.
+        model: a `MultiTaskModel` with one encoder, a stock model or an encoder, whose layers are alike.
         width: numbers that are left: fewer than there are, and a multiple of the size of a head.
 
     Raises:
         ValueError: the width is none of these.
-        UnsupportedEncoderError: layers differ, or the config cannot express it.
+        UnsupportedEncoderError: layers differ, or the stock class has no such shape.
     """
-    with torch.device("meta"):
-        return find_anatomy(type(encoder)(_narrower_config(encoder, width)))
+    return find_anatomy(_part(_shell(model, width)))
 
 
 def cut_width(
@@ -50,52 +50,82 @@ def cut_width(
     """A copy of a model whose hidden states have the numbers at `kept` alone; it loads with plain transformers.
 
     Args:
-        model: a `MultiTaskModel` with one encoder, or a stock model; left as it is.
+        model: a `MultiTaskModel` with one encoder, a stock model or an encoder; left as it is.
         kept: different places in the hidden states, counted from 0; a multiple of the size of a head.
-        heads: by layer, which heads are left: `len(kept)` / size of a head of them.
+        heads: by layer, which heads are left, as many as `narrower_anatomy` has.
         feed_forward: by layer, which neurons are left, where `narrower_anatomy` has fewer.
 
     Raises:
         ValueError: places, heads or neurons are not those that are wanted.
         UnsupportedEncoderError: the stock class has no such shape.
     """
-    source = copy.deepcopy(model)
-    encoder = source.encoder if isinstance(source, MultiTaskModel) else encoder_of(source)
-    whole = find_anatomy(encoder).hidden_size
+    whole = find_anatomy(_part(model)).hidden_size
     if len(set(kept)) != len(kept) or not set(kept) <= set(range(whole)):
         raise ValueError(f"expected different places among 0 to {whole - 1} of the hidden states, found {list(kept)}")
-    target = narrower_anatomy(encoder, len(kept))
-    config = _narrower_config(encoder, len(kept))
-    cut(encoder, heads, feed_forward)
-    for index, (found, wanted) in enumerate(zip(find_anatomy(encoder).layers, target.layers, strict=True)):
-        sizes = [(layer.attention.heads, layer.feed_forward.width) for layer in (found, wanted)]
-        if sizes[0] != sizes[1]:
+    narrow, source = _shell(model, len(kept)), copy.deepcopy(model)
+    cut(_part(source), heads, feed_forward)
+    for index, (found, wanted) in enumerate(
+        zip(find_anatomy(_part(source)).sizes, find_anatomy(_part(narrow)).sizes, strict=True)
+    ):
+        if found != wanted:
             raise ValueError(
-                f"expected {sizes[1][0]} heads and {sizes[1][1]} neurons to be left in layer {index} at a width of "
-                f"{len(kept)}, found {sizes[0][0]} and {sizes[0][1]}"
+                f"expected {wanted[0]} heads and {wanted[1]} neurons to be left in layer {index} at a width of "
+                f"{len(kept)}, found {found[0]} and {found[1]}"
             )
-    narrow = _build(source, config)
-    places = torch.tensor(kept, device=encoder.device)
-    before, after = source.state_dict(), narrow.state_dict()
-    if before.keys() != after.keys():
+    places = torch.tensor(kept, device=_part(source).device)
+    state, shapes = source.state_dict(), {name: value.shape for name, value in narrow.state_dict().items()}
+    narrow.load_state_dict(
+        {name: _select(name, state[name], shape, places, whole) for name, shape in shapes.items()}, assign=True
+    )
+    _take_over(narrow, source)
+    return narrow
+
+
+def _part(model: PreTrainedModel) -> PreTrainedModel:
+    return model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
+
+
+def _shell(model: PreTrainedModel, width: int) -> PreTrainedModel:
+    """A model of the same class, parts and heads with narrower hidden states, without memory for weights."""
+    encoder = _part(model)
+    config, encoder_config = copy.deepcopy(model.config), _narrower_config(encoder, width)
+    write_mark(config, None)
+    if isinstance(config, MultiTaskConfig):
+        config.encoders, config.structure = {"main": encoder_config.to_dict()}, {}
+    elif model.config is encoder.config:
+        config = encoder_config
+    else:
         raise UnsupportedEncoderError(
-            f"{type(encoder).__name__}: expected the same weights at a width of {len(kept)}, found "
-            f"{sorted(before.keys() ^ after.keys())[:3]} in one of both shapes only; choose another width"
+            f"{type(model).__name__}: expected a model with one config for encoder and head to cut hidden states, "
+            "found one for each; make it a MultiTaskModel (from_encoder), or cut the encoder alone"
         )
-    state = {name: _select(name, value, after[name].shape, places, whole) for name, value in before.items()}
-    narrow.load_state_dict(state)
-    narrow.tie_weights()
-    nn.Module.to(narrow, device=encoder.device, dtype=encoder.dtype)
-    if isinstance(narrow, MultiTaskModel) and isinstance(source, MultiTaskModel):
-        narrow.tasks = dict(source.tasks)
-        narrow.refresh_config()
-    align_weights(narrow)
-    return narrow.train(model.training)
+    with torch.device("meta"):
+        narrow: PreTrainedModel = cast(Any, type(model))(config)
+    built = _part(narrow)
+    before = set(model.state_dict())
+    # A pooler that no head reads may be there or not, by how the model came about: without it nothing is lost.
+    if not all(isinstance(getattr(one, _POOLER, None), nn.Module) for one in (encoder, built)):
+        if hasattr(built, _POOLER):
+            setattr(built, _POOLER, None)
+        unread = {id(weight) for weight in getattr(getattr(encoder, _POOLER, None), "parameters", list)()}
+        before -= {name for name, weight in model.named_parameters() if id(weight) in unread}
+    if before != set(narrow.state_dict()):
+        raise UnsupportedEncoderError(
+            f"{type(encoder).__name__}: expected the same weights at a width of {width}, found "
+            f"{sorted(before ^ set(narrow.state_dict()))[:3]} in one of both shapes only; choose another width"
+        )
+    size, left = (find_anatomy(one).layers[0].attention.head_size for one in (encoder, built))
+    if size != left:
+        raise UnsupportedEncoderError(
+            f"{type(encoder).__name__}: expected heads of {size} numbers at a width of {width}, found {left}; its "
+            "config cannot say such a shape: remove neurons or layers"
+        )
+    return narrow
 
 
 def _narrower_config(encoder: PreTrainedModel, width: int) -> PreTrainedConfig:
     config, anatomy = encoder.config, find_anatomy(encoder)
-    size = anatomy.layers[0].attention.head_size
+    attention = anatomy.layers[0].attention
     if anatomy.head_bias_total is not None:
         raise UnsupportedEncoderError(
             f"{type(encoder).__name__}: expected layers with heads of their own to cut hidden states, found a bias for "
@@ -106,32 +136,42 @@ def _narrower_config(encoder: PreTrainedModel, width: int) -> PreTrainedConfig:
             f"{type(encoder).__name__}: expected layers that are alike to cut hidden states, found it cut unevenly; "
             "start from the model before that"
         )
-    if not 0 < width < anatomy.hidden_size or width % size:
+    if not 0 < width < anatomy.hidden_size or width % attention.head_size:
         raise ValueError(
-            f"expected a width from {size} to below {anatomy.hidden_size} in multiples of {size}, the size of a head, "
-            f"found {width}"
+            f"expected a width from {attention.head_size} to below {anatomy.hidden_size} in multiples of "
+            f"{attention.head_size}, the size of a head, found {width}"
         )
     narrow = copy.deepcopy(config)
+    write_mark(narrow, None)
     for field in _FOLLOWING_FIELDS:
         if getattr(config, field, None) == anatomy.hidden_size and field in config.to_dict():
             setattr(narrow, field, width)
-    for field, value in zip(_HEAD_FIELDS, (width, width // size), strict=True):
-        setattr(narrow, field, value)
+    # Heads that went before (ViT, whose config has a size of heads) do not come back.
+    heads = min(width // attention.head_size, attention.heads)
+    narrow.hidden_size, narrow.num_attention_heads = width, heads
+    if heads * attention.head_size != width:
+        cast(Any, narrow).head_dim = attention.head_size
     return narrow
 
 
-def _build(model: PreTrainedModel, encoder_config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of the same class and heads around an encoder of another shape; its weights mean nothing yet."""
-    config = copy.deepcopy(model.config)
-    write_mark(config, None)
-    if isinstance(config, MultiTaskConfig):
-        config.encoders = {"main": encoder_config.to_dict()}
-        config.structure = {}
-    else:
-        for field in (*_HEAD_FIELDS, *_FOLLOWING_FIELDS):
-            if field in (*config.to_dict(), *config.attribute_map):
-                setattr(config, field, getattr(encoder_config, field))
-    return cast(Any, type(model))(config)
+def _take_over(narrow: PreTrainedModel, source: PreTrainedModel) -> None:
+    """What a model is beside its weights."""
+    buffers, trained = dict(source.named_buffers()), dict(source.named_parameters())
+    for name, buffer in list(narrow.named_buffers()):
+        if buffer.is_meta:
+            owner, _, key = name.rpartition(".")
+            narrow.get_submodule(owner)._buffers[key] = buffers[name].clone()
+    for name, parameter in narrow.named_parameters():
+        parameter.requires_grad_(trained[name].requires_grad)
+    narrow.tie_weights()
+    if isinstance(narrow, MultiTaskModel) and isinstance(source, MultiTaskModel):
+        narrow.tasks = dict(source.tasks)
+        narrow.refresh_config()
+    kernel = _part(source).config._attn_implementation
+    if kernel is not None and _part(narrow).config._attn_implementation != kernel:
+        _part(narrow).set_attn_implementation(kernel)
+    align_weights(narrow)
+    narrow.train(source.training)
 
 
 def _select(name: str, value: Tensor, shape: torch.Size, places: Tensor, whole: int) -> Tensor:
@@ -147,4 +187,4 @@ def _select(name: str, value: Tensor, shape: torch.Size, places: Tensor, whole: 
         # DINOv2's head reads two of them side by side.
         every = torch.cat([places + block * whole for block in range(blocks)])
         value = value.index_select(dimension, every)
-    return value
+    return value.detach().clone()

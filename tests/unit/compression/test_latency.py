@@ -113,6 +113,7 @@ def test_pruning_by_the_clock(importance: Any) -> None:
     assert report.milliseconds_after <= 0.6 * times.milliseconds(full, 8)
     # One part more of any kind would have been too much, or something cheaper was worth more.
     assert report.milliseconds_after > 0.5 * times.milliseconds(full, 8)
+    assert report.masked_difference is not None
     assert report.masked_difference < 1e-4
 
 

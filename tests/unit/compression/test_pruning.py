@@ -65,6 +65,7 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
     assert min(layer["heads"] for layer in layers) >= 1
     assert sum(layer["feed_forward"] for layer in layers) == 96
     assert all(layer["feed_forward"] % 8 == 0 for layer in layers)
+    assert report.masked_difference is not None
     assert report.masked_difference < 1e-5
     assert report.parameters_after == sum(p.numel() for p in model.parameters()) < report.parameters_before
     assert report.rows == 6
@@ -191,6 +192,7 @@ def test_all_of_it_on_every_family(family: str, tmp_path: Path) -> None:
     again = copy.deepcopy(model)
     report = prune(model, batches, **EVERYTHING)
     layers = report.after["layers"]
+    assert report.masked_difference is not None
     assert report.masked_difference < 1e-5
     assert report.swapped > 0
     assert report.multiply_adds_before is not None

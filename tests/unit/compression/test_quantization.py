@@ -164,6 +164,23 @@ def test_quantizing_twice() -> None:
         quantize_bitsandbytes(quantized, 4)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_saved_again_after_loading(bits: Bits, tmp_path: Path) -> None:
+    """What was put together on loading has no way back in transformers 5.24."""
+    quantize_bitsandbytes(multi_task("bert"), bits).save_pretrained(tmp_path / "one")
+    loaded = AutoModel.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "two")), logits(loaded))
+
+
+def test_exporting_a_task_of_a_quantized_model() -> None:
+    """In 8 bits it would have integers for weights, and answer."""
+    quantized = quantize_bitsandbytes(multi_task("bert"), 8)
+    assert isinstance(quantized, MultiTaskModel)
+    with pytest.raises(UnsupportedEncoderError, match="found quantized ones; keep the multi-task folder"):
+        quantized.to_stock("mood")
+
+
 def test_pruning_after_quantizing() -> None:
     quantized = quantize_bitsandbytes(multi_task("bert"), 8)
     assert isinstance(quantized, MultiTaskModel)

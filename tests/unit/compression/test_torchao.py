@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
+from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_torchao
+from hf_mtcompress.compression.width import prune_width
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
 from hf_mtcompress.inference.predictor import load_predictor
 from hf_mtcompress.inference.runtimes import folder_form
@@ -116,7 +118,45 @@ def test_predictor_opens_it(tmp_path: Path) -> None:
     assert answer["label"] in FEELING_LABELS
 
 
+def test_saved_again_after_loading(tmp_path: Path) -> None:
+    """What was put together on loading has no way back in transformers 5.24."""
+    quantize_torchao(multi_task("bert")).save_pretrained(tmp_path / "one")
+    loaded = AutoModel.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "two")), logits(loaded))
+
+
 # ---- bad input ----
+
+
+def test_adapters_would_learn_from_wrong_gradients() -> None:
+    """torchao's 8-bit layers pass no gradient to their inputs, and say nothing."""
+    with pytest.raises(UnsupportedEncoderError, match="found weights of torchao, which pass no gradient"):
+        quantize_torchao(multi_task("bert")).add_adapters()
+
+
+def test_cutting_after_quantizing() -> None:
+    quantized = quantize_torchao(multi_task("bert"))
+    batch = {**tiny_inputs("bert"), "labels_mood": torch.tensor([0, 1, 2])}
+    for work in (
+        lambda: prune(quantized, [batch], heads=0.5, progress=False),
+        lambda: prune_width(quantized, [batch], 0.25, progress=False),
+        lambda: cut(quantized.encoder, {0: [0]}),
+    ):
+        with pytest.raises(UnsupportedEncoderError, match="prune first, then quantize"):
+            work()
+
+
+def test_exporting_a_task() -> None:
+    with pytest.raises(UnsupportedEncoderError, match="found quantized ones; keep the multi-task folder"):
+        quantize_torchao(multi_task("bert")).to_stock("mood")
+
+
+def test_opening_without_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_torchao(multi_task("bert")).save_pretrained(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(MissingExtraError, match=r"hf_mtcompress\[torchao\]"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_quantizing_twice() -> None:

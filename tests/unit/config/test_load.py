@@ -663,6 +663,16 @@ def test_bad_steps(step: Any, message: str):
     assert message in found[0]
 
 
+def test_hidden_states_are_cut_before_layers_differ():
+    """Otherwise it is said after the trainings before it."""
+    cut = {"kind": "prune", "name": "cut", "heads": 0.5}
+    (found,) = problems(with_steps(cut, {"kind": "finetune", "name": "more"}, {"kind": "prune", "width": 0.5}))
+    assert "width: needs layers that are alike, but 'cut' cuts them unevenly before; put this step before" in found
+    narrow = {"kind": "prune", "name": "narrow", "width": 0.5}
+    alike = {"kind": "prune", "name": "alike", "shape": "vanilla", "layers": 1}
+    assert problems(with_steps(alike, narrow, cut)) == []
+
+
 def test_quantized_and_exported_steps_are_leaves():
     recipe = with_steps({"kind": "export", "name": "folders"}, {"kind": "finetune", "from": "folders"})
     (found,) = problems(recipe)

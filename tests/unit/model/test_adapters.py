@@ -291,7 +291,7 @@ def test_adapters_and_few_bits(bits: Any, order: str, tmp_path: Path) -> None:
     found = answers(loaded, "bert")
     assert all(torch.equal(found[name], trained[name]) for name in trained)
     assert loaded.is_quantized
-    with pytest.raises(UnsupportedEncoderError, match="expected float weights to add its adapter to"):
+    with pytest.raises(UnsupportedEncoderError, match="expected float weights to write a plain"):
         loaded.to_stock("mood")
 
 

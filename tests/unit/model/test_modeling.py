@@ -1,5 +1,6 @@
 """Laws of the multi-task model on every encoder family."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_mtcompress import (
     TokenClassification,
     student_of,
 )
-from hf_mtcompress.errors import ArtifactError, TaskError
+from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from tests.tiny import FAMILIES, FEELING_LABELS, IMAGE_FAMILIES, TAG_LABELS, tiny_encoder, tiny_inputs, tiny_tokenizer
 
@@ -125,6 +126,31 @@ def test_a_part_that_no_head_reads_is_left_out(tmp_path: Path) -> None:
     assert not [key for key in model.state_dict() if "pooler" in key]
     model.save_pretrained(tmp_path)
     assert not [key for key in MultiTaskModel.from_pretrained(tmp_path).state_dict() if "pooler" in key]
+
+
+def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
+    """`add_pooling_layer=False` is common; loaded again with a fresh pooler, a head would read noise."""
+    tiny_encoder("bert").save_pretrained(tmp_path / "encoder")
+    encoder = AutoModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False)
+    task = SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label", head="linear")
+    model = MultiTaskModel.from_encoder(encoder, [task]).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        found, expected = (each(**tiny_inputs("bert")).logits_mood for each in (loaded, model))
+    assert torch.equal(found, expected)
+    with pytest.raises(UnsupportedEncoderError, match="expected an encoder with a pooler for its stock head"):
+        MultiTaskModel.from_encoder(encoder, [dataclasses.replace(task, head="stock")])
+
+
+def test_a_part_that_no_head_reads_any_more(tmp_path: Path) -> None:
+    """What is saved is what loads: a folder with weights that nobody takes is not one that reloads."""
+    tasks = [TokenClassification("tags", labels=TAG_LABELS), SequenceClassification("mood", labels=FEELING_LABELS)]
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks)
+    model.remove_task("mood")
+    model.save_pretrained(tmp_path)
+    _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
 
 
 def test_a_student_reloads_and_exports(tmp_path: Path) -> None:

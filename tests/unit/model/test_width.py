@@ -1,6 +1,7 @@
 """Narrower hidden states: the stock class builds them, and every weight keeps its place."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, is_vanilla
 from hf_mtcompress.model.width import cut_width, narrower_anatomy
-from hf_mtcompress.tasks import SequenceClassification, TokenClassification
+from hf_mtcompress.tasks import ImageClassification, SequenceClassification, TokenClassification
 from tests import laws
 from tests.tiny import (
     FAMILIES,
@@ -130,6 +131,82 @@ def test_a_stock_model_keeps_its_head(family: str) -> None:
     assert not narrow.training
     with torch.no_grad():
         assert narrow(**tiny_inputs(family)).logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize("multi_task", [False, True])
+def test_a_ratio_that_says_the_feed_forward_width(multi_task: bool) -> None:
+    """Heads that go may let the config say another ratio, by which far more neurons would go than were named."""
+    encoder = tiny_encoder("dinov2", mlp_ratio=4)
+    model: PreTrainedModel = encoder
+    if multi_task:
+        task = ImageClassification("mood", labels=FEELING_LABELS, image="image", label="label")
+        model = MultiTaskModel.from_encoder(encoder, [task])
+    sizes = {layer: list(range(64)) for layer in range(LAYERS)}
+    narrow = cut_width(model, range(16), {layer: [1, 3] for layer in range(LAYERS)}, sizes)
+    parts = narrow.encoder if isinstance(narrow, MultiTaskModel) else narrow
+    assert parts.config.mlp_ratio == 4
+    assert find_anatomy(parts).sizes == [(2, 64)] * LAYERS
+    first = find_anatomy(encoder).layers[0].feed_forward.output.weight[:16, :64]
+    assert torch.equal(find_anatomy(parts).layers[0].feed_forward.output.weight, first)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_half_precision_reloads_bit_equal(family: str, tmp_path: Path) -> None:
+    """Frequencies of positions stay in float32 in a model of any precision; a cast of all would change them."""
+    encoder = tiny_encoder(family).to(torch.bfloat16)
+    encoder.save_pretrained(tmp_path / "whole")
+    encoder = AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    narrow = cut_width(encoder, KEPT, *parts(encoder))
+    narrow.save_pretrained(tmp_path / "narrow")
+    loaded = AutoModel.from_pretrained(tmp_path / "narrow", dtype=torch.bfloat16)
+    assert torch.equal(outputs(loaded, family), outputs(narrow, family))
+    kept = {name: buffer.dtype for name, buffer in encoder.named_buffers()}
+    assert {name: buffer.dtype for name, buffer in narrow.named_buffers()} == kept
+
+
+def test_what_a_model_is_beside_its_weights() -> None:
+    encoder = tiny_encoder("bert", attn_implementation="eager")
+    task = SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label")
+    model = MultiTaskModel.from_encoder(encoder, [task])
+    model.freeze_encoder()
+    state = torch.random.get_rng_state()
+    narrow = cut_width(model, KEPT, *parts(encoder))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert isinstance(narrow, MultiTaskModel)
+    assert narrow.encoder.config._attn_implementation == "eager"
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in narrow.named_parameters()} == frozen
+    assert set(frozen.values()) == {True, False}
+
+
+def test_a_pooler_that_nobody_reads_any_more(tmp_path: Path) -> None:
+    """Whether it is there depends on how the model came about, and no width can change that."""
+    tasks = [
+        SequenceClassification("mood", labels=FEELING_LABELS, text="text", label="label"),
+        TokenClassification("words", labels=["a", "b"], tokens="tokens", label="tags"),
+    ]
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks).eval()
+    model.remove_task("mood")
+    encoder = tiny_encoder("bert")
+    encoder.pooler = None
+    bare = MultiTaskModel.from_encoder(encoder, [replace(tasks[0], head="linear")]).eval()
+    for number, source in enumerate((model, bare)):
+        narrow = cut_width(source, KEPT, *parts(source.encoder))
+        narrow.save_pretrained(tmp_path / str(number))
+        with torch.no_grad():
+            found, loaded = (
+                one(**tiny_inputs("bert")) for one in (narrow, AutoModel.from_pretrained(tmp_path / str(number)))
+            )
+        assert all(torch.equal(found[key], loaded[key]) for key in found if key.startswith("logits"))
+
+
+def test_heads_that_went_before_do_not_come_back() -> None:
+    """ViT can say fewer heads than its width would have."""
+    encoder = tiny_encoder("vit")
+    cut(encoder, {layer: [0, 2] for layer in range(LAYERS)})
+    narrow = cut_width(encoder, KEPT, {})
+    assert find_anatomy(narrow).sizes == [(2, find_anatomy(encoder).layers[0].feed_forward.width)] * LAYERS
+    assert outputs(narrow, "vit").shape[-1] == len(KEPT)
 
 
 # ---- bad input ----
