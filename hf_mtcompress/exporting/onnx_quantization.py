@@ -82,7 +82,7 @@ def quantize_onnx(
       in half precision in memory too. The graph is plain ONNX, for any runtime.
     - 8: weights per output channel, activations while it runs (dynamic), which needs no calibration; with `calibration`
       the ranges of activations are fixed beforehand (static). Tables in 8 bits, or in 4 where `embedding_bits` says
-      so: a look-up costs next to nothing, so this is smaller at the same speed.
+      so, which is smaller and costs calls of few rows some time.
     - 4: weights in blocks that share a scale and a zero point (MatMulNBits), tables likewise (GatherBlockQuantized) or
       in 8 bits. Activations are rounded to 8 bits while it runs, block by block.
 
