@@ -41,10 +41,11 @@ from hf_mtcompress.workflow import do_step, prepare_output, run, step_sources
 
 _BEYOND = 0.8
 """The last stage is this much faster than the budget asks for, since a prediction may miss."""
-_Member = tuple[float | None, Literal[8, 4] | None]
-
 _SMALLEST_SHARE = 0.15
 """Share of the time that the last stage keeps where no limit of the budget is about time."""
+
+_Member = tuple[float | None, Literal[8, 4] | None]
+"""Of a family: the share of the starting model's time that is kept, None for all of it; and bits of the embeddings."""
 
 
 def search(recipe: Recipe, output: Path) -> SearchRecord:
@@ -76,7 +77,6 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     table = latency_table(settings.timing, bench, start)
     whole = find_anatomy(bench.load(start).encoder).sizes
     shares = settings.shares or shares_for(budget, table, whole, settings.points)
-    # By the share of the time that is kept (None for the uncut model) and the bits of the embeddings.
     kinds = settings.embedding_bits if settings.timing.runtime == "onnx_int8" else (None,)
     family: dict[_Member, tuple[StepConfig, ...]] = {
         (share, bits): _path(settings, start, shares[:count], bits)

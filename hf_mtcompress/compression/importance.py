@@ -25,7 +25,7 @@ single weights; here the score of a part is the energy of all that it sends to t
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, assert_never
 
@@ -47,6 +47,8 @@ class Scores:
     """By layer, of shape (width,)."""
     layers: Tensor
     """Of shape (layers,)."""
+    states: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """Of shape (hidden size,), of the numbers in the hidden states; empty where they were not asked for."""
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Gradients:
     """By layer, of shape (rows, width)."""
     layers: list[Tensor]
     """By layer, of shape (rows, 1)."""
+    states: list[Tensor] = field(default_factory=list)
+    """One of shape (rows, hidden size), or none."""
 
     def scores(self) -> Scores:
         """Mean over rows of the squares: the diagonal of the empirical Fisher information."""
@@ -66,11 +70,13 @@ class Gradients:
         def diagonal(values: list[Tensor]) -> list[Tensor]:
             return [value.double().square().mean(0) for value in values]
 
-        return Scores(diagonal(self.heads), diagonal(self.feed_forward), torch.cat(diagonal(self.layers)))
+        heads, widths, layers, states = map(diagonal, (self.heads, self.feed_forward, self.layers, self.states))
+        return Scores(heads, widths, torch.cat(layers), *states)
 
     def rounded(self) -> "Gradients":
         """In float32, to keep those of many rows."""
-        return Gradients(*([value.float() for value in kind] for kind in (self.heads, self.feed_forward, self.layers)))
+        kinds = self.heads, self.feed_forward, self.layers, self.states
+        return Gradients(*([value.float() for value in kind] for kind in kinds))
 
 
 Combination = Literal["mean", "sum", "max"]
@@ -78,7 +84,9 @@ Combination = Literal["mean", "sum", "max"]
 
 
 @contextmanager
-def gated(anatomy: Anatomy, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator["Gates"]:
+def gated(
+    anatomy: Anatomy, rows: int, dtype: torch.dtype, device: torch.device, *, states: bool = False
+) -> Iterator["Gates"]:
     """Put gates of one on all parts while the block runs.
 
     Args:
@@ -86,11 +94,14 @@ def gated(anatomy: Anatomy, rows: int, dtype: torch.dtype, device: torch.device)
         rows: batch size of what it will run on.
         dtype: of the hidden states.
         device: of the encoder.
+        states: whether the numbers in the hidden states have gates too, each the same one at the input of the first
+            layer and the output of every layer.
     """
     gates = Gates(
         heads=[_ones(rows, layer.attention.heads, dtype, device) for layer in anatomy.layers],
         feed_forward=[_ones(rows, layer.feed_forward.width, dtype, device) for layer in anatomy.layers],
         layers=[_ones(rows, 1, dtype, device) for _ in anatomy.layers],
+        states=[_ones(rows, anatomy.hidden_size, dtype, device)] if states else [],
     )
     hooks = []
     for index, layer in enumerate(anatomy.layers):
@@ -102,6 +113,9 @@ def gated(anatomy: Anatomy, rows: int, dtype: torch.dtype, device: torch.device)
             hook = _input_gate(gates.feed_forward[index], 1)
             hooks.append(layer.feed_forward.output.register_forward_pre_hook(hook))
         hooks.append(layer.module.register_forward_hook(_change_gate(gates.layers[index]), with_kwargs=True))
+    for gate in gates.states:
+        hooks.append(anatomy.layers[0].module.register_forward_pre_hook(_states_in_gate(gate), with_kwargs=True))
+        hooks += [layer.module.register_forward_hook(_states_out_gate(gate)) for layer in anatomy.layers]
     try:
         yield gates
     finally:
@@ -111,18 +125,21 @@ def gated(anatomy: Anatomy, rows: int, dtype: torch.dtype, device: torch.device)
 
 @dataclass
 class Gates:
-    """Gates by layer, each of shape (rows, parts)."""
+    """Gates by layer, each of shape (rows, parts); one or none for the hidden states."""
 
     heads: list[Tensor]
     feed_forward: list[Tensor]
     layers: list[Tensor]
+    states: list[Tensor]
 
     def all(self) -> list[Tensor]:
         """Every gate, heads first."""
-        return [*self.heads, *self.feed_forward, *self.layers]
+        return [*self.heads, *self.feed_forward, *self.layers, *self.states]
 
 
-def gate_gradients(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor) -> Gradients:
+def gate_gradients(
+    anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor, *, states: bool = False
+) -> Gradients:
     """Derivatives of each row's loss by each gate.
 
     Args:
@@ -130,11 +147,12 @@ def gate_gradients(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like
         loss: runs the model on one batch; the mean over its rows.
         rows: rows of that batch.
         like: a weight of the encoder, for dtype and device.
+        states: see `gated`.
 
     Raises:
         TrainingError: the loss is not a number.
     """
-    with torch.enable_grad(), gated(anatomy, rows, like.dtype, like.device) as gates:
+    with torch.enable_grad(), gated(anatomy, rows, like.dtype, like.device, states=states) as gates:
         value = loss()
         if not torch.isfinite(value):
             raise TrainingError(
@@ -147,7 +165,8 @@ def gate_gradients(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like
         for gate, gradient in zip(gates.all(), found, strict=True)
     ]
     count = len(anatomy.layers)
-    return Gradients(by_row[:count], by_row[count : 2 * count], by_row[2 * count :])
+    ends = [0, count, 2 * count, 3 * count, None]
+    return Gradients(*(by_row[begin:end] for begin, end in pairwise(ends)))
 
 
 def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor) -> Scores:
@@ -318,6 +337,7 @@ def shares(scores: Scores, one_scale: bool = False) -> Scores:
         [share(value, heads) for value in scores.heads],
         [share(value, widths) for value in scores.feed_forward],
         share(scores.layers, layers),
+        share(scores.states, float(scores.states.sum())),
     )
 
 
@@ -349,6 +369,7 @@ def combine(by_task: list[Scores], how: Combination = "mean", one_scale: bool = 
         [join(same) for same in zip(*(scores.heads for scores in by_task), strict=True)],
         [join(same) for same in zip(*(scores.feed_forward for scores in by_task), strict=True)],
         join(tuple(scores.layers for scores in by_task)),
+        join(tuple(scores.states for scores in by_task)),
     )
 
 
@@ -358,6 +379,7 @@ def add(total: Scores | None, more: Scores, weight: float) -> Scores:
         [value * weight for value in more.heads],
         [value * weight for value in more.feed_forward],
         more.layers * weight,
+        more.states * weight,
     )
     if total is None:
         return scaled
@@ -365,6 +387,7 @@ def add(total: Scores | None, more: Scores, weight: float) -> Scores:
         [a + b for a, b in zip(total.heads, scaled.heads, strict=True)],
         [a + b for a, b in zip(total.feed_forward, scaled.feed_forward, strict=True)],
         total.layers + scaled.layers,
+        total.states + scaled.states,
     )
 
 
@@ -387,6 +410,22 @@ def _change_gate(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str
         # At zero the layer is skipped, norms and all.
         changed = before + gate[:, None] * (after - before)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook
+
+
+def _states_in_gate(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (args[0] * gate[:, None], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * gate[:, None]}
+
+    return hook
+
+
+def _states_out_gate(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (output[0] * gate[:, None], *output[1:]) if isinstance(output, tuple) else output * gate[:, None]
 
     return hook
 

@@ -8,27 +8,24 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, assert_never
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_mtcompress.compression.counting import Costs, check_amounts, costs_of, select_compute
-from hf_mtcompress.compression.importance import (
-    Gradients,
-    Scores,
-    activation,
-    add,
-    gate_gradients,
-    gated,
-    magnitude,
-    random_scores,
-    shares,
-)
-from hf_mtcompress.compression.importance import combine as combine_tasks
+from hf_mtcompress.compression.importance import Gradients, Scores, add, gated, shares
 from hf_mtcompress.compression.latency import LatencyTable, block_costs
+from hf_mtcompress.compression.measuring import (
+    Importance,
+    Measured,
+    combined,
+    inputs_of,
+    losses_of,
+    measure_importance,
+    rows_of,
+)
 from hf_mtcompress.compression.repair import repair as repair_outputs
 from hf_mtcompress.compression.selection import (
     Kept,
@@ -49,9 +46,6 @@ from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers, re
 
 _TOLERANCE = 1e-3
 """Largest difference, relative to the largest hidden value, between masking and cutting."""
-
-Importance = Literal["first_order", "fisher", "magnitude", "activation", "random"]
-"""What counts as important."""
 
 Combine = Literal["mean", "sum", "max", "max_min"]
 """How the importance for several tasks becomes one choice."""
@@ -223,6 +217,12 @@ def prune(
     was_training = model.training
     model.eval()
     full = copy.deepcopy(model) if repair else None
+
+    def measure(keep_gradients: bool) -> Measured:
+        return measure_importance(
+            model, encoder, data, importance, keep_gradients=keep_gradients, seed=seed, progress=progress
+        )
+
     try:
         if compute:
             costs = costs_of(find_anatomy(encoder), length or mean_length(model, data))
@@ -231,7 +231,7 @@ def prune(
                 total = whole.multiply_adds
         milliseconds = None if latency is None else latency.milliseconds(encoder)
         one_scale = importance == "fisher" or compute > 0 or latency is not None
-        measured = _measure(model, encoder, data, importance, rearrange and not layers, seed, progress)
+        measured = measure(rearrange and not layers)
         if layers:
             kept_layers, layer_scores = _choose(
                 measured,
@@ -244,9 +244,9 @@ def prune(
                 check_vanilla(encoder, kept_layers)
             keep_layers(encoder, kept_layers)
             if heads or feed_forward or compute or latency:
-                measured = _measure(model, encoder, data, importance, rearrange, seed, progress)
+                measured = measure(rearrange)
         else:
-            layer_scores = _combined(measured, "mean" if combine == "max_min" else combine, one_scale)
+            layer_scores = combined(measured, "mean" if combine == "max_min" else combine, one_scale)
 
         def select(scores: Scores) -> tuple[Kept, Kept]:
             if shape == "vanilla":
@@ -273,7 +273,7 @@ def prune(
         else:
             scores = layer_scores
         if full is not None:
-            inputs = [_inputs(batch) for batch in data]
+            inputs = [inputs_of(batch) for batch in data]
             full_encoder = full.encoder if isinstance(full, MultiTaskModel) else encoder_of(full)
             run, run_full = (lambda batch: model(**batch)), (lambda batch: full(**batch))
             found = repair_outputs(encoder, full_encoder, run, run_full, inputs, kept_layers, progress=progress)
@@ -284,8 +284,8 @@ def prune(
         model.refresh_config()
     return PruneReport(
         importance=importance,
-        rows=sum(map(_rows, data)) if importance in _ON_DATA else 0,
-        tasks=sorted({task for batch in data for task in _tasks(model, batch)}),
+        rows=sum(map(rows_of, data)) if importance in _ON_DATA else 0,
+        tasks=sorted({task for batch in data for task in losses_of(model, batch)}),
         before=before,
         after=describe_structure(encoder),
         removed_layers=[index for index in range(count) if index not in kept_layers],
@@ -307,75 +307,11 @@ def prune(
     )
 
 
-# ---- measuring ----
-
-
-@dataclass
-class _Measured:
-    by_task: dict[str, Scores]
-    """Sums over rows; by the name "" where nothing was measured on tasks."""
-    rows: dict[str, int]
-    gradients: dict[str, list[Gradients]]
-    """By task and batch, where the rearrangement needs them."""
-
-
-def _measure(
-    model: PreTrainedModel,
-    encoder: PreTrainedModel,
-    data: Sequence[Mapping[str, Tensor]],
-    importance: Importance,
-    keep_gradients: bool,
-    seed: int,
-    progress: bool,
-) -> _Measured:
-    """Importance of all parts for each task."""
-    anatomy = find_anatomy(encoder)
-    measured = _Measured({}, {}, {})
-    match importance:
-        case "magnitude":
-            return _Measured({"": magnitude(anatomy)}, {}, {})
-        case "random":
-            return _Measured({"": random_scores(anatomy, seed)}, {}, {})
-        case "first_order" | "fisher" | "activation":
-            pass
-        case _:
-            assert_never(importance)
-    like = next(encoder.parameters())
-    for batch in tqdm(data, desc="measuring importance", unit="batch", disable=not progress):
-        inputs = _inputs(batch)
-        rows = _rows(batch)
-        if importance == "activation":
-            mask = batch.get("attention_mask")
-            scores = activation(anatomy, lambda: model(**inputs), mask)  # noqa: B023 - called at once
-            # Means over positions: a batch counts by those that it has.
-            weight = float(rows if mask is None else mask.sum())
-            for task in _tasks(model, batch) or {"": {}}:
-                measured.by_task[task] = add(measured.by_task.get(task), scores, weight)
-                measured.rows[task] = measured.rows.get(task, 0) + rows
-            continue
-        for task, labels in _tasks(model, batch).items():
-            found = gate_gradients(anatomy, lambda: model(**inputs, **labels).loss, rows, like)  # noqa: B023 - called at once
-            measured.by_task[task] = add(measured.by_task.get(task), found.scores(), float(rows))
-            measured.rows[task] = measured.rows.get(task, 0) + rows
-            if keep_gradients:
-                measured.gradients.setdefault(task, []).append(found.rounded())
-    return measured
-
-
-def _combined(measured: _Measured, how: Literal["mean", "sum", "max"], one_scale: bool) -> Scores:
-    if list(measured.by_task) == [""]:
-        return measured.by_task[""]
-    by_task = measured.by_task.values()
-    if how == "sum":
-        by_task = [add(None, scores, 1.0 / measured.rows[task]) for task, scores in measured.by_task.items()]
-    return combine_tasks(list(by_task), how, one_scale)
-
-
 # ---- choosing ----
 
 
 def _choose(
-    measured: _Measured,
+    measured: Measured,
     how: Combine,
     one_scale: bool,
     select: Callable[[Scores], _Choice],
@@ -391,7 +327,7 @@ def _choose(
         lost: what a choice costs a task, given its shares.
     """
     if how != "max_min":
-        scores = _combined(measured, how, one_scale)
+        scores = combined(measured, how, one_scale)
         return select(scores), scores
     tasks = [shares(scores, one_scale) for scores in measured.by_task.values()]
 
@@ -456,7 +392,7 @@ def _fitting(
     return lambda width: layers * width <= (1.0 - feed_forward) * neurons + 1e-9
 
 
-def _rearrange(kept: tuple[Kept, Kept], measured: _Measured, how: Combine) -> tuple[tuple[Kept, Kept], int]:
+def _rearrange(kept: tuple[Kept, Kept], measured: Measured, how: Combine) -> tuple[tuple[Kept, Kept], int]:
     """Heads and neurons after the swaps within each layer, and how many were swapped."""
     tasks = list(measured.gradients)
     scales = {
@@ -512,7 +448,7 @@ def mean_length(model: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) ->
     if not data:
         raise ValueError("length: expected a number of tokens, or batches to count them in, found neither")
     if all("attention_mask" in batch for batch in data):
-        return max(round(sum(int(batch["attention_mask"].sum()) for batch in data) / sum(map(_rows, data))), 1)
+        return max(round(sum(int(batch["attention_mask"].sum()) for batch in data) / sum(map(rows_of, data))), 1)
     found: list[int] = []
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -523,7 +459,7 @@ def mean_length(model: PreTrainedModel, data: Sequence[Mapping[str, Tensor]]) ->
     hook = find_anatomy(encoder).layers[0].module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(**_inputs({key: value[:1] for key, value in data[0].items()}))
+            model(**inputs_of({key: value[:1] for key, value in data[0].items()}))
     finally:
         hook.remove()
     return found[0]
@@ -550,15 +486,15 @@ def _cut_and_compare(
     masked = []
     with torch.no_grad():
         for batch in data:
-            with gated(find_anatomy(encoder), _rows(batch), like.dtype, like.device) as gates:
+            with gated(find_anatomy(encoder), rows_of(batch), like.dtype, like.device) as gates:
                 for all_gates, kept in ((gates.heads, heads), (gates.feed_forward, feed_forward)):
                     for layer, gate in enumerate(all_gates):
                         mask = torch.zeros_like(gate)
                         mask[:, kept[layer]] = 1
                         gate.copy_(mask)
-                masked.append(_outputs(model(**_inputs(batch))))
+                masked.append(_outputs(model(**inputs_of(batch))))
         cut(encoder, heads, feed_forward)
-        found = [_outputs(model(**_inputs(batch))) for batch in data]
+        found = [_outputs(model(**inputs_of(batch))) for batch in data]
     difference = max(
         (
             float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
@@ -591,26 +527,9 @@ def check_cut(encoder: PreTrainedModel, difference: float) -> None:
         )
 
 
-def _tasks(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """By task, the labels to pass for its loss alone."""
-    return {
-        (key.removeprefix("labels_") if isinstance(model, MultiTaskModel) else "task"): {key: value}
-        for key, value in batch.items()
-        if key.startswith("labels")
-    }
-
-
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if not key.startswith("labels")}
-
-
 def _outputs(outputs: Any) -> list[Tensor]:
     """The float tensors of a model's output, such as logits."""
     return [value for value in outputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-def _rows(batch: Mapping[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
 
 
 def _check_arguments(
@@ -645,7 +564,7 @@ def _check_data(
         raise DataError("expected batches to repair the model on, found none; pass some rows, or leave repair out")
     if importance == "activation" and not data:
         raise DataError("expected batches to measure activations on, found none; pass some, or use 'magnitude'")
-    if importance in _ON_LOSSES and not any(_tasks(model, batch) for batch in data):
+    if importance in _ON_LOSSES and not any(losses_of(model, batch) for batch in data):
         wanted = "labels_<task>" if isinstance(model, MultiTaskModel) else "labels"
         raise DataError(
             f"expected batches with '{wanted}' to measure importance on, found "

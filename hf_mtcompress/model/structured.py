@@ -150,8 +150,26 @@ class SparseQuantizer(StructureQuantizer):
         return model
 
 
-class Structured8BitQuantizer(Bnb8BitHfQuantizer):
-    """Reshapes a model, then lets bitsandbytes fill it with 8-bit weights."""
+class ShapedFirst(HfQuantizer):
+    """Reshapes a model before another method fills it with weights in few bits; mixed into that method's quantizer."""
+
+    structure_config: StructureConfig
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        apply_structure(encoder_of(model), self.structure_config.structure)
+        swap_word_embeddings(model, self.structure_config.embedding_bits)
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super().postprocess_model(model, **kwargs)
+        _forget_conversions(model, "Deserialize")
+        model.config.quantization_config = self.structure_config
+        align_weights(model)
+        return model
+
+
+class Structured8BitQuantizer(ShapedFirst, Bnb8BitHfQuantizer):
+    """8-bit weights of bitsandbytes."""
 
     def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
         super().__init__(_bitsandbytes(quantization_config), **kwargs)
@@ -159,62 +177,34 @@ class Structured8BitQuantizer(Bnb8BitHfQuantizer):
         # bitsandbytes logs on every pass of every layer that it rounds its input to float16 on the way to 8 bits.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
-    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
-        apply_structure(encoder_of(model), self.structure_config.structure)
-        swap_word_embeddings(model, self.structure_config.embedding_bits)
-        super().preprocess_model(model, dtype=dtype, **kwargs)
-
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        super().postprocess_model(model, **kwargs)
-        _forget_conversions(model, "Deserialize")
-        model.config.quantization_config = self.structure_config
-        align_weights(model)
-        keep_loadable(model)
+        keep_loadable(super().postprocess_model(model, **kwargs))
         return model
 
 
-class Structured4BitQuantizer(Bnb4BitHfQuantizer):
-    """Reshapes a model, then lets bitsandbytes fill it with 4-bit weights, which are computed exactly."""
+class Structured4BitQuantizer(ShapedFirst, Bnb4BitHfQuantizer):
+    """4-bit weights of bitsandbytes, which are computed exactly."""
 
     def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
         super().__init__(_bitsandbytes(quantization_config), **kwargs)
         self.structure_config = quantization_config
 
-    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
-        apply_structure(encoder_of(model), self.structure_config.structure)
-        swap_word_embeddings(model, self.structure_config.embedding_bits)
-        super().preprocess_model(model, dtype=dtype, **kwargs)
-
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        super().postprocess_model(model, **kwargs)
-        _forget_conversions(model, "Deserialize")
-        model.config.quantization_config = self.structure_config
-        align_weights(model)
-        keep_exact(model)
+        keep_exact(super().postprocess_model(model, **kwargs))
         return model
 
 
-class StructuredTorchAoQuantizer(TorchAoHfQuantizer):
-    """Reshapes a model, then lets torchao fill it with 8-bit weights, which pass no gradient to their inputs."""
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
+class StructuredTorchAoQuantizer(ShapedFirst, TorchAoHfQuantizer):
+    """8-bit weights of torchao, which pass no gradient to their inputs."""
 
     def __init__(self, quantization_config: StructureConfig, **kwargs: Any) -> None:
         super().__init__(_torchao(quantization_config), **kwargs)
         self.structure_config = quantization_config
 
-    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
-        apply_structure(encoder_of(model), self.structure_config.structure)
-        super().preprocess_model(model, dtype=dtype, **kwargs)
-
-    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        super().postprocess_model(model, **kwargs)
-        _forget_conversions(model, "Deserialize")
-        model.config.quantization_config = self.structure_config
-        align_weights(model)
-        return model
+    # As in StructureQuantizer.
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
 
 
 QUANTIZERS: dict[str, type[HfQuantizer]] = {

@@ -107,8 +107,9 @@ def _shell(model: PreTrainedModel, width: int) -> PreTrainedModel:
     if not all(isinstance(getattr(one, _POOLER, None), nn.Module) for one in (encoder, built)):
         if hasattr(built, _POOLER):
             setattr(built, _POOLER, None)
-        unread = {id(weight) for weight in getattr(getattr(encoder, _POOLER, None), "parameters", list)()}
-        before -= {name for name, weight in model.named_parameters() if id(weight) in unread}
+        pooler = getattr(encoder, _POOLER, None)
+        unread = set(pooler.parameters()) if isinstance(pooler, nn.Module) else set()
+        before -= {name for name, weight in model.named_parameters() if weight in unread}
     if before != set(narrow.state_dict()):
         raise UnsupportedEncoderError(
             f"{type(encoder).__name__}: expected the same weights at a width of {width}, found "

@@ -39,8 +39,8 @@ from hf_mtcompress.publishing.report import (
     vocabulary_lines,
 )
 from hf_mtcompress.publishing.sensitivity import sensitive_steps, sensitivity_rows, sensitivity_words
-from hf_mtcompress.publishing.usage import Usage
-from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
+from hf_mtcompress.publishing.usage import Usage, marked_name
+from hf_mtcompress.records import RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
 PICTURE = "comparison.png"
 INTERFERENCE_PICTURE = "interference.png"
@@ -312,12 +312,14 @@ class _Page:
         for step, artefact in artefacts_of(self.record):
             scores = final_scores(artefact)
             if scores is not None:
-                cells = [self._step_name(step, artefact), artefact.form, self.n.text(artefact.precision), scores.split]
+                cells = [
+                    marked_name(self.record, step, artefact),
+                    artefact.form,
+                    self.n.text(artefact.precision),
+                    scores.split,
+                ]
                 rows.append([*cells, self.n.score(scores.average), *task_scores(self.record, artefact, self.n)])
         return rows if len(rows) > 2 else []
-
-    def _step_name(self, step: StepRecord, artefact: Artefact) -> str:
-        return f"**`{step.name}`**" if artefact is self.artefact else f"`{step.name}`"
 
     # ---- steps ----
 
@@ -467,7 +469,7 @@ class _Page:
             if not artefact.latency:
                 continue
             weights = n.megabytes(artefact.size.weights_bytes if artefact.size else None)
-            row = [self._step_name(step, artefact), artefact.form, n.text(artefact.precision), weights]
+            row = [marked_name(self.record, step, artefact), artefact.form, n.text(artefact.precision), weights]
             for size in sizes:
                 one = latency_of(artefact, size)
                 row += [n.milliseconds(one.minimum_ms if one else None), n.milliseconds(one.median_ms if one else None)]

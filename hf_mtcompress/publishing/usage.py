@@ -15,6 +15,11 @@ AUTO_CLASSES = {
 }
 
 
+def marked_name(record: RunRecord, step: StepRecord, artefact: Artefact) -> str:
+    """Name of a step, bold where the artefact is what the run was made for."""
+    return f"**`{step.name}`**" if artefact is delivered_artefact(record) else f"`{step.name}`"
+
+
 class Usage:
     """The section of the card on use.
 
@@ -52,7 +57,7 @@ class Usage:
             what = f"all tasks, {self.n.text(artefact.precision)}"
             if artefact.form == "vanilla":
                 what = f"one task each, {self.n.text(artefact.precision)}"
-            rows.append([f"`{folder}`", what, self._name(step, artefact), how])
+            rows.append([f"`{folder}`", what, marked_name(self.record, step, artefact), how])
         return rows
 
     def not_published(self) -> list[str]:
@@ -83,9 +88,10 @@ class Usage:
             for snippet in (
                 self._torch_snippet(),
                 self._vanilla_snippet(),
-                self._graph_snippet("onnx", "ONNX Runtime"),
-                self._graph_snippet("openvino", "OpenVINO"),
-                self._small_snippet(),
+                self._predictor_snippet("onnx", "in ONNX Runtime"),
+                self._predictor_snippet("openvino", "in OpenVINO"),
+                self._predictor_snippet("bitsandbytes", "with bitsandbytes", "  # needs bitsandbytes"),
+                self._predictor_snippet("torchao", "with torchao", "  # needs torchao"),
             )
             if snippet is not None
         ]
@@ -132,7 +138,7 @@ print(answer({self._example()}))"""
         title = "One task, with transformers alone" if plain else "One task, with the stock classes"
         return f"{title} (step `{step.name}`; here `{name}`)", code
 
-    def _graph_snippet(self, form: str, runtime: str) -> tuple[str, str] | None:
+    def _predictor_snippet(self, form: str, how: str, comment: str = "") -> tuple[str, str] | None:
         found = self._place(form)
         if found is None:
             return None
@@ -141,22 +147,9 @@ print(answer({self._example()}))"""
         code = f"""\
 {fetch}from hf_mtcompress import load_predictor
 
-predictor = load_predictor({folder})
+predictor = load_predictor({folder}){comment}
 print(predictor.predict([{self._example()}]))"""
-        return f"All tasks at once, in {runtime} (step `{step.name}`, {self.n.text(artefact.precision)})", code
-
-    def _small_snippet(self) -> tuple[str, str] | None:
-        found = self._place("bitsandbytes") or self._place("torchao")
-        if found is None:
-            return None
-        place, step, artefact = found
-        fetch, folder = self._download(place)
-        code = f"""\
-{fetch}from hf_mtcompress import load_predictor
-
-predictor = load_predictor({folder})  # needs {artefact.form}
-print(predictor.predict([{self._example()}]))"""
-        return f"All tasks at once, with {artefact.form} (step `{step.name}`, {self.n.text(artefact.precision)})", code
+        return f"All tasks at once, {how} (step `{step.name}`, {self.n.text(artefact.precision)})", code
 
     def _download(self, place: str) -> tuple[str, str]:
         if self.repo_id is None:
@@ -172,9 +165,6 @@ print(predictor.predict([{self._example()}]))"""
         forms = {artefact.form for _, artefact in artefacts_of(self.record)}
         extras = [form for form in ("bitsandbytes", "torchao", "onnx", "openvino") if form in forms]
         return f'"hf_mtcompress[{",".join(extras)}]"' if extras else "hf_mtcompress"
-
-    def _name(self, step: StepRecord, artefact: Artefact) -> str:
-        return f"**`{step.name}`**" if artefact is delivered_artefact(self.record) else f"`{step.name}`"
 
 
 def _quoted(name: str) -> str:
