@@ -169,11 +169,6 @@ def gate_gradients(
     return Gradients(*(by_row[begin:end] for begin, end in pairwise(ends)))
 
 
-def first_order(anatomy: Anatomy, loss: Callable[[], Tensor], rows: int, like: Tensor) -> Scores:
-    """Mean over rows of the squared derivatives of a row's loss by the gates; see `gate_gradients`."""
-    return gate_gradients(anatomy, loss, rows, like).scores()
-
-
 def from_weight_gradients(anatomy: Anatomy) -> tuple[list[Tensor], list[Tensor]]:
     """Squared derivatives of the loss by gates on heads and neurons, from the gradients that a backward pass left.
 

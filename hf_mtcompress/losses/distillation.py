@@ -467,11 +467,11 @@ class _RelationDivergence(torch.autograd.Function):
             for some, other in zip(student.split(at_once, 1), teacher.split(at_once, 1), strict=True):
                 own, wanted = _log_relations(some, mask), _log_relations(other, mask)
                 weights = wanted.exp()
-                by_position = wanted.sub_(own).mul_(weights).sum((1, 3))
-                total += by_position[mask].sum()
+                # Masked positions are zeros on both sides: as queries their relations are equal, and count nothing.
+                total += wanted.sub_(own).mul_(weights).sum()
                 if ctx.needs_input_grad[0]:
                     # Of scores that are symmetric: each state counts once as a query and once as a key.
-                    change = own.exp_().sub_(weights).masked_fill_(~mask[:, None, :, None], 0.0)
+                    change = own.exp_().sub_(weights)
                     gradients.append((change + change.mT) @ (some / math.sqrt(some.shape[-1])))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients, 1))

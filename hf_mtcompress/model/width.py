@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.marking import write_mark
 from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.surgery import cut, is_vanilla
 
@@ -89,7 +88,6 @@ def _shell(model: PreTrainedModel, width: int) -> PreTrainedModel:
     """A model of the same class, parts and heads with narrower hidden states, without memory for weights."""
     encoder = _part(model)
     config, encoder_config = copy.deepcopy(model.config), _narrower_config(encoder, width)
-    write_mark(config, None)
     if isinstance(config, MultiTaskConfig):
         config.encoders, config.structure = {"main": encoder_config.to_dict()}, {}
     elif model.config is encoder.config:
@@ -143,7 +141,6 @@ def _narrower_config(encoder: PreTrainedModel, width: int) -> PreTrainedConfig:
             f"{attention.head_size}, the size of a head, found {width}"
         )
     narrow = copy.deepcopy(config)
-    write_mark(narrow, None)
     for field in _FOLLOWING_FIELDS:
         if getattr(config, field, None) == anatomy.hidden_size and field in config.to_dict():
             setattr(narrow, field, width)

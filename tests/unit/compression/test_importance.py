@@ -5,7 +5,6 @@ from hf_mtcompress.compression.importance import (
     Scores,
     activation,
     combine,
-    first_order,
     from_weight_gradients,
     gate_gradients,
     gated,
@@ -35,18 +34,46 @@ def test_derivative_of_each_row(family: str) -> None:
     encoder = tiny_encoder(family).double()
     anatomy = find_anatomy(encoder)
     like = next(encoder.parameters())
-    scores = first_order(anatomy, lambda: row_losses(encoder, family).mean(), 3, like)
+    scores = gate_gradients(anatomy, lambda: row_losses(encoder, family).mean(), 3, like, states=True).scores()
     # Not smaller: ModernBERT rotates in float32 whatever its weights are.
     step = 1e-3
     places = [("heads", 1, 2, scores.heads[1][2]), ("feed_forward", 2, 7, scores.feed_forward[2][7])]
-    for kind, layer, part, found in [*places, ("layers", 1, 0, scores.layers[1])]:
+    places += [("layers", 1, 0, scores.layers[1]), ("states", 0, 5, scores.states[5])]
+    for kind, layer, part, found in places:
         moved = []
         for sign in (1, -1):
-            with torch.no_grad(), gated(anatomy, 3, like.dtype, like.device) as gates:
+            with torch.no_grad(), gated(anatomy, 3, like.dtype, like.device, states=True) as gates:
                 getattr(gates, kind)[layer][:, part] += sign * step
                 moved.append(row_losses(encoder, family))
         derivative = (moved[0] - moved[1]) / (2 * step)
         torch.testing.assert_close(found, derivative.square().mean(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_of_hidden_states_stand_everywhere(family: str) -> None:
+    """One that is missing behind a layer leaves the number there, and its importance is of another cut."""
+    encoder = tiny_encoder(family)
+    anatomy = find_anatomy(encoder)
+    like = next(encoder.parameters())
+    seen: list[torch.Tensor] = []
+
+    def enter(module, args, kwargs) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def leave(module, args, output) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with torch.no_grad(), gated(anatomy, 3, like.dtype, like.device, states=True) as gates:
+        gates.states[0][:, 5] = 0
+        hooks = [anatomy.layers[0].module.register_forward_pre_hook(enter, with_kwargs=True)]
+        hooks += [layer.module.register_forward_hook(leave) for layer in anatomy.layers]
+        encoder(**tiny_inputs(family))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 1 + len(anatomy.layers)
+    for states in seen:
+        assert not states[..., 5].any()
+        assert states[..., 4].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +118,7 @@ def test_loss_that_is_not_a_number() -> None:
     encoder = tiny_encoder("bert")
     loss = lambda: row_losses(encoder, "bert").mean() * float("nan")  # noqa: E731 - short and used once
     with pytest.raises(TrainingError, match="finite loss"):
-        first_order(find_anatomy(encoder), loss, 3, next(encoder.parameters()))
+        gate_gradients(find_anatomy(encoder), loss, 3, next(encoder.parameters()))
 
 
 def test_every_task_has_the_same_say() -> None:

@@ -131,6 +131,9 @@ def test_a_stock_model_keeps_its_head(family: str) -> None:
     assert not narrow.training
     with torch.no_grad():
         assert narrow(**tiny_inputs(family)).logits.shape == (3, 3)
+    before, after = (model.state_dict()["classifier.weight"] for model in (stock, narrow))
+    # DINOv2's head reads two hidden states side by side.
+    assert torch.equal(after, before.unflatten(1, (-1, HIDDEN))[..., KEPT].flatten(1))
 
 
 @pytest.mark.parametrize("multi_task", [False, True])

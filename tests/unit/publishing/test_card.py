@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -300,6 +300,19 @@ def test_pruned_vanilla_needs_the_package():
     text = render_card(record, None, "example/artificial")
     assert "import hf_mtcompress  # lets transformers build the pruned shapes" in text
     assert "plain transformers, one folder per task" not in text
+
+
+@pytest.mark.parametrize("form", ["bitsandbytes", "torchao"])
+def test_few_bits_in_torch_say_what_they_need(form: Literal["bitsandbytes", "torchao"]):
+    """Without the package the folder does not open, and the error is another library's."""
+    record = make_record()
+    record.steps[-1].artefacts[0].form = form
+    text = render_card(record, None, "example/artificial")
+    assert f"All tasks at once, with {form} (step `" in text
+    assert f"  # needs {form}\n" in text
+    assert f"after `import hf_mtcompress`, with {form}" in text
+    command = next(line for line in text.splitlines() if line.startswith("pip install "))
+    assert form in command
 
 
 def test_image_snippets():
