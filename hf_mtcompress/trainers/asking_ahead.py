@@ -51,6 +51,7 @@ class AsksAhead:
     _stock: Task | None
     _their_states: Sequence[str] = ()
 
+    # The next two are defined by `DistillationMixin`, the only class that is made of this one.
     @property
     def _answered(self) -> dict[str, Task]:
         raise NotImplementedError

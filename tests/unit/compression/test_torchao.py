@@ -20,6 +20,7 @@ from hf_mtcompress.tasks import ImageClassification, SequenceClassification
 from tests import laws
 from tests.tiny import FEELING_LABELS, randomize, tiny_config, tiny_encoder, tiny_inputs, tiny_tokenizer
 
+# An extra, which `make test` installs.
 torchao_tensors = pytest.importorskip("torchao.quantization").Int8Tensor
 register()
 
