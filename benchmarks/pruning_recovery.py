@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import share_work, whole_folder, write_text
 from hf_mtcompress.compression.pruning import prune
-from hf_mtcompress.config import BenchmarkConfig, DistillStep
+from hf_mtcompress.config import BenchmarkConfig, PruneStep
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
@@ -168,8 +168,11 @@ class Recoveries:
         work = self.output / "work" / folder.name
         with whole_folder(work / "cut") as scratch:
             model.save_pretrained(scratch)
-        section = {key: value for key, value in self.learn(2).items() if key != "kind"}
-        recover(DistillStep(**section), Start(model, bench.processor), bench, work)
+        # As a recipe spells it out.
+        (_, step) = self._bench([{"kind": "prune", "compute": 0.5, "recover": self.learn(2)}]).recipe.steps
+        assert isinstance(step, PruneStep)
+        assert step.recover is not None
+        recover(step.recover, Start(model, bench.processor), bench, work)
         with whole_folder(folder) as scratch:
             torch.nn.Module.to(model, "cpu")
             assert isinstance(model, MultiTaskModel)

@@ -25,6 +25,7 @@ from hf_mtcompress.config import AdapterConfig, AdapterTargets
 from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Layer, find_anatomy
 from hf_mtcompress.model.branches import twin, whole_encoder
+from hf_mtcompress.tasks import Task
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -102,7 +103,7 @@ def build_adapters(model: "MultiTaskModel") -> nn.ModuleDict:
         )
     return nn.ModuleDict(
         {
-            model.tasks[name].head_name: _build(model, name, AdapterConfig(**values))
+            model.tasks[name].head_name: _build(model, model.tasks[name], AdapterConfig(**values))
             for name, values in described.items()
         }
     )
@@ -128,11 +129,6 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
             f"expected one or more different tasks without an adapter, among {without}, found {tasks}; a task has one "
             "adapter, which further training goes on with"
         )
-    if not passes_gradients(model):
-        raise UnsupportedEncoderError(
-            "expected an encoder in float, or in few bits of bitsandbytes, to train adapters on, found weights of "
-            "torchao, which pass no gradient; quantize with bitsandbytes, or after the training"
-        )
     deep = [name for name in tasks if model.tasks[name].layer is not None]
     branches = [model.tasks[name].encoder for name in tasks if model.tasks[name].encoder in model.branches]
     if deep or branches:
@@ -140,7 +136,21 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
             f"expected tasks that read a whole encoder for adapters, found the branches {branches} and the tasks "
             f"{deep} that read a lower layer; build the model without them, an adapter is a task's own part too"
         )
-    return {name: _build(model, name, settings).train(model.training) for name in tasks}
+    return {name: build_adapter(model, model.tasks[name], settings).train(model.training) for name in tasks}
+
+
+def build_adapter(model: "MultiTaskModel", task: Task, settings: AdapterConfig) -> Adapter:
+    """A fresh adapter of a task on the encoder that it names; the model does not hold it yet.
+
+    Raises:
+        UnsupportedEncoderError: the encoder's weights pass no gradient.
+    """
+    if not passes_gradients(model):
+        raise UnsupportedEncoderError(
+            "expected an encoder in float, or in few bits of bitsandbytes, to put adapters on, found weights of "
+            "torchao, which pass no gradient; quantize with bitsandbytes, or after the training"
+        )
+    return _build(model, task, settings)
 
 
 def passes_gradients(model: PreTrainedModel) -> bool:
@@ -214,8 +224,7 @@ def refuse_adapters(model: "MultiTaskModel", what: str) -> None:
         )
 
 
-def _build(model: "MultiTaskModel", name: str, settings: AdapterConfig) -> Adapter:
-    task = model.tasks[name]
+def _build(model: "MultiTaskModel", task: Task, settings: AdapterConfig) -> Adapter:
     encoder = model.encoders[model.config.root_of(task.encoder)]
     assert isinstance(encoder, PreTrainedModel)
     # The name of the head, since a task may be called like an attribute of a ModuleDict.

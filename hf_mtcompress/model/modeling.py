@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.config import AdapterConfig, AdapterTargets
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.model.adapter_folders import load_adapters, save_adapters
 from hf_mtcompress.model.adapters import adapted, adapter_of, build_adapters, describe_adapters, new_adapters
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
@@ -84,7 +85,7 @@ class MultiTaskModel(PreTrainedModel):
             }
         )
         check_depth(self)
-        self.heads = nn.ModuleDict({task.head_name: self._build_head(task) for task in self.tasks.values()})
+        self.heads = nn.ModuleDict({task.head_name: self.build_head(task) for task in self.tasks.values()})
         self.adapters = build_adapters(self)
         self._drop_unread_parts()
         self.model_tags = ["hf_mtcompress", "multi-task"]
@@ -201,7 +202,8 @@ class MultiTaskModel(PreTrainedModel):
             apply_structure(encoder, structure)
         return encoder
 
-    def _build_head(self, task: Task) -> nn.Module:
+    def build_head(self, task: Task) -> nn.Module:
+        """A fresh head for a task, which the model does not hold yet."""
         config = self.config.encoder_config(task.encoder)
         task.configure(config)
         stock = stock_class(task, config) if task.head == "stock" else None
@@ -271,7 +273,7 @@ class MultiTaskModel(PreTrainedModel):
         encoder = self.encoders[task.encoder]
         assert isinstance(encoder, PreTrainedModel)
         with torch.device(encoder.device):
-            head = self._build_head(task)
+            head = self.build_head(task)
         parts = dict(encoder.named_children())
         if isinstance(head, PreTrainedModel) and _reads_pooler(type(head), head.config) and parts.get("pooler") is None:
             raise TaskError(
@@ -346,6 +348,43 @@ class MultiTaskModel(PreTrainedModel):
             self.adapters[self.tasks[name].head_name] = adapter
         self.freeze_encoder()
         self.refresh_config()
+
+    def save_adapters(
+        self, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None, base_model: str | None = None
+    ) -> list[Path]:
+        """Write adapters and heads alone, without the encoder, one folder below `folder` for each task.
+
+        A task's folder opens with `load_adapters`, and with `PeftModel.from_pretrained` on the family's own model.
+
+        Args:
+            folder: where; a task's own folder there is replaced.
+            tasks: which; default: all that have an adapter.
+            base_model: Hub id of the encoder, noted for `peft`.
+
+        Raises:
+            TaskError: tasks without an adapter.
+            ArtifactError: the folder cannot be written.
+        """
+        return save_adapters(self, Path(folder), tasks, base_model)
+
+    def load_adapters(self, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> list[str]:
+        """Put saved adapters with their heads on the encoder that they were trained on, in float or in few bits.
+
+        Tasks that are not there are added, adapter and head of those that are there are replaced, and the encoder is
+        frozen. Nothing changes where something is wrong.
+
+        Args:
+            folder: written by `save_adapters`, or one task's folder in it.
+            tasks: which; default: all that are found.
+
+        Returns:
+            The tasks.
+
+        Raises:
+            ArtifactError: files that cannot be read, or adapters of another encoder.
+            TaskError: the model has another task of that name.
+        """
+        return load_adapters(self, Path(folder), tasks)
 
     # ---- running ----
 
