@@ -1,15 +1,17 @@
 """One task, one teacher, one student: this package beside TextBrewer 0.2.1 at the same optimizer steps.
 
-Command: pip install --no-deps textbrewer==0.2.1 && pip install tensorboard
+Command: pip install --no-deps textbrewer==0.2.1 && pip install tensorboard absl-py
          python benchmarks/textbrewer_one_task.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--task sst2] [--seeds 3]
 
 For each seed the encoder is fine-tuned on the task as a stock model; students of three of its layers are then trained
 on labels alone, and on labels, answers and hidden states by `DistillationTrainer` and by TextBrewer's GeneralDistiller,
 with the same rows, batch size, optimizer, learning rates, temperature and layer map. Each scales losses in its own way.
+Resumable: seeds that are in the JSON are not repeated.
 """
 
 import argparse
 import copy
+import importlib
 import json
 import statistics
 import sys
@@ -35,6 +37,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_mtcompress import DistillationTrainer
+from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
@@ -139,6 +142,8 @@ def main() -> int:
     parser.add_argument("--task", default="sst2", help="a task of the text suite with one label a text")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    # Said now, not after the trainings of the other arms.
+    importlib.import_module("textbrewer")
     logging.set_verbosity_error()
     overrides = [f"tasks.{task}.data.data_dir={options.data / folder}" for task, folder in FOLDERS.items()]
     recipe = load_recipe(RECIPE, [*overrides, f"encoder.path={options.encoder}"])
@@ -148,8 +153,15 @@ def main() -> int:
     splits = sources.splits[options.task]
     train, test = (encoded(splits[role], task, tokenizer) for role in ("train", "test"))
     collate = DataCollatorWithPadding(tokenizer)
-    scores: dict[str, list[float]] = {}
-    for seed in range(1, options.seeds + 1):
+    facts = {
+        "task": options.task,
+        "rows": {"train": len(train), "test": len(test)},
+        "settings": {"layers": list(LAYERS), "epochs": EPOCHS, "batch_size": BATCH, "learning_rate": RATE},
+    }
+    before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    same = all(before.get(key) == value for key, value in facts.items())
+    scores: dict[str, list[float]] = before["accuracy"] if same else {}
+    for seed in range(1 + min(map(len, scores.values()), default=0), options.seeds + 1):
         set_seed(seed)
         teacher = AutoModelForSequenceClassification.from_pretrained(
             options.encoder, num_labels=task.num_outputs, dtype=torch.float32
@@ -173,16 +185,13 @@ def main() -> int:
         for name, model in made.items():
             scores.setdefault(name, []).append(accuracy(model, test, collate))
         print(f"seed {seed}: { {name: round(values[-1], 4) for name, values in scores.items()} }", file=sys.stderr)
-    result = {
-        "task": options.task,
-        "rows": {"train": len(train), "test": len(test)},
-        "settings": {"layers": LAYERS, "epochs": EPOCHS, "batch_size": BATCH, "learning_rate": RATE},
-        "environment": environment_facts(),
-        "accuracy": scores,
-        "means": {name: float(np.mean(values)) for name, values in scores.items()},
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result = {
+            **facts,
+            "environment": environment_facts(),
+            "accuracy": scores,
+            "means": {name: float(np.mean(values)) for name, values in scores.items()},
+        }
+        write_text(RESULT, json.dumps(result, indent=2) + "\n")
     for name, values in scores.items():
         print(f"{name}: {statistics.mean(values):.4f} over {len(values)} seeds")
     return 0
