@@ -113,7 +113,12 @@ def by_textbrewer(student: PreTrainedModel, teacher: PreTrainedModel, rows: Data
         temperature=TEMPERATURE, hard_label_weight=0.5, kd_loss_weight=0.5, intermediate_matches=matches
     )
     set_seed(seed)
-    loader = DataLoader(rows, batch_size=BATCH, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]  # a Dataset of datasets has what is needed of torch's
+
+    def collate_to_dict(items: list[Any]) -> dict[str, Any]:
+        # It passes on by name what is a plain dict, and nothing else.
+        return dict(collate(items))
+
+    loader = DataLoader(rows, batch_size=BATCH, shuffle=True, collate_fn=collate_to_dict)  # type: ignore[arg-type]  # a Dataset of datasets has what is needed of torch's
     steps = len(loader) * EPOCHS
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
     student.config.output_hidden_states = teacher.config.output_hidden_states = True
