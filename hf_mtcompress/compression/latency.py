@@ -152,7 +152,7 @@ def measure_latency(
         tokens: of every row.
         batch_sizes: rows in a call.
         threads: of the runtime; default: all cores.
-        repetitions: timed calls of each shape and batch size; the fastest counts.
+        repetitions: turns of each shape at each batch size (see `BenchmarkConfig`); the fastest call counts.
         progress: whether to show a progress bar.
 
     Raises:

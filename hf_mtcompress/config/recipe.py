@@ -36,7 +36,7 @@ class BenchmarkConfig:
     batch_sizes: tuple[int, ...] = (1, 32)
     """Rows in a call."""
     repetitions: int = 20
-    """Timed calls of each artefact and batch size, artefacts taking turns."""
+    """Turns of each artefact at each batch size: a timed call, or five where none takes 50 ms."""
     warmup: int = 3
     """Calls before the timed ones."""
     threads: int | None = None

@@ -17,4 +17,4 @@ class TimingConfig:
     threads: int | None = None
     """Threads of the runtime; default: all cores this process may use."""
     repetitions: int = 20
-    """Timed calls of each of about twenty shapes, which take turns; the fastest counts."""
+    """Turns of each of about twenty shapes, with a timed call or five short ones; the fastest counts."""

@@ -34,9 +34,9 @@ def test_artefacts_take_turns(monkeypatch: pytest.MonkeyPatch):
     turns: list[tuple[str, int]] = []
     timed = module._Worker.timed_turn
 
-    def noted(self: module._Worker, batch_size: int) -> float:
+    def noted(self: module._Worker, batch_size: int, calls: int) -> list[float]:
         turns.append((self.label, batch_size))
-        return timed(self, batch_size)
+        return timed(self, batch_size, calls)
 
     monkeypatch.setattr(module._Worker, "timed_turn", noted)
     folders = {"teacher": saved.folders["torch"], "int8": saved.folders["int8"]}
@@ -46,8 +46,8 @@ def test_artefacts_take_turns(monkeypatch: pytest.MonkeyPatch):
     assert [size for _, size in turns] == [1] * 8 + [3] * 8
     for label in folders:
         assert [(row.batch_size, row.tokens, row.repetitions) for row in result.latency[label]] == [
-            (1, 16, 4),
-            (3, 16, 4),
+            (1, 16, 4 * 5),
+            (3, 16, 4 * 5),
         ]
         assert all(0 < row.minimum_ms <= row.median_ms for row in result.latency[label])
         assert (result.peak_memory_mb[label] or 0) > 10
@@ -59,6 +59,24 @@ def test_artefacts_take_turns(monkeypatch: pytest.MonkeyPatch):
     assert result.conditions["threads"] == 1
     assert result.conditions["tokens"] == 16
     json.dumps(result.conditions)
+
+
+def test_all_get_as_many_calls_as_the_slowest(monkeypatch: pytest.MonkeyPatch):
+    """The minimum over more calls is smaller, so a fast artefact must not be called more often."""
+    saved = saved_text()
+    monkeypatch.setattr(module, "_SETTLE_BELOW_MS", 0.0)
+    result = benchmark({"teacher": saved.folders["torch"]}, reference="teacher", config=CONFIG, samples=LONG)
+    assert [row.repetitions for row in result.latency["teacher"]] == [4, 4]
+    slow = module._Worker.time
+
+    def one_is_slow(self: module._Worker, batch_size: int, calls: int) -> list[float]:
+        return [ms + 1000 * (self.label == "teacher" and batch_size == 3) for ms in slow(self, batch_size, calls)]
+
+    monkeypatch.setattr(module, "_SETTLE_BELOW_MS", 500.0)
+    monkeypatch.setattr(module._Worker, "time", one_is_slow)
+    folders = {"teacher": saved.folders["torch"], "int8": saved.folders["int8"]}
+    result = benchmark(folders, reference="teacher", config=CONFIG, samples=LONG)
+    assert [[row.repetitions for row in rows] for rows in result.latency.values()] == [[20, 4], [20, 4]]
 
 
 def test_no_process_outlives_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
