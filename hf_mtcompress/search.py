@@ -44,8 +44,9 @@ _BEYOND = 0.8
 _SMALLEST_SHARE = 0.15
 """Share of the time that the last stage keeps where no limit of the budget is about time."""
 
-_Member = tuple[float | None, Literal[8, 4] | None]
-"""Of a family: the share of the starting model's time that is kept, None for all of it; and bits of the embeddings."""
+_Member = tuple[str, float | None, Literal[8, 4] | None]
+"""Of a family: the float step that it was made from, the share of that model's time that is kept (None for all of it),
+and bits of the embeddings."""
 
 
 def search(recipe: Recipe, output: Path) -> SearchRecord:
@@ -78,27 +79,31 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     whole = find_anatomy(bench.load(start).encoder).sizes
     shares = settings.shares or shares_for(budget, table, whole, settings.points)
     kinds = settings.embedding_bits if settings.timing.runtime == "onnx_int8" else (None,)
+    places: list[tuple[str, Sequence[float]]] = [(name, ()) for name in settings.members]
+    places += [(start, shares[:count]) for count in range(len(shares) + 1)]
     family: dict[_Member, tuple[StepConfig, ...]] = {
-        (share, bits): _path(settings, start, shares[:count], bits)
-        for count, share in enumerate([None, *shares])
+        (name, cuts[-1] if cuts else None, bits): _path(settings, name, cuts, bits, name == start)
+        for name, cuts in places
         for bits in kinds
     }
-    members = {str(step.name): step for path in family.values() for step in path}
+    made = {str(step.name): step for path in family.values() for step in path}
     # What a step's model reads with is looked up among the steps of the recipe.
-    bench = dataclasses.replace(bench, recipe=dataclasses.replace(recipe, steps=(*recipe.steps, *members.values())))
-    for name, step in members.items():
+    bench = dataclasses.replace(bench, recipe=dataclasses.replace(recipe, steps=(*recipe.steps, *made.values())))
+    for name, step in made.items():
         done[name] = do_step(step, step.source, done, bench)
-    last = {member: path[-1].name if path else start for member, path in family.items()}
+    last = {member: path[-1].name if path else member[0] for member, path in family.items()}
     artefacts = {member: done[str(name)].artefacts[0] for member, name in last.items()}
     timed = _time([reference, *artefacts.values()], bench)
     tasks = {name: task_record(name, bench) for name in sources.tasks}
     candidates = {}
     for member, artefact in artefacts.items():
         floats = [str(step.name) for step in family[member] if not isinstance(step, ExportStep | QuantizeStep)]
-        sizes = find_anatomy(bench.load(floats[-1] if floats else start).encoder).sizes
         found = _candidate(artefact, compare(tasks, reference, artefact, step="", split="validation"), budget)
-        found.steps, found.share = [str(step.name) for step in family[member]], member[0]
-        found.predicted_ms = {str(size): table.milliseconds(sizes, size) for size in table.batches}
+        found.steps, found.share = [str(step.name) for step in family[member]], member[1]
+        if member[0] == start:
+            # The table is of its hidden width.
+            sizes = find_anatomy(bench.load(floats[-1] if floats else start).encoder).sizes
+            found.predicted_ms = {str(size): table.milliseconds(sizes, size) for size in table.batches}
         candidates[member] = found
     mark_front(list(candidates.values()))
     chosen = choose(list(candidates.values()))
@@ -118,11 +123,11 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     write_text(output / "search.json", records.to_json(record))
     write_text(output / ASSETS / "front.csv", family_csv(record))
     draw_family(record, output / ASSETS / "front.png")
-    # What leads to the chosen one is done already: this measures it on test rows and writes record and card. Where the
-    # starting model itself is chosen, steps after it have no part in that.
-    before = [step.name for step in recipe.steps].index(start) + 1
-    path = next(family[member] for member, found in candidates.items() if found is chosen)
-    steps = (*recipe.steps, *path) if path else recipe.steps[:before]
+    # What leads to the chosen one is done already: this measures it on test rows and writes record and card. Steps
+    # after what it was made from have no part in it, but may teach while the starting model is cut.
+    member, path = next((member, family[member]) for member, found in candidates.items() if found is chosen)
+    before = [step.name for step in recipe.steps].index(member[0]) + 1
+    steps = (*(recipe.steps if member[1] else recipe.steps[:before]), *path)
     run(dataclasses.replace(recipe, steps=steps, search=None), output)
     return record
 
@@ -179,14 +184,15 @@ def shares_for(budget: BudgetConfig, table: LatencyTable, shape: Sequence[tuple[
 
 
 def _path(
-    settings: SearchConfig, start: str, shares: Sequence[float], embedding_bits: Literal[8, 4] | None
+    settings: SearchConfig, start: str, shares: Sequence[float], embedding_bits: Literal[8, 4] | None, main: bool
 ) -> tuple[StepConfig, ...]:
-    """Steps from the starting model to the form that is deployed, through one cut for each share."""
+    """Steps from a model to the form that is deployed, through one cut for each share."""
     path: list[StepConfig] = []
     source, spent = start, 1.0
     if settings.vocabulary is not None:
-        path.append(dataclasses.replace(settings.vocabulary, name="vocabulary", source=source))
-        source = "vocabulary"
+        name = "vocabulary" if main else f"vocabulary-{source}"
+        path.append(dataclasses.replace(settings.vocabulary, name=name, source=source))
+        source = name
     for share in shares:
         name = f"cut-{round(1000 * share):03d}"
         prune = settings.prune or PruneStep()

@@ -525,10 +525,15 @@ def check_search(
     """A search starts from a float step, has a budget, and decides itself how much goes."""
     if budget is None or not any(value is not None for value in dataclasses.asdict(budget).values()):
         problems.add("budget", "expected at least one limit for the search to stay within, such as size_mb, found none")
-    if search.source is not None:
-        _check_earlier(search.source, "search.from", dict(zip(names, kinds, strict=True)), names, problems)
-        if search.source in names and reference in names and names.index(search.source) < names.index(reference):
-            problems.add("search.from", f"expected the reference '{reference}' or a step after it")
+    named = {} if search.source is None else {"search.from": search.source}
+    named |= {f"search.members.{index}": member for index, member in enumerate(search.members)}
+    for place, name in named.items():
+        _check_earlier(name, place, dict(zip(names, kinds, strict=True)), names, problems)
+        if name in names and reference in names and names.index(name) < names.index(reference):
+            problems.add(place, f"expected the reference '{reference}' or a step after it")
+    for index, member in enumerate(search.members):
+        if member == (search.source or reference) or member in search.members[:index]:
+            problems.add(f"search.members.{index}", f"'{member}' is in the family already; remove it")
     for index, name in enumerate(names):
         if name == "vocabulary" or name.startswith(("vocabulary-", "cut-")):
             problems.add(f"steps.{index}.name", f"'{name}' is a name that the search gives; choose another")

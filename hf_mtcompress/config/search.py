@@ -22,6 +22,9 @@ class SearchConfig:
 
     source: str | None = None
     """The float step that the family starts from; default: the reference."""
+    members: tuple[str, ...] = ()
+    """Other float steps whose models belong to the family as they are, stored in the form that is deployed; the teacher
+    of a student that is cut, for example."""
     timing: TimingConfig = field(default_factory=TimingConfig)
     """What the family is made for: it is quantized and timed for this runtime."""
     points: int = 4

@@ -153,6 +153,8 @@ def test_section_is_read_and_written(tmp_path: Path) -> None:
         ({"budget": None}, "budget: expected at least one limit for the search to stay within"),
         ({"budget": {}}, "budget: expected at least one limit for the search to stay within"),
         ({"search": {"from": "nobody"}}, "search.from: "),
+        ({"search": {"members": ["nobody"]}}, "search.members.0: "),
+        ({"search": {"members": ["teacher"]}}, "search.members.0: 'teacher' is in the family already"),
         ({"search": {"shares": [0.5, 0.8]}}, "search.shares: expected at least one share and each below the last"),
         ({"search": {"shares": [1.0]}}, "search.shares.0: expected a share above 0 and below 1, found 1"),
         ({"search": {"prune": {"heads": 0.5}}}, "search.prune.heads: is chosen by the search itself"),
@@ -214,22 +216,27 @@ def _loaded(path: Path) -> dict[str, Any]:
 def test_search_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything real: block times, cuts, recovery, int8 graphs, times, the choice and the run that delivers it."""
     budget = {"size_mb": 100.0, "latency_b1_ratio": 100.0}
-    path = write_tiny_recipe(tmp_path, steps=[TEACHER], search=SEARCH, budget=budget)
+    student = {"kind": "distill", "name": "student", "teacher": "teacher", "student": {"layers": 1}, "max_steps": 2}
+    settings = {**SEARCH, "members": ["student"]}
+    path = write_tiny_recipe(tmp_path, steps=[TEACHER, student], search=settings, budget=budget)
     output = tmp_path / "run"
     assert main(["search", str(path), "--output", str(output)]) == 0
     assert "meets the budget" in capsys.readouterr().out
     found = json.loads((output / "search.json").read_text())
     folders = [item["folder"] for item in found["candidates"]]
-    stages = ("vocabulary", "cut-800", "cut-600")
+    stages = ("vocabulary-student", "vocabulary", "cut-800", "cut-600")
     assert folders == [f"{stage}-{form}" for stage in stages for form in ("int8", "int8-4")]
     assert found["met"]
     sizes = {item["folder"]: item["size_mb"] for item in found["candidates"]}
     assert found["chosen"] == min(sizes, key=lambda folder: sizes[folder])
-    predicted = [item["predicted_ms"]["1"] for item in found["candidates"]]
+    assert [item["predicted_ms"] for item in found["candidates"][:2]] == [{}, {}]
+    predicted = [item["predicted_ms"]["1"] for item in found["candidates"][2:]]
     assert predicted[2] <= 0.8 * predicted[0] + 1e-6
     assert predicted[4] <= 0.6 * predicted[0] + 1e-6
     # The same model, once with smaller tables.
     assert all(predicted[place] == predicted[place + 1] for place in (0, 2, 4))
+    # A member of one layer is the smallest; its record is of the steps that lead to it, and of no others.
+    assert found["chosen"] == "vocabulary-student-int8-4"
     assert all(sizes[f"{stage}-int8-4"] < sizes[f"{stage}-int8"] for stage in stages)
     assert found["chosen"].endswith("int8-4")
     # One table for all, although the vocabulary and the layers of the later sources are smaller.
@@ -238,11 +245,12 @@ def test_search_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     tokens = {
         folder: len(AutoTokenizer.from_pretrained(output / folder)) for folder in ("teacher", "cut-800", *folders)
     }
-    assert len({count for folder, count in tokens.items() if folder != "teacher"}) == 1
+    assert len({count for folder, count in tokens.items() if folder not in ("teacher", "student")}) == 1
     assert tokens["cut-800"] < tokens["teacher"]
     assert MultiTaskModel.from_pretrained(output / "cut-800").encoder.config.vocab_size == tokens["cut-800"]
     record = load_record(output)
     assert record.steps[-1].artefacts[0].folder == found["chosen"]
+    assert [step.name for step in record.steps] == ["teacher", "student", "vocabulary-student", found["chosen"]]
     assert record.steps[-1].artefacts[0].scores["test"].tasks["mood"].rows == 24
     assert record.budget is not None
     assert record.budget["artefact"] == found["chosen"]

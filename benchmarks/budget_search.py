@@ -1,0 +1,140 @@
+"""What a search finds on the text suite within 8 MB and an eighth of the time, beside each method alone.
+
+Command: python benchmarks/budget_search.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--threads 2]
+
+The teacher is that of `distillation.py` in seed 1 (small size, eleven tasks, six layers), taken from `--work` where it
+is done. The family is made of it, of its half (half of the multiply-adds pruned, 2 epochs of recovery), and of a student
+of three layers (4 epochs) that is cut by the clock in stages, each recovered for 4 epochs on the teacher's answers to
+all texts; all of them in 8 bits, with embeddings in 8 and in 4.
+
+Then three methods alone are timed in turns with the family and scored on the same validation rows: three layers, half
+of the multiply-adds, both in float by ONNX Runtime, and the teacher in 8 bits with its whole vocabulary. The budget is
+held against torch in float32. Resumable.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from distillation import Benchmark
+from pruning_recovery import CUT, RATE
+from transformers.utils import logging as transformers_logging
+
+from hf_mtcompress.artifacts import write_text
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.environment import environment_facts
+from hf_mtcompress.evaluation.benchmark import benchmark
+from hf_mtcompress.evaluation.compare import MEGABYTE, compare
+from hf_mtcompress.publishing.family import family_table
+from hf_mtcompress.records import StepRecord
+from hf_mtcompress.search import search
+from hf_mtcompress.steps.bench import Bench, probe_samples
+from hf_mtcompress.steps.scoring import task_record
+from hf_mtcompress.workflow import do_step, step_sources
+
+RESULTS = Path(__file__).parent / "results" / "budget_search"
+BUDGET = {"size_mb": 8.0, "latency_b1_ratio": 0.12, "retention": 0.97}
+ALONE = {"three layers": "student-graph", "half of the compute": "half-graph", "8 bits": "teacher-int8"}
+
+
+def main() -> int:
+    """Search, then hold the methods alone against the front."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--encoder", required=True, help="folder or Hub id of the pretrained encoder")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="for models and caches (default: runs)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--points", type=int, default=3)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    transformers_logging.set_verbosity_error()
+    known = {"suite": "text", "size": "small", "layers": 3, "student_rate": RATE, "epochs": None, "overrides": []}
+    suite = Benchmark(argparse.Namespace(**vars(options), **known))
+    output = suite.work / "seed-1"
+
+    def learn(epochs: float) -> dict[str, Any]:
+        return {
+            "kind": "distill",
+            "teacher": "teacher",
+            "criteria": ["logits"],
+            "every_task": True,
+            "learning_rate": RATE,
+            "epochs": epochs,
+            "teacher_cache": str(suite.work / "cache"),
+        }
+
+    steps = [
+        {"kind": "finetune", "name": "teacher", "epochs": suite.epochs},
+        {"kind": "prune", "name": "half", "from": "teacher", "compute": 0.5, **CUT, "recover": learn(2)},
+        {**learn(4), "name": "layers_first-layers", "student": {"layers": 3}},
+    ]
+    sections = {
+        "steps": steps,
+        "budget": BUDGET,
+        "benchmark": {"threads": options.threads},
+        "search": {
+            "from": "layers_first-layers",
+            "members": ["teacher", "half"],
+            "points": options.points,
+            "timing": {"threads": options.threads},
+            "vocabulary": {"minimum_count": 1},
+            "prune": {**CUT, "recover": learn(4)},
+        },
+    }
+    overrides = [*suite.overrides, *(f"{key}={json.dumps(value)}" for key, value in sections.items())]
+    recipe = dataclasses.replace(load_recipe(suite.recipe, overrides), seed=1)
+    found = search(recipe, output)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in ("search.json", "assets/front.csv", "assets/front.png", "record.json"):
+        shutil.copy(output / name, RESULTS / Path(name).name)
+
+    alone = [
+        {"kind": "export", "name": "student-graph", "from": "layers_first-layers", "formats": ["onnx"]},
+        {"kind": "export", "name": "half-graph", "from": "half", "formats": ["onnx"]},
+        {"kind": "quantize", "name": "teacher-int8", "from": "teacher", "backend": "onnxruntime", "bits": 8},
+    ]
+    more = [f"steps={json.dumps([*steps, *alone])}", "search=null"]
+    recipe = dataclasses.replace(load_recipe(suite.recipe, [*overrides, *more]), seed=1)
+    bench = Bench(recipe, output, suite.sources, suite.processor)
+    done: dict[str, StepRecord] = {}
+    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
+        done[str(step.name)] = do_step(step, source, done, bench)
+    tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
+    reference = done["teacher"].artefacts[0]
+    front = {item.folder: item for item in found.candidates if item.on_front}
+    artefacts = {label: done[name].artefacts[0] for label, name in ALONE.items()}
+    folders = {"teacher": output / "teacher"} | {folder: output / folder for folder in front}
+    folders |= {label: output / artefact.folder for label, artefact in artefacts.items()}
+    timed = benchmark(folders, reference="teacher", config=recipe.benchmark, samples=probe_samples(bench))
+
+    def row(folder: str, size: float | None, kept: float | None) -> dict[str, Any]:
+        times = {f"ratio_b{item.batch_size}": item.ratio_minimum for item in timed.latency[folder]}
+        return {"size_mb": size, "retention": kept, **times}
+
+    rows = {item.folder: row(item.folder, item.size_mb, item.retention) for item in front.values()}
+    result: dict[str, Any] = {"environment": environment_facts(), "conditions": timed.conditions, "front": rows}
+    for label, artefact in artefacts.items():
+        assert artefact.size is not None
+        kept = compare(tasks, reference, artefact, step="", split="validation").retention
+        own = row(label, artefact.size.weights_bytes / MEGABYTE, kept)
+        own["beaten_by"] = [folder for folder, other in rows.items() if _beats(other, own)]
+        result.setdefault("alone", {})[label] = own
+        print(f"{label}: {own}")
+    write_text(RESULTS / "alone.json", json.dumps(result, indent=2, default=str) + "\n")
+    print(family_table(found))
+    return 0
+
+
+def _beats(other: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether one is as good in size, times and quality."""
+    costs = [key for key in own if key not in ("retention", "beaten_by")]
+    return all(other[key] <= own[key] for key in costs) and other["retention"] >= own["retention"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
