@@ -2,10 +2,10 @@
 
 Command: python benchmarks/budget_search.py --data FOLDER --encoder FOLDER_OR_HUB_ID [--threads 2]
 
-The teacher is that of `distillation.py` in seed 1 (small size, eleven tasks, six layers), taken from `--work` where it
-is done. The family is made of it, of its half (half of the multiply-adds pruned, 2 epochs of recovery), and of a student
-of three layers (4 epochs) that is cut by the clock in stages, each recovered for 4 epochs on the teacher's answers to
-all texts; all of them in 8 bits, with embeddings in 8 and in 4.
+The teacher is that of `distillation.py` in seed 1 (small size, eleven tasks, six layers), taken from `--work` where
+it is done. The family is made of it, of its half (half of the multiply-adds pruned, 2 epochs of recovery), and of a
+student of three layers (4 epochs) that is cut by the clock in stages, each recovered for 4 epochs on the teacher's
+answers to all texts; all of them in 8 bits, with embeddings in 8 and in 4.
 
 Then three methods alone are timed in turns with the family and scored on the same validation rows: three layers, half
 of the multiply-adds, both in float by ONNX Runtime, and the teacher in 8 bits with its whole vocabulary. The budget is
