@@ -159,7 +159,8 @@ def prune(
             remove, layers that go included; heads and neurons are weighed against each other.
         length: tokens of a row that multiply-adds are counted at; default: the mean of `batches`.
         latency: instead of `heads`, `feed_forward` and `compute`, the time of a call to remove, by a table of this
-            machine; heads and neurons are weighed against each other, and whole blocks may go.
+            machine; heads and neurons are weighed against each other, and whole blocks may go. So may layers, unless
+            `layers` says how many or the shape is `vanilla`: those whose fixed time is better spent in the others.
         importance: `first_order` or `fisher` (of the loss; `fisher` has heads and neurons on one scale), `activation`
             (of what flows through a part), `magnitude` (of weights) or `random`.
         combine: `mean`, `sum`, `max` of the tasks' importance, or `max_min`: the task that loses the largest share of
@@ -232,19 +233,27 @@ def prune(
         milliseconds = None if latency is None else latency.milliseconds(encoder)
         one_scale = importance == "fisher" or compute > 0 or latency is not None
         measured = measure(rearrange and not layers)
-        if layers:
+        by_time = latency is not None and not layers and shape == "free"
+
+        def choose_layers(scores: Scores) -> list[int]:
+            if by_time and latency is not None and milliseconds is not None:
+                return _layers_within_time(scores, latency, milliseconds, multiple_of)
+            return select_layers(scores.layers, layers)
+
+        if layers or by_time:
             kept_layers, layer_scores = _choose(
                 measured,
                 combine,
                 one_scale,
-                lambda scores: select_layers(scores.layers, layers),
+                choose_layers,
                 lambda kept, share: 1.0 - float(share.layers[kept].sum()),
             )
             if shape == "vanilla":
                 check_vanilla(encoder, kept_layers)
-            keep_layers(encoder, kept_layers)
-            if heads or feed_forward or compute or latency:
-                measured = measure(rearrange)
+            if len(kept_layers) < count:
+                keep_layers(encoder, kept_layers)
+                if heads or feed_forward or compute or latency:
+                    measured = measure(rearrange)
         else:
             layer_scores = combined(measured, "mean" if combine == "max_min" else combine, one_scale)
 
@@ -347,15 +356,49 @@ def _lost(kept: tuple[Kept, Kept], share: Scores) -> float:
     return sum(float(values.sum()) - float(values[stays].sum()) for values, stays in parts)
 
 
+def _layers_within_time(scores: Scores, latency: TimeBudget, milliseconds: float, multiple_of: int) -> list[int]:
+    """Layers to keep: those go, the least important first, whose fixed time buys more importance in the others.
+
+    Raises:
+        ValueError: a single layer with nothing in it takes longer.
+    """
+    order = torch.stack(
+        [one.sum() + two.sum() for one, two in zip(scores.heads, scores.feed_forward, strict=True)]
+    ).argsort(stable=True)
+    found: list[tuple[float, list[int]]] = []
+    for gone in range(len(order)):
+        kept = sorted(order[gone:].tolist())
+        left = Scores(
+            [scores.heads[layer] for layer in kept], [scores.feed_forward[layer] for layer in kept], scores.layers[kept]
+        )
+        if _time_of_blocks(len(kept), latency, milliseconds) >= 0:
+            heads, feed_forward = _select_time(left, latency, milliseconds, multiple_of)
+            parts = zip((*left.heads, *left.feed_forward), (*heads.values(), *feed_forward.values()), strict=True)
+            found.append((sum(float(values[stays].sum()) for values, stays in parts), kept))
+    if not found:
+        most = latency.remove + _time_of_blocks(1, latency, milliseconds) / milliseconds
+        raise ValueError(
+            f"latency: expected to remove at most {most:.3f} of the time, since embeddings, task heads and the rest of "
+            f"one layer take the others, found {latency.remove}; remove less"
+        )
+    # Of equals the one with most layers.
+    return max(found, key=lambda item: (item[0], len(item[1])))[1]
+
+
+def _time_of_blocks(layers: int, latency: TimeBudget, milliseconds: float) -> float:
+    """What is left of the allowed time for the blocks of so many layers; below 0 where their other parts take more."""
+    times = latency.table.batches[latency.batch_size]
+    return (1.0 - latency.remove) * milliseconds - times.rest - times.layer * layers
+
+
 def _select_time(scores: Scores, latency: TimeBudget, milliseconds: float, multiple_of: int) -> tuple[Kept, Kept]:
     """Heads and neurons to keep in all but a fraction of the milliseconds that a call takes."""
     times = latency.table.batches[latency.batch_size]
-    fixed = times.rest + times.layer * len(scores.heads)
-    budget = (1.0 - latency.remove) * milliseconds
-    if budget < fixed:
+    budget = _time_of_blocks(len(scores.heads), latency, milliseconds)
+    if budget < 0:
         raise ValueError(
-            f"latency: expected to remove at most {1.0 - fixed / milliseconds:.3f} of the time, since embeddings, task "
-            f"heads and the rest of {len(scores.heads)} layers take {fixed:.3g} of {milliseconds:.3g} ms, found "
+            f"latency: expected to remove at most {latency.remove + budget / milliseconds:.3f} of the time, since "
+            f"embeddings, task heads and the rest of {len(scores.heads)} layers take the others, found "
             f"{latency.remove}; remove layers too"
         )
     heads_cost, feed_forward_cost = block_costs(times, max(map(len, scores.heads)), max(map(len, scores.feed_forward)))
@@ -364,7 +407,7 @@ def _select_time(scores: Scores, latency: TimeBudget, milliseconds: float, multi
         scores.feed_forward,
         heads_cost=heads_cost,
         feed_forward_cost=feed_forward_cost,
-        budget=budget - fixed,
+        budget=budget,
         multiple_of=multiple_of,
     )
 

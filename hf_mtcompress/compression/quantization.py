@@ -118,9 +118,12 @@ def quantize_torchao(model: PreTrainedModel) -> PreTrainedModel:
     )
     structure = mark.structure if mark else None
     ours = isinstance(model, MultiTaskModel) or mark is not None
-    return _filled(
+    quantized = _filled(
         model, model.state_dict(), StructureConfig(structure, torchao=settings.to_dict()) if ours else settings
     )
+    # Unlike bitsandbytes, which needs its device while it loads, torchao loads on the CPU.
+    nn.Module.to(quantized, model.device)
+    return quantized
 
 
 def _check_start(model: PreTrainedModel, backend: str) -> None:

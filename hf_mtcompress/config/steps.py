@@ -192,7 +192,7 @@ class PruneStep:
     """Tokens of a row that `compute` is counted at; default: the mean of the rows that importance is measured on."""
     latency: float = 0.0
     """Instead of `heads`, `feed_forward` and `compute`: fraction of the time of a call to remove, as it is measured on
-    this machine; whole blocks may go."""
+    this machine; whole blocks may go, and layers unless `layers` says how many."""
     timing: TimingConfig = field(default_factory=TimingConfig)
     """On what `latency` is measured."""
     importance: Literal["first_order", "fisher", "magnitude", "activation", "random"] = "first_order"

@@ -117,6 +117,30 @@ def test_pruning_by_the_clock(importance: Any) -> None:
     assert report.masked_difference < 1e-4
 
 
+@pytest.mark.parametrize(("layer_ms", "gone"), [(0.0, []), (2.0, [1]), (50.0, [0, 1])])
+def test_layers_go_whose_fixed_time_is_better_spent(layer_ms: float, gone: list[int]) -> None:
+    """A layer with little in it costs its norms and its call all the same."""
+    model = tiny_model()
+    with torch.no_grad():
+        # Of no importance; layer 0 of less than the last one.
+        for number, share in ((0, 0.5), (1, 1e-6)):
+            layer = find_anatomy(model.encoder).layers[number]
+            for part in (layer.attention.output, layer.feed_forward.output):
+                part.weight.mul_(share)
+    times = table(layer=layer_ms)
+    asked = TimeBudget(times, 1, 0.5)
+    report = prune(model, [], latency=asked, importance="magnitude", multiple_of=4, progress=False)
+    assert report.removed_layers == gone
+    assert report.milliseconds_before is not None
+    assert report.milliseconds_after is not None
+    assert report.milliseconds_after <= 0.5 * report.milliseconds_before
+    assert report.milliseconds_after == pytest.approx(times.milliseconds(find_anatomy(model.encoder).sizes, 1))
+    # As many as were asked for, where a number was.
+    again = tiny_model()
+    report = prune(again, [], latency=asked, layers=2, importance="magnitude", multiple_of=4, progress=False)
+    assert len(report.removed_layers) == 2
+
+
 def test_what_cannot_be_pruned_by_the_clock() -> None:
     model = tiny_model()
     budget = TimeBudget(table(), 1, 0.5)
