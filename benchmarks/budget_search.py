@@ -90,13 +90,13 @@ def main() -> int:
     for name in ("search.json", "assets/front.csv", "assets/front.png", "record.json"):
         shutil.copy(output / name, RESULTS / Path(name).name)
 
+    at_once = {"kind": "prune", "name": "at_once", "compute": REMOVED, **CUT, "recover": learn(8)}
     alone = [
         {"kind": "export", "name": "student-graph", "from": "layers_first-layers", "formats": ["onnx"]},
-        {"kind": "prune", "name": "at_once", "from": "teacher", "compute": REMOVED, **CUT, "recover": learn(8)},
         {"kind": "export", "name": "at-once-graph", "from": "at_once", "formats": ["onnx"]},
         {"kind": "quantize", "name": "teacher-int8", "from": "teacher", "backend": "onnxruntime", "bits": 8},
     ]
-    more = [f"steps={json.dumps([*steps, *alone])}", "search=null"]
+    more = [f"steps={json.dumps([steps[0], at_once, *steps[1:], *alone])}", "search=null"]
     recipe = dataclasses.replace(load_recipe(suite.recipe, [*overrides, *more]), seed=1)
     bench = Bench(recipe, output, suite.sources, suite.processor)
     done: dict[str, StepRecord] = {}
