@@ -131,6 +131,8 @@ def main() -> int:
 def _beats(other: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether one is as good in size, times and quality."""
     costs = [key for key in own if key not in ("retention", "beaten_by")]
+    if any(row[key] is None for row in (other, own) for key in (*costs, "retention")):
+        return False
     return all(other[key] <= own[key] for key in costs) and other["retention"] >= own["retention"]
 
 

@@ -161,7 +161,14 @@ def main() -> int:
     facts = {
         "task": options.task,
         "rows": {"train": len(train), "test": len(test)},
-        "settings": {"layers": list(LAYERS), "epochs": EPOCHS, "batch_size": BATCH, "learning_rate": RATE},
+        "encoder": Path(options.encoder).name,
+        "settings": {
+            "layers": list(LAYERS),
+            "epochs": EPOCHS,
+            "batch_size": BATCH,
+            "learning_rate": RATE,
+            "temperature": TEMPERATURE,
+        },
     }
     before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     same = all(before.get(key) == value for key, value in facts.items())

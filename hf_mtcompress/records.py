@@ -271,7 +271,7 @@ class Candidate:
     steps: list[str] = field(default_factory=list)
     """That lead to it from what the recipe's own steps made, in order."""
     share: float | None = None
-    """Of the starting model's time that it was cut to, as predicted; None where nothing was cut."""
+    """Of the starting model's time that it was cut to, as predicted; None where nothing was cut by the clock."""
     predicted_ms: dict[str, float] = field(default_factory=dict)
     """By the table of block times; batch sizes that the table has."""
     on_front: bool = False

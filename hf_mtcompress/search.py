@@ -24,6 +24,7 @@ from hf_mtcompress.config import (
     Recipe,
     SearchConfig,
     StepConfig,
+    teachers_of,
 )
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
@@ -123,11 +124,9 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     write_text(output / "search.json", records.to_json(record))
     write_text(output / ASSETS / "front.csv", family_csv(record))
     draw_family(record, output / ASSETS / "front.png")
-    # What leads to the chosen one is done already: this measures it on test rows and writes record and card. Steps
-    # after what it was made from have no part in it, but may teach while the starting model is cut.
+    # What leads to the chosen one is done already: this measures it on test rows and writes record and card.
     member, path = next((member, family[member]) for member, found in candidates.items() if found is chosen)
-    before = [step.name for step in recipe.steps].index(member[0]) + 1
-    steps = (*(recipe.steps if member[1] else recipe.steps[:before]), *path)
+    steps = (*_leading_to(recipe, member[0], path), *path)
     run(dataclasses.replace(recipe, steps=steps, search=None), output)
     return record
 
@@ -209,6 +208,17 @@ def _path(
             name, bits = (f"{source}-int8-4", 4) if embedding_bits == 4 else (f"{source}-int8", None)
             path.append(QuantizeStep(name=name, source=source, backend="onnxruntime", bits=8, embedding_bits=bits))
     return tuple(path)
+
+
+def _leading_to(recipe: Recipe, origin: str, path: Sequence[StepConfig]) -> list[StepConfig]:
+    """Those of the recipe's steps that have a part in what is delivered: sources, teachers, and the reference."""
+    needed = {str(recipe.reference or recipe.steps[0].name), origin}
+    needed.update(name for step in path for name in teachers_of(step))
+    # Sources and teachers of a step stand before it.
+    for step, source in reversed(list(zip(recipe.steps, step_sources(recipe), strict=True))):
+        if step.name in needed:
+            needed.update(teachers_of(step), [] if source is None else [source])
+    return [step for step in recipe.steps if step.name in needed]
 
 
 # ---- the choice ----

@@ -9,7 +9,7 @@ from typing import Any
 from hf_mtcompress.config.data import DataConfig
 from hf_mtcompress.config.recipe import BenchmarkConfig, BudgetConfig, PublishConfig, Recipe
 from hf_mtcompress.config.schedules import GradualSchedule, OneShotSchedule
-from hf_mtcompress.config.search import SearchConfig
+from hf_mtcompress.config.search import SEARCH_FORMS, SearchConfig
 from hf_mtcompress.config.sections import WRITTEN_AS, Problems, join, near
 from hf_mtcompress.config.steps import (
     FLOAT_STEPS,
@@ -534,8 +534,9 @@ def check_search(
     for index, member in enumerate(search.members):
         if member == (search.source or reference) or member in search.members[:index]:
             problems.add(f"search.members.{index}", f"'{member}' is in the family already; remove it")
+    stored = {f"{name}-{form}" for name in (search.source or reference, *search.members) for form in SEARCH_FORMS}
     for index, name in enumerate(names):
-        if name == "vocabulary" or name.startswith(("vocabulary-", "cut-")):
+        if name == "vocabulary" or name.startswith(("vocabulary-", "cut-")) or name in stored:
             problems.add(f"steps.{index}.name", f"'{name}' is a name that the search gives; choose another")
     if search.shares is not None and (
         not search.shares or list(search.shares) != sorted(set(search.shares), reverse=True)

@@ -6,6 +6,9 @@ from typing import Literal
 from hf_mtcompress.config.steps import PruneStep, TrimVocabularyStep
 from hf_mtcompress.config.timing import TimingConfig
 
+SEARCH_FORMS = ("onnx", "int8", "int8-4")
+"""What a search puts behind the name of a float step to name the one that stores it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
@@ -23,8 +26,8 @@ class SearchConfig:
     source: str | None = None
     """The float step that the family starts from; default: the reference."""
     members: tuple[str, ...] = ()
-    """Other float steps whose models belong to the family as they are, stored in the form that is deployed; the teacher
-    of a student that is cut, for example."""
+    """Other float steps whose models belong to the family without being cut by the clock, such as a student of fewer
+    layers. They are stored in the same form, with the same vocabulary."""
     timing: TimingConfig = field(default_factory=TimingConfig)
     """What the family is made for: it is quantized and timed for this runtime."""
     points: int = 4

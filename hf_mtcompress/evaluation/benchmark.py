@@ -56,9 +56,10 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "a
 _PAUSE_SECONDS = 0.01
 """Threads of the last artefact may spin this long after its call."""
 _SETTLE_BELOW_MS = 50.0
-"""Calls shorter than this get one untimed call first, since another process has just emptied the caches."""
+"""Calls shorter than this get one untimed call first, since another process has just emptied the caches; where no
+artefact takes longer, there are several timed ones a turn."""
 _SHORT_CALLS = 5
-"""Timed calls a turn where all artefacts are that fast: such calls vary more, and cost little."""
+"""As many: short calls vary more, and cost little."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def benchmark(
     before = load_average()
     times: dict[str, dict[int, list[float]]] = {label: {size: [] for size in config.batch_sizes} for label in folders}
     tokens: dict[str, int] = {}
+    calls: dict[int, int] = {}
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         workers: dict[str, _Worker] = {}
         for index, (label, folder) in enumerate(folders.items()):
@@ -128,8 +130,8 @@ def benchmark(
         for size in config.batch_sizes:
             slowest = max(min(worker.time(size, max(config.warmup, 1))) for worker in workers.values())
             # As many calls for all, since a minimum over more calls is smaller.
-            calls = _SHORT_CALLS if slowest < _SETTLE_BELOW_MS else 1
-            _take_turns(workers, size, config.repetitions, calls, times)
+            calls[size] = _SHORT_CALLS if slowest < _SETTLE_BELOW_MS else 1
+            _take_turns(workers, size, config.repetitions, calls[size], times)
         peaks = {label: worker.peak_mb() for label, worker in workers.items()}
     latency = {
         label: [_row(times[label][size], times[reference][size], size, tokens[label]) for size in config.batch_sizes]
@@ -153,7 +155,8 @@ def benchmark(
             "instructions": processor_instructions(),
             "load_before": before,
             "load_after": after,
-            "order": "one process for each artefact, taking turns, one timed call a turn or several short ones",
+            "order": "one process for each artefact, taking turns; timed calls a turn: "
+            + ", ".join(f"{count} with batches of {size}" for size, count in calls.items()),
             "timed": "model inputs in memory to the logits of all tasks in memory; tokenization is not included",
             "suspicious": contradictions(minimum, middle, costs),
         },

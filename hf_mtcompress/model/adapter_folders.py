@@ -5,14 +5,18 @@ it on the family's own model with as many labels. Beside these stands what a mul
 that no stock model has is in a file of its own, and `peft` opens the adapter on the bare encoder (`AutoModel`).
 """
 
+import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.config import AdapterConfig
 from hf_mtcompress.errors import ArtifactError, TaskError
 from hf_mtcompress.model.adapters import Adapter, adapter_of, build_adapter
+from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.vanilla import stock_class
 from hf_mtcompress.tasks import Task, task_from_dict
 
@@ -33,9 +38,59 @@ if TYPE_CHECKING:
 SETTINGS = "mtcompress_adapter.json"
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "head.safetensors"
+FORMAT_VERSION = 1
 _PREFIX = "base_model.model."
-_FORMAT = 1
 _PEFT_TYPES = {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS"}
+_SAMPLES = 8
+"""Numbers of each tensor by which an encoder is known again."""
+_TOLERANCE = 2.0**-7
+"""Of these numbers, relative: an encoder in half precision is the same one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """By what an encoder is known again, whatever its precision.
+
+    Attributes:
+        hidden_size: of the hidden states.
+        sizes: heads and neurons of each layer.
+        vectors: some numbers of every norm and bias of the layers, which quantization leaves as they are.
+        matrices: some numbers of every matrix of the layers; None where these are in few bits.
+    """
+
+    hidden_size: int
+    sizes: list[list[int]]
+    vectors: list[float]
+    matrices: list[float] | None
+
+    def is_same(self, other: "_Encoder") -> bool:
+        same = (self.hidden_size, self.sizes) == (other.hidden_size, other.sizes) and _alike(
+            self.vectors, other.vectors
+        )
+        if self.matrices is None or other.matrices is None:
+            return same
+        return same and _alike(self.matrices, other.matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """What `SETTINGS` says of an adapter.
+
+    Attributes:
+        task: without columns, see `Task.to_dict`.
+        adapter: its settings.
+        prefix: of the low-rank matrices in the file.
+        paths: by layer index and role, module paths in the encoder that was saved.
+        encoder: the encoder that it was trained on.
+        format_version: of the file.
+    """
+
+    task: dict[str, Any]
+    adapter: AdapterConfig
+    prefix: str
+    paths: list[dict[str, str]]
+    encoder: _Encoder
+    format_version: int = FORMAT_VERSION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +98,21 @@ class _Saved:
     """What stands in the folder of one task.
 
     Attributes:
-        task: without columns.
-        settings: of the adapter.
-        paths: by layer index and role, module paths in the encoder that was saved.
-        encoder: digests of that encoder, see `_digests`.
+        folder: where.
+        description: of task, adapter and encoder.
+        task: the task.
         adapter: low-rank matrices by (path, `lora_A` or `lora_B`).
         head: state of the head.
     """
 
+    folder: Path
+    description: _Description
     task: Task
-    settings: AdapterConfig
-    paths: list[dict[str, str]]
-    encoder: dict[str, str | None]
     adapter: dict[tuple[str, str], Tensor]
     head: dict[str, Tensor]
+
+
+# ---- writing ----
 
 
 def save_adapters(
@@ -67,36 +123,32 @@ def save_adapters(
     wanted = having if tasks is None else list(tasks)
     if not wanted or not set(wanted) <= set(having):
         raise TaskError(f"expected tasks with an adapter, among {having}, found {wanted}; see add_adapters")
-    written = []
+    _check_hub_id(base_model)
+    for name in wanted:
+        place = folder / name
+        if place.exists() and not (place / SETTINGS).exists():
+            raise ArtifactError(
+                f"expected no folder '{name}' in {folder}, or one with an adapter to replace, found something else; "
+                "choose another folder"
+            )
     for name in wanted:
         with whole_folder(folder / name) as scratch:
             _write(model, name, scratch, base_model)
-        written.append(folder / name)
-    return written
+    return [folder / name for name in wanted]
 
 
-def load_adapters(model: "MultiTaskModel", folder: Path, tasks: Sequence[str] | None = None) -> list[str]:
-    """See `MultiTaskModel.load_adapters`."""
-    found = {place.parent.name: place.parent for place in sorted(folder.glob(f"*/{SETTINGS}"))}
-    if (folder / SETTINGS).exists():
-        found = {_settings(folder)["task"]["name"]: folder}
-    wanted = list(found) if tasks is None else list(tasks)
-    if not wanted or not set(wanted) <= set(found):
-        raise ArtifactError(
-            f"expected saved adapters of {wanted or 'one or more tasks'} in {folder}, found those of {list(found)}; "
-            "check the folder, save_adapters writes one"
-        )
-    read = {name: _read(found[name]) for name in wanted}
-    made = {name: _made(model, name, saved, found[name]) for name, saved in read.items()}
-    for name, saved in read.items():
-        if name not in model.tasks:
-            model.add_task(saved.task)
-        head_name = model.tasks[name].head_name
-        model.heads[head_name].load_state_dict(saved.head, strict=True)
-        model.adapters[head_name] = made[name].train(model.training)
-    model.freeze_encoder()
-    model.refresh_config()
-    return wanted
+def _check_hub_id(base_model: str | None) -> None:
+    """What is published names no place of this machine."""
+    try:
+        if base_model is None or not Path(base_model).exists():
+            validate_repo_id(base_model or "none")
+            return
+    except HFValidationError:
+        pass
+    raise TaskError(
+        f"base_model: expected the id of an encoder on the Hub, such as 'org/name', found '{base_model}'; leave it out "
+        "for one that is only here"
+    )
 
 
 def _write(model: "MultiTaskModel", name: str, folder: Path, base_model: str | None) -> None:
@@ -115,15 +167,10 @@ def _write(model: "MultiTaskModel", name: str, folder: Path, base_model: str | N
         state |= {f"{_PREFIX}{key}": value for key, value in own.items()}
     _save(state, folder / WEIGHTS)
     _peft_config(adapter, base, task, [] if found is None else list(own), base_model).save_pretrained(str(folder))
-    settings = {
-        "format": _FORMAT,
-        "task": task.to_dict(),
-        "adapter": dataclasses.asdict(adapter.settings),
-        "prefix": _PREFIX + base,
-        "paths": adapter.paths,
-        "encoder": _digests(model, task.encoder),
-    }
-    write_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    description = _Description(
+        task.to_dict(), adapter.settings, _PREFIX + base, adapter.paths, _known_by(model, task.encoder)
+    )
+    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(description), indent=2) + "\n")
 
 
 def _peft_config(adapter: Adapter, base: str, task: Task, head: list[str], base_model: str | None) -> "LoraConfig":
@@ -142,6 +189,135 @@ def _peft_config(adapter: Adapter, base: str, task: Task, head: list[str], base_
     )
 
 
+def _save(state: Mapping[str, Tensor], file: Path) -> None:
+    # Copies, since safetensors refuses tensors that share memory.
+    save_file({key: value.detach().cpu().clone() for key, value in state.items()}, file, metadata={"format": "pt"})
+
+
+# ---- reading ----
+
+
+def load_adapters(model: "MultiTaskModel", folder: Path, tasks: Sequence[str] | None = None) -> list[str]:
+    """See `MultiTaskModel.load_adapters`."""
+    places = [folder] if (folder / SETTINGS).exists() else sorted(file.parent for file in folder.glob(f"*/{SETTINGS}"))
+    saved = [_read(place) for place in places]
+    names = [item.task.name for item in saved]
+    wanted = names if tasks is None else list(tasks)
+    if not wanted or not set(wanted) <= set(names) or any(names.count(name) > 1 for name in wanted):
+        raise ArtifactError(
+            f"expected one saved adapter of {wanted or 'one or more tasks'} in {folder}, found those of {names}; check "
+            "the folder, save_adapters writes one"
+        )
+    made = {item.task.name: _made(model, item) for item in saved if item.task.name in wanted}
+    # Nothing fails from here on.
+    for name, (task, head, adapter) in made.items():
+        model.tasks.setdefault(name, task)
+        model.heads[task.head_name] = head
+        model.adapters[task.head_name] = adapter
+    model.freeze_encoder()
+    model.refresh_config()
+    return list(made)
+
+
+def _read(folder: Path) -> _Saved:
+    file = folder / SETTINGS
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = int(values["format_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"expected the description of an adapter, found {file} which cannot be read ({error!r}); save it again"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"expected an adapter of format {FORMAT_VERSION} or older, found {version} in {file}; update hf_mtcompress"
+        )
+    try:
+        AdapterConfig(**values["adapter"])  # pydantic lets unknown keys pass
+        description = TypeAdapter(_Description).validate_python(values)
+        task = task_from_dict(description.task)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"expected the description of an adapter that is known here, found another one in {file} ({error}); update "
+            "hf_mtcompress, or save it again"
+        ) from error
+    try:
+        weights = load_file(folder / WEIGHTS)
+        head = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"expected whole safetensors files in {folder}, found one that cannot be read ({error}); save it again"
+        ) from error
+    adapter: dict[tuple[str, str], Tensor] = {}
+    for key, value in weights.items():
+        path, _, matrix = key.removeprefix(description.prefix).removesuffix(".weight").rpartition(".")
+        if matrix in ("lora_A", "lora_B"):
+            adapter[path, matrix] = value
+        else:
+            head[key.removeprefix(_PREFIX)] = value
+    return _Saved(folder, description, task, adapter, head)
+
+
+def _made(model: "MultiTaskModel", saved: _Saved) -> tuple[Task, nn.Module, Adapter]:
+    """Task, head and adapter with their weights, while nothing of the model changes.
+
+    Raises:
+        ArtifactError: it was trained on another encoder, or parts are missing.
+        TaskError: the model has another task of this name.
+    """
+    name, folder = saved.task.name, saved.folder
+    task = model.tasks.get(name, saved.task)
+    answers = [(one.kind, one.labels, one.head, one.pooling) for one in (task, saved.task)]
+    if answers[0] != answers[1]:
+        raise TaskError(
+            f"task '{name}': expected the kind, labels, head and pooling {answers[0]} that the model has, found "
+            f"{answers[1]} in {folder}; take the model's own out first (remove_task)"
+        )
+    adapter = build_adapter(model, task, saved.description.adapter).train(model.training)
+    if not _known_by(model, task.encoder).is_same(saved.description.encoder):
+        raise ArtifactError(
+            f"task '{name}': expected an adapter trained on this encoder, found one trained on other weights in "
+            f"{folder}; load the encoder that it was trained on, in float or in few bits"
+        )
+    _fill(adapter, saved)
+    head = copy.deepcopy(model.heads[task.head_name]) if name in model.tasks else model.new_head(task)
+    wanted = {key: tuple(value.shape) for key, value in head.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in saved.head.items()}
+    if wanted != found:
+        raise ArtifactError(
+            f"task '{name}': expected a head with {wanted}, found {found} in {folder}; save the adapter again"
+        )
+    head.load_state_dict(saved.head, strict=True)
+    return task, head, adapter
+
+
+def _fill(adapter: Adapter, saved: _Saved) -> None:
+    """Put the saved matrices in, matched by layer and role, since paths change between versions of transformers."""
+    here = {(number, role): path for number, layer in enumerate(adapter.paths) for role, path in layer.items()}
+    there = {
+        (number, role): path for number, layer in enumerate(saved.description.paths) for role, path in layer.items()
+    }
+    own = _matrices(adapter)
+    try:
+        pairs = {
+            own[here[key], matrix]: saved.adapter[there[key], matrix] for key in here for matrix in ("lora_A", "lora_B")
+        }
+    except KeyError as error:
+        raise ArtifactError(
+            f"expected an adapter of all of the {len(here)} linear layers in {saved.folder}, found none for {error}; "
+            "save it again"
+        ) from error
+    wrong = [tuple(value.shape) for parameter, value in pairs.items() if parameter.shape != value.shape]
+    if wrong:
+        raise ArtifactError(
+            f"expected matrices of rank {saved.description.adapter.rank} for the layers' shapes in {saved.folder}, "
+            f"found {wrong[0]}; save the adapter again"
+        )
+    with torch.no_grad():
+        for parameter, value in pairs.items():
+            parameter.copy_(value)
+
+
 def _matrices(adapter: Adapter) -> dict[tuple[str, str], nn.Parameter]:
     """The low-rank matrices by path and kind."""
     found: dict[tuple[str, str], nn.Parameter] = {}
@@ -152,131 +328,33 @@ def _matrices(adapter: Adapter) -> dict[tuple[str, str], nn.Parameter]:
     return found
 
 
-def _save(state: Mapping[str, Tensor], file: Path) -> None:
-    # Copies, since safetensors refuses tensors that share memory.
-    save_file({key: value.detach().cpu().clone() for key, value in state.items()}, file, metadata={"format": "pt"})
+# ---- knowing an encoder again ----
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / SETTINGS
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings["format"] > _FORMAT:
-            raise ArtifactError(
-                f"expected an adapter of format {_FORMAT} or older, found {settings['format']} in {file}; "
-                "update hf_mtcompress"
-            )
-        return {key: settings[key] for key in ("task", "adapter", "prefix", "paths", "encoder")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"expected the description of an adapter, found {file} which cannot be read ({error}); save it again"
-        ) from error
-
-
-def _read(folder: Path) -> _Saved:
-    settings = _settings(folder)
-    try:
-        weights = load_file(folder / WEIGHTS)
-        head = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"expected whole safetensors files in {folder}, found one that cannot be read ({error}); save it again"
-        ) from error
-    adapter: dict[tuple[str, str], Tensor] = {}
-    for key, value in weights.items():
-        path, _, matrix = key.removeprefix(settings["prefix"]).removesuffix(".weight").rpartition(".")
-        if matrix in ("lora_A", "lora_B"):
-            adapter[path, matrix] = value
-        else:
-            head[key.removeprefix(_PREFIX)] = value
-    try:
-        described = AdapterConfig(**settings["adapter"])
-    except TypeError as error:
-        raise ArtifactError(
-            f"expected the settings of an adapter that are known here, found {settings['adapter']} in {folder}; update "
-            "hf_mtcompress"
-        ) from error
-    return _Saved(task_from_dict(settings["task"]), described, settings["paths"], settings["encoder"], adapter, head)
-
-
-def _made(model: "MultiTaskModel", name: str, saved: _Saved, folder: Path) -> Adapter:
-    """The adapter with its weights, while nothing of the model changes.
-
-    Raises:
-        ArtifactError: it was trained on another encoder, or parts are missing.
-        TaskError: the model has another task of this name, or lacks its encoder.
-    """
-    own = model.tasks.get(name)
-    answers = [(task.kind, task.labels, task.head, task.pooling) for task in (own or saved.task, saved.task)]
-    if answers[0] != answers[1]:
-        raise TaskError(
-            f"task '{name}': expected the kind, labels, head and pooling {answers[0]} that the model has, found "
-            f"{answers[1]} in {folder}; take the model's own out first (remove_task)"
-        )
-    place = (own or saved.task).encoder
-    if place not in model.encoders:
-        raise TaskError(
-            f"task '{name}': expected an adapter for one of the encoders {list(model.encoders)}, found one for "
-            f"'{place}' in {folder}; build the model with that encoder"
-        )
-    digests = _digests(model, place)
-    known = {key for key in digests if digests[key] is not None and saved.encoder.get(key) is not None}
-    if not known or any(digests[key] != saved.encoder[key] for key in known):
-        raise ArtifactError(
-            f"task '{name}': expected an adapter trained on this encoder, found one trained on other weights in "
-            f"{folder}; load the encoder that it was trained on, in float or in few bits"
-        )
-    with torch.device("meta"):
-        head = model.build_head(own or saved.task)
-    wanted = {key: tuple(value.shape) for key, value in head.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in saved.head.items()}
-    if wanted != found:
-        raise ArtifactError(
-            f"task '{name}': expected a head with {wanted}, found {found} in {folder}; save the adapter again"
-        )
-    adapter = build_adapter(model, own or saved.task, saved.settings)
-    _fill(adapter, saved, folder)
-    return adapter
-
-
-def _fill(adapter: Adapter, saved: _Saved, folder: Path) -> None:
-    """Put the saved matrices in, matched by layer and role, since paths change between versions of transformers."""
-    here = {(number, role): path for number, layer in enumerate(adapter.paths) for role, path in layer.items()}
-    there = {(number, role): path for number, layer in enumerate(saved.paths) for role, path in layer.items()}
-    own = _matrices(adapter)
-    try:
-        pairs = {
-            own[here[key], matrix]: saved.adapter[there[key], matrix] for key in here for matrix in ("lora_A", "lora_B")
-        }
-    except KeyError as error:
-        raise ArtifactError(
-            f"expected an adapter of all of the {len(here)} linear layers in {folder}, found none for {error}; save it "
-            "again"
-        ) from error
-    wrong = [tuple(value.shape) for parameter, value in pairs.items() if parameter.shape != value.shape]
-    if wrong:
-        raise ArtifactError(
-            f"expected matrices of rank {saved.settings.rank} for the layers' shapes in {folder}, found {wrong[0]}; "
-            "save the adapter again"
-        )
-    with torch.no_grad():
-        for parameter, value in pairs.items():
-            parameter.copy_(value)
-
-
-def _digests(model: "MultiTaskModel", name: str) -> dict[str, str | None]:
-    """Digests by which an encoder is known again, in float (bfloat16 or more) and in few bits.
-
-    Quantization leaves norms and biases as they are (`vectors`); `matrices` is None where some are in few bits.
-    """
-    parts: dict[str, list[bytes]] = {"vectors": [], "matrices": []}
-    for parameter in model.encoders[name].parameters():
-        if not parameter.is_floating_point():
-            continue
-        values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-        parts["vectors" if parameter.ndim == 1 else "matrices"].append(
-            hashlib.sha256(values.numpy().tobytes()).digest()
-        )
-    digests = {key: hashlib.sha256(b"".join(sorted(found))).hexdigest()[:24] for key, found in parts.items()}
+def _known_by(model: "MultiTaskModel", name: str) -> _Encoder:
+    """Of the layers alone: poolers come and go with the heads that read them, and vocabularies are cut."""
+    encoder = model.encoders[name]
+    assert isinstance(encoder, PreTrainedModel)
+    anatomy = find_anatomy(encoder)
     few_bits = bool(getattr(model, "is_quantized", False))
-    return {"vectors": digests["vectors"], "matrices": None if few_bits else digests["matrices"]}
+    vectors, matrices = [], []
+    for layer in anatomy.layers:
+        for parameter in layer.module.parameters():
+            if parameter.ndim == 1:
+                vectors += _some(parameter)
+            elif not few_bits:
+                matrices += _some(parameter)
+    return _Encoder(
+        anatomy.hidden_size, [list(size) for size in anatomy.sizes], vectors, None if few_bits else matrices
+    )
+
+
+def _some(tensor: Tensor) -> list[float]:
+    """Some of its numbers, evenly spread, with six digits."""
+    numbers = tensor.detach().flatten()
+    places = torch.linspace(0, len(numbers) - 1, min(_SAMPLES, len(numbers))).long()
+    return [float(f"{value:.6g}") for value in numbers[places.to(numbers.device)].float().tolist()]
+
+
+def _alike(numbers: Sequence[float], others: Sequence[float]) -> bool:
+    return len(numbers) == len(others) and np.allclose(numbers, others, rtol=_TOLERANCE, atol=1e-5)

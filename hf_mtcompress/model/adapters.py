@@ -41,7 +41,7 @@ class Adapter(nn.Module):
     """The low-rank layers of one task. Before training they add zero.
 
     Args:
-        encoder: the encoder that they belong to; its own weights are frozen.
+        encoder: the encoder that they belong to; it is left as it is.
         settings: rank and the like.
         name: by which `peft` knows the adapter.
 
@@ -73,7 +73,11 @@ class Adapter(nn.Module):
             lora_dropout=settings.dropout,
             target_modules=roles,
         )
+        # peft freezes them; whoever takes the adapter freezes the encoder.
+        trained = [parameter for parameter in self.layers.parameters() if parameter.requires_grad]
         inject_adapter_in_model(wanted, self, adapter_name=name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for layer in self.by_path().values():
             # The encoder's; here it would be saved a second time.
             del layer._modules["base_layer"]
@@ -113,15 +117,8 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
     """Fresh adapters by task, on the device of the encoder.
 
     Raises:
-        TaskError: settings out of range, tasks that are not there, or that have an adapter already.
-        UnsupportedEncoderError: tasks read a branch or a lower layer.
+        TaskError: tasks that are not there, or that have an adapter already; see also `build_adapter`.
     """
-    rank, dropout = settings.rank, settings.dropout
-    if rank < 1 or settings.alpha <= 0 or not 0 <= dropout < 1 or settings.targets not in get_args(AdapterTargets):
-        raise TaskError(
-            f"expected adapters of rank 1 or more, alpha above 0, dropout from 0 to below 1 and targets among "
-            f"{list(get_args(AdapterTargets))}, found {dataclasses.asdict(settings)}"
-        )
     wrong = [name for name in tasks if name not in model.tasks or adapter_of(model, name) or tasks.count(name) > 1]
     if wrong or not tasks:
         without = [name for name in model.tasks if adapter_of(model, name) is None]
@@ -129,22 +126,28 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
             f"expected one or more different tasks without an adapter, among {without}, found {tasks}; a task has one "
             "adapter, which further training goes on with"
         )
-    deep = [name for name in tasks if model.tasks[name].layer is not None]
-    branches = [model.tasks[name].encoder for name in tasks if model.tasks[name].encoder in model.branches]
-    if deep or branches:
-        raise UnsupportedEncoderError(
-            f"expected tasks that read a whole encoder for adapters, found the branches {branches} and the tasks "
-            f"{deep} that read a lower layer; build the model without them, an adapter is a task's own part too"
-        )
     return {name: build_adapter(model, model.tasks[name], settings).train(model.training) for name in tasks}
 
 
 def build_adapter(model: "MultiTaskModel", task: Task, settings: AdapterConfig) -> Adapter:
-    """A fresh adapter of a task on the encoder that it names; the model does not hold it yet.
+    """A fresh adapter for a task, on the device of the encoder; the model does not hold it yet.
 
     Raises:
-        UnsupportedEncoderError: the encoder's weights pass no gradient.
+        TaskError: settings out of range.
+        UnsupportedEncoderError: the task reads a branch or a lower layer, or the weights pass no gradient.
     """
+    rank, dropout = settings.rank, settings.dropout
+    if rank < 1 or settings.alpha <= 0 or not 0 <= dropout < 1 or settings.targets not in get_args(AdapterTargets):
+        raise TaskError(
+            f"expected adapters of rank 1 or more, alpha above 0, dropout from 0 to below 1 and targets among "
+            f"{list(get_args(AdapterTargets))}, found {dataclasses.asdict(settings)}"
+        )
+    if task.layer is not None or task.encoder not in model.encoders:
+        raise UnsupportedEncoderError(
+            f"task '{task.name}': expected one that reads a whole encoder {list(model.encoders)} for an adapter, found "
+            f"encoder '{task.encoder}' and layer {task.layer}; build the model without branches and lower layers, an "
+            "adapter is a task's own part too"
+        )
     if not passes_gradients(model):
         raise UnsupportedEncoderError(
             "expected an encoder in float, or in few bits of bitsandbytes, to put adapters on, found weights of "

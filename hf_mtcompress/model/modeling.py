@@ -85,7 +85,7 @@ class MultiTaskModel(PreTrainedModel):
             }
         )
         check_depth(self)
-        self.heads = nn.ModuleDict({task.head_name: self.build_head(task) for task in self.tasks.values()})
+        self.heads = nn.ModuleDict({task.head_name: self._build_head(task) for task in self.tasks.values()})
         self.adapters = build_adapters(self)
         self._drop_unread_parts()
         self.model_tags = ["hf_mtcompress", "multi-task"]
@@ -202,8 +202,7 @@ class MultiTaskModel(PreTrainedModel):
             apply_structure(encoder, structure)
         return encoder
 
-    def build_head(self, task: Task) -> nn.Module:
-        """A fresh head for a task, which the model does not hold yet."""
+    def _build_head(self, task: Task) -> nn.Module:
         config = self.config.encoder_config(task.encoder)
         task.configure(config)
         stock = stock_class(task, config) if task.head == "stock" else None
@@ -263,6 +262,13 @@ class MultiTaskModel(PreTrainedModel):
             TaskError: there is a task of this name, its labels are missing, or its head reads a part of the encoder
                 that was dropped because no head read it.
         """
+        head = self.new_head(task)
+        self.tasks[task.name] = task
+        self.heads[task.head_name] = head
+        self.refresh_config()
+
+    def new_head(self, task: Task) -> nn.Module:
+        """What `add_task` puts on the encoder, which the model does not hold yet; same errors."""
         if task.name in self.tasks:
             raise TaskError(f"expected a new task name, found '{task.name}' among {list(self.tasks)}; choose another")
         if task.encoder not in self.encoders or task.layer is not None:
@@ -273,16 +279,14 @@ class MultiTaskModel(PreTrainedModel):
         encoder = self.encoders[task.encoder]
         assert isinstance(encoder, PreTrainedModel)
         with torch.device(encoder.device):
-            head = self.build_head(task)
+            head = self._build_head(task)
         parts = dict(encoder.named_children())
         if isinstance(head, PreTrainedModel) and _reads_pooler(type(head), head.config) and parts.get("pooler") is None:
             raise TaskError(
                 f"task '{task.name}': expected an encoder with a pooler for its stock head, found one whose pooler was "
                 "dropped because no head read it; use head 'linear', or build the model with this task"
             )
-        self.tasks[task.name] = task
-        self.heads[task.head_name] = nn.Module.to(head, encoder.dtype).train(self.training)
-        self.refresh_config()
+        return nn.Module.to(head, encoder.dtype).train(self.training)
 
     def remove_task(self, name: str) -> None:
         """Take a task with its head and adapter out; the answers of the other tasks do not change.
@@ -357,13 +361,13 @@ class MultiTaskModel(PreTrainedModel):
         A task's folder opens with `load_adapters`, and with `PeftModel.from_pretrained` on the family's own model.
 
         Args:
-            folder: where; a task's own folder there is replaced.
+            folder: where; a task's adapter that is there is replaced.
             tasks: which; default: all that have an adapter.
             base_model: Hub id of the encoder, noted for `peft`.
 
         Raises:
-            TaskError: tasks without an adapter.
-            ArtifactError: the folder cannot be written.
+            TaskError: tasks without an adapter, or a `base_model` that is no Hub id.
+            ArtifactError: the folder cannot be written, or a task's folder holds something else.
         """
         return save_adapters(self, Path(folder), tasks, base_model)
 
@@ -381,8 +385,10 @@ class MultiTaskModel(PreTrainedModel):
             The tasks.
 
         Raises:
-            ArtifactError: files that cannot be read, or adapters of another encoder.
-            TaskError: the model has another task of that name.
+            ArtifactError: files that cannot be read, or adapters of another encoder. In few bits an encoder is known
+                by its shape, norms and biases alone.
+            TaskError: the model has another task of that name, or cannot have a head like that.
+            UnsupportedEncoderError: the encoder is quantized by torchao, or the task reads a part of it.
         """
         return load_adapters(self, Path(folder), tasks)
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from hf_mtcompress import search as search_module
 from hf_mtcompress.artifacts import CARD, WORK
 from hf_mtcompress.cli import main
 from hf_mtcompress.compression.latency import BlockTimes, LatencyTable
-from hf_mtcompress.config import BudgetConfig, SearchConfig
+from hf_mtcompress.config import BudgetConfig, DistillStep, PruneStep, SearchConfig
 from hf_mtcompress.config.load import dump_recipe, load_recipe, parse_recipe
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -154,6 +155,10 @@ def test_section_is_read_and_written(tmp_path: Path) -> None:
         ({"budget": {}}, "budget: expected at least one limit for the search to stay within"),
         ({"search": {"from": "nobody"}}, "search.from: "),
         ({"search": {"members": ["nobody"]}}, "search.members.0: "),
+        (
+            {"steps": [TEACHER, {"kind": "quantize", "name": "teacher-int8", "backend": "onnxruntime"}]},
+            "'teacher-int8' is a name that the search gives",
+        ),
         ({"search": {"members": ["teacher"]}}, "search.members.0: 'teacher' is in the family already"),
         ({"search": {"shares": [0.5, 0.8]}}, "search.shares: expected at least one share and each below the last"),
         ({"search": {"shares": [1.0]}}, "search.shares.0: expected a share above 0 and below 1, found 1"),
@@ -179,6 +184,27 @@ def test_what_a_search_cannot_be(tmp_path: Path, sections: dict[str, Any], messa
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert message in str(caught.value)
+
+
+def test_only_what_leads_to_the_delivered_one_is_recorded(tmp_path: Path) -> None:
+    """Test rows of other members would be looked at for nothing."""
+    steps = [
+        TEACHER,
+        {"kind": "finetune", "name": "tutor", "from": "teacher", "max_steps": 1},
+        {"kind": "prune", "name": "half", "from": "teacher", "heads": 0.5},
+        {"kind": "distill", "name": "student", "teacher": "tutor", "student": {"layers": 1}, "max_steps": 1},
+        {"kind": "finetune", "name": "further", "max_steps": 1},
+    ]
+    recipe = load_recipe(write_tiny_recipe(tmp_path, steps=steps, reference="teacher"))
+
+    def names(origin: str, *path: Any) -> list[str | None]:
+        return [step.name for step in search_module._leading_to(recipe, origin, path)]
+
+    assert names("teacher") == ["teacher"]
+    assert names("half") == ["teacher", "half"]
+    assert names("further") == ["teacher", "tutor", "student", "further"]
+    taught = PruneStep(latency=0.5, recover=DistillStep(teacher="half"))
+    assert names("teacher", taught) == ["teacher", "half"]
 
 
 def test_search_needs_its_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

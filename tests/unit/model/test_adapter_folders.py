@@ -1,6 +1,8 @@
 """Laws of adapters that are saved without their encoder."""
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_mtcompress import MultiTaskModel, SequenceClassification
-from hf_mtcompress.compression.quantization import quantize_bitsandbytes
-from hf_mtcompress.errors import ArtifactError, TaskError
+from hf_mtcompress import MultiTaskModel, SequenceClassification, TokenClassification
+from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
+from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.surgery import cut
 from tests.tiny import FEELING_LABELS, tiny_encoder, tiny_inputs
 from tests.unit.model.test_adapters import adapted, differ, plain, train
@@ -77,6 +79,36 @@ def test_a_pooled_head_stands_beside_an_adapter_for_the_bare_encoder(tmp_path: P
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_encoder_in_half_precision_is_the_same_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    wanted = answers(saved("bert", tmp_path / "adapters"), "bert")
+    plain("bert").save_pretrained(tmp_path / "base")
+    half = AutoModel.from_pretrained(tmp_path / "base", dtype=dtype)
+    half.load_adapters(tmp_path / "adapters")
+    found = answers(half, "bert")
+    torch.testing.assert_close(found["mood"].float(), wanted["mood"], rtol=0, atol=0.05)
+    half.save_adapters(tmp_path / "again")
+    plain("bert").load_adapters(tmp_path / "again")
+
+
+def test_a_pooler_that_other_heads_need_or_not_changes_no_encoder(tmp_path: Path) -> None:
+    """BERT's pooler is dropped where only token heads are."""
+    words = TokenClassification("words", labels=("a", "b"), tokens="tokens", label="tags")
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [*tasks("bert"), words])
+    model.add_adapters(["words", "mood"])
+    wanted = differ(model).eval()(**tiny_inputs("bert"))["logits_words"]
+    model.save_adapters(tmp_path)
+    alone = MultiTaskModel.from_encoder(tiny_encoder("bert"), [words]).eval()
+    assert alone.encoder.pooler is None
+    alone.load_adapters(tmp_path, ["words"])
+    assert torch.equal(alone(**tiny_inputs("bert"))["logits_words"], wanted)
+    # One after another that could be loaded: nothing of either is there.
+    fresh = MultiTaskModel.from_encoder(tiny_encoder("bert"), [words])
+    with pytest.raises(TaskError, match="task 'mood': expected an encoder with a pooler"):
+        fresh.load_adapters(tmp_path, ["words", "mood"])
+    assert (list(fresh.tasks), list(fresh.adapters)) == (["words"], [])
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_adapters_of_an_encoder_in_few_bits(bits: Any, tmp_path: Path) -> None:
     """Trained on few bits, they load on the same bits to the last digit, and on the float encoder."""
@@ -130,13 +162,19 @@ def test_some_tasks_and_again(tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_encoder_and_no_place_of_this_machine_is_in_the_folder(tmp_path: Path) -> None:
-    model = saved("bert", tmp_path)
+    plain("bert").save_pretrained(tmp_path / "base")
+    model = AutoModel.from_pretrained(tmp_path / "base")
+    model.add_adapters()
+    model.save_adapters(tmp_path, base_model="org/encoder")
     encoder_shapes = {tuple(value.shape) for value in model.encoder.parameters() if value.ndim > 1}
     for name in ("mood", "strength"):
         state = load_file(tmp_path / name / "adapter_model.safetensors")
         assert not encoder_shapes.intersection(tuple(value.shape) for value in state.values())
         for file in (tmp_path / name).glob("*.json"):
             assert str(tmp_path) not in file.read_text()
+    for place in (str(tmp_path / "base"), "/home/me/encoder", str(Path("tests"))):
+        with pytest.raises(TaskError, match="expected the id of an encoder on the Hub"):
+            model.save_adapters(tmp_path, base_model=place)
     with pytest.raises(TaskError, match=r"with an adapter, among \['mood', 'strength'\], found \['other'\]"):
         model.save_adapters(tmp_path, ["other"])
     with pytest.raises(TaskError, match="expected tasks with an adapter"):
@@ -145,7 +183,7 @@ def test_nothing_of_the_encoder_and_no_place_of_this_machine_is_in_the_folder(tm
 
 def _change_settings(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        file = folder / "mood" / "mtcompress_adapter.json"
+        file = folder / "strength" / "mtcompress_adapter.json"
         settings = json.loads(file.read_text())
         change(settings)
         file.write_text(json.dumps(settings))
@@ -154,13 +192,13 @@ def _change_settings(change: Callable[[dict[str, Any]], None]) -> Callable[[Path
 
 
 def _truncate(folder: Path) -> None:
-    file = folder / "mood" / "adapter_model.safetensors"
+    file = folder / "strength" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
 
 
 def _change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        file = folder / "mood" / "adapter_model.safetensors"
+        file = folder / "strength" / "adapter_model.safetensors"
         state = load_file(file)
         change(state)
         save_file(state, file)
@@ -176,11 +214,20 @@ def _first(state: dict[str, torch.Tensor], part: str) -> str:
     ("damage", "message"),
     [
         (_truncate, "whole safetensors files"),
-        (lambda folder: (folder / "mood" / "adapter_model.safetensors").unlink(), "whole safetensors files"),
-        (lambda folder: (folder / "mood" / "mtcompress_adapter.json").write_text("{"), "cannot be read"),
-        (_change_settings(lambda settings: settings.update(format=99)), "format 1 or older, found 99"),
-        (_change_settings(lambda settings: settings.pop("paths")), "cannot be read"),
-        (_change_settings(lambda settings: settings["adapter"].update(new=1)), "settings of an adapter that are known"),
+        (lambda folder: (folder / "strength" / "adapter_model.safetensors").unlink(), "whole safetensors files"),
+        (lambda folder: (folder / "strength" / "mtcompress_adapter.json").write_text("{"), "cannot be read"),
+        (
+            _change_settings(lambda settings: settings.update(format_version=99)),
+            "^expected an adapter of format 1 or older, found 99",
+        ),
+        (_change_settings(lambda settings: settings.pop("format_version")), "cannot be read"),
+        (_change_settings(lambda settings: settings.pop("paths")), "known here, found another one"),
+        (_change_settings(lambda settings: settings.update(prefix=None)), "known here, found another one"),
+        (_change_settings(lambda settings: settings.update(encoder=None)), "known here, found another one"),
+        (_change_settings(lambda settings: settings["task"].update(new=1)), "known here, found another one"),
+        (_change_settings(lambda settings: settings["task"].pop("name")), "known here, found another one"),
+        (_change_settings(lambda settings: settings["adapter"].update(new=1)), "known here, found another one"),
+        (_change_settings(lambda settings: settings["adapter"].update(targets="x")), "known here, found another one"),
         (_change_settings(lambda settings: settings["adapter"].update(rank=2)), "matrices of rank 2"),
         (_change_weights(lambda state: state.pop(_first(state, "lora_B"))), "of all of the 18 linear layers"),
         (_change_weights(lambda state: state.pop(_first(state, "classifier"))), "expected a head with"),
@@ -189,15 +236,59 @@ def _first(state: dict[str, torch.Tensor], part: str) -> str:
 def test_a_damaged_folder_is_refused_and_nothing_changes(
     damage: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
+    # What is read after another one that could be loaded.
     saved("bert", tmp_path)
     damage(tmp_path)
     model = plain("bert")
-    before = answers(model, "bert")
+    model.remove_task("strength")
+    inputs = tiny_inputs("bert")
+    before, config = model.eval()(**inputs)["logits_mood"], copy.deepcopy(model.config.to_dict())
     with pytest.raises(ArtifactError, match=message):
         model.load_adapters(tmp_path)
-    after = answers(model, "bert")
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not len(model.adapters)
+    assert torch.equal(model(**inputs)["logits_mood"], before)
+    assert (list(model.tasks), list(model.heads), len(model.adapters)) == (["mood"], ["task_mood"], 0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.refresh_config()
+    assert model.config.to_dict() == config
+
+
+def test_folders_may_have_any_name_but_one_task_each(tmp_path: Path) -> None:
+    wanted = answers(saved("bert", tmp_path), "bert")
+    (tmp_path / "mood").rename(tmp_path / "z-mood")
+    fresh = plain("bert")
+    fresh.remove_task("mood")
+    assert set(fresh.load_adapters(tmp_path)) == {"mood", "strength"}
+    found = answers(fresh, "bert")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    shutil.copytree(tmp_path / "z-mood", tmp_path / "a-mood")
+    with pytest.raises(ArtifactError, match="expected one saved adapter of"):
+        plain("bert").load_adapters(tmp_path)
+    assert plain("bert").load_adapters(tmp_path, ["strength"]) == ["strength"]
+
+
+def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
+    model = adapted("bert")
+    model.export_task("mood", tmp_path / "mood")
+    with pytest.raises(ArtifactError, match="expected no folder 'mood'"):
+        model.save_adapters(tmp_path)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["mood"]
+    assert (tmp_path / "mood" / "model.safetensors").exists()
+
+
+def test_parts_of_an_encoder_and_torchao_take_none(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    deep = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks("bert", layer=1))
+    with pytest.raises(UnsupportedEncoderError, match="task 'strength': expected one that reads a whole encoder"):
+        deep.load_adapters(tmp_path)
+    assert not len(deep.adapters)
+    quantized = quantize_torchao(plain("bert"))
+    assert isinstance(quantized, MultiTaskModel)
+    with pytest.raises(UnsupportedEncoderError, match="found weights of torchao"):
+        quantized.load_adapters(tmp_path)
+    adapted_first = quantize_torchao(adapted("bert"))
+    assert isinstance(adapted_first, MultiTaskModel)
+    adapted_first.save_adapters(tmp_path / "again")
+    plain("bert").load_adapters(tmp_path / "again")
 
 
 def test_another_encoder_other_labels_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
@@ -205,16 +296,20 @@ def test_another_encoder_other_labels_and_an_empty_folder_are_refused(tmp_path: 
     other = MultiTaskModel.from_encoder(tiny_encoder("bert", seed=5), tasks("bert"))
     with pytest.raises(ArtifactError, match="task 'mood': expected an adapter trained on this encoder"):
         other.load_adapters(tmp_path)
-    few_bits = quantize_bitsandbytes(other, 8)
-    assert isinstance(few_bits, MultiTaskModel)
-    with pytest.raises(ArtifactError, match="trained on this encoder"):
-        few_bits.load_adapters(tmp_path)
+    narrower = plain("bert")
+    cut(narrower.encoder, feed_forward={0: list(range(32))})
+    narrower.refresh_config()
+    for model in (other, narrower):
+        few_bits = quantize_bitsandbytes(model, 8)
+        assert isinstance(few_bits, MultiTaskModel)
+        with pytest.raises(ArtifactError, match="trained on this encoder"):
+            few_bits.load_adapters(tmp_path)
     relabelled = MultiTaskModel.from_encoder(
         tiny_encoder("bert"), [SequenceClassification("mood", labels=FEELING_LABELS[::-1])]
     )
     with pytest.raises(TaskError, match="task 'mood': expected the kind, labels"):
         relabelled.load_adapters(tmp_path, ["mood"])
-    with pytest.raises(ArtifactError, match=r"expected saved adapters of \['other'\]"):
+    with pytest.raises(ArtifactError, match=r"expected one saved adapter of \['other'\]"):
         plain("bert").load_adapters(tmp_path, ["other"])
     with pytest.raises(ArtifactError, match="one or more tasks"):
         plain("bert").load_adapters(tmp_path / "nowhere")
