@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
@@ -67,20 +68,22 @@ class CachedSignals:
 
     def __init__(self, table: Dataset, summary: CacheSummary) -> None:
         self.summary = summary
-        self._table = table.with_format("numpy")
+        # Datasets' own arrays are in float32 whatever the file holds: twice a conversion of every number.
+        self._table = table.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
 
     def rows(self, indices: Sequence[int]) -> Signals:
-        """Arrays of some rows, in that order, in the precision they are kept in."""
-        found = self._table[list(indices)]
+        """Arrays of some rows, in that order, in the precision they are kept in; not to be written to."""
+        found = cast(pa.Table, self._table[list(indices)])
         signals = {}
         for name, width in self.summary.widths.items():
-            # numpy's view of the table is in float32 whatever it holds.
-            kept = np.float32 if name.startswith(EXACT) else np.dtype(self.summary.precision)
+            column = cast(pa.ListArray, found.column(name).combine_chunks())
+            ends = np.cumsum(column.value_lengths().to_numpy())
+            rows = np.split(column.flatten().to_numpy(), ends[:-1])
             shape = (-1, width) if name in self.summary.positions else (width,)
-            signals[name] = [np.asarray(values, dtype=kept).reshape(shape) for values in found[name]]
+            signals[name] = [values.reshape(shape) for values in rows]
         return signals
 
 
