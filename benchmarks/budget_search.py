@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
-from hf_mtcompress.evaluation.compare import MEGABYTE, compare
+from hf_mtcompress.evaluation.compare import MEGABYTE, compare, primary_scores
 from hf_mtcompress.publishing.family import family_table
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.search import search
 from hf_mtcompress.steps.bench import Bench, probe_samples
-from hf_mtcompress.steps.scoring import task_record
+from hf_mtcompress.steps.scoring import score_folder, task_record
 from hf_mtcompress.workflow import do_step, step_sources
 
 RESULTS = Path(__file__).parent / "results" / "budget_search"
@@ -116,6 +117,17 @@ def main() -> int:
         return {"size_mb": size, "retention": kept, **times}
 
     rows = {item.folder: row(item.folder, item.size_mb, item.retention) for item in front.values()}
+    # The search looks at test rows for the delivered one only; here all of the front is told, after the choice.
+    whole = primary_scores(tasks, score_folder(bench, output / "teacher", "test"))
+    for folder, facts in rows.items():
+        scores = primary_scores(tasks, score_folder(bench, output / folder, "test"))
+        shares = {task: scores[task] / whole[task] for task in whole}
+        facts["test"] = {
+            "average": statistics.mean(scores.values()),
+            "retention": statistics.mean(shares.values()),
+            "worst_task": min(shares, key=lambda task: shares[task]),
+            "worst_task_retention": min(shares.values()),
+        }
     result: dict[str, Any] = {"environment": environment_facts(), "conditions": timed.conditions, "front": rows}
     for label, artefact in artefacts.items():
         assert artefact.size is not None
