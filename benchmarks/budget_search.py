@@ -7,8 +7,9 @@ is done. The family is cut from it by the clock in stages, each recovered for 4 
 texts, and stored in 8 bits, with embeddings in 8 and in 4. Two other models are members, too: a student of three layers
 (4 epochs), and `at once` of `pruning_recovery.py` (77 % of the multiply-adds gone as heads and neurons, 8 epochs).
 
-Then three methods alone are timed in turns with the front and scored on the same validation rows: these two in float by
-ONNX Runtime, and the teacher in 8 bits with its whole vocabulary. The budget is held against torch in float32. Resumable.
+Then three methods alone are timed in turns with the front and scored on the same validation rows: these two in float
+by ONNX Runtime, and the teacher in 8 bits with its whole vocabulary. The budget is held against torch in float32.
+Resumable.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def main() -> int:
     recipe = dataclasses.replace(load_recipe(suite.recipe, overrides), seed=1)
     found = search(recipe, output)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in ("search.json", "assets/front.csv", "assets/front.png", "record.json"):
+    for name in ("search.json", "assets/front.csv", "assets/front.png"):
         shutil.copy(output / name, RESULTS / Path(name).name)
 
     alone = [

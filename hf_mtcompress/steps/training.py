@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -66,6 +67,8 @@ def fit_of(trainer: MultiTaskTrainer, work: Path) -> Fit:
         TrainingError: the loss is not finite.
     """
     result = trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    # A model that was trained in mixed precision would go on to run in it: what is saved does not.
+    extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False)
     history = [row for row in trainer.state.log_history if "train_runtime" not in row]
     if not math.isfinite(result.training_loss):
         raise TrainingError(f"expected a finite training loss, found {result.training_loss}; lower the learning rate")

@@ -174,6 +174,20 @@ def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: st
     assert (fingerprint(override) == fingerprint()) == same
 
 
+def test_a_training_in_mixed_precision_is_held_against_the_saved_weights(tmp_path: Path) -> None:
+    """A model goes on to answer in half precision after such a training; its folder does not."""
+    recover = {"kind": "distill", "teacher": "teacher", "max_steps": 2}
+    steps = [
+        {"kind": "finetune", "name": "teacher", "max_steps": 2},
+        {"kind": "prune", "name": "pruned", "heads": 0.5, "importance": "magnitude", "recover": recover},
+    ]
+    path = write_tiny_recipe(tmp_path, steps=steps)
+    record = run(load_recipe(path, ["training.bf16=true"]), tmp_path / "out")
+    found = {artefact.folder: artefact.reload for step in record.steps for artefact in step.artefacts}
+    assert {name: reload and reload["passed"] for name, reload in found.items()} == {"teacher": True, "pruned": True}
+    assert [reload and reload["max_difference"] for reload in found.values()] == [0.0, 0.0]
+
+
 @pytest.mark.slow
 def test_a_branch_runs_from_recipe_to_int8(tmp_path: Path) -> None:
     """One task reads a branch of its own: trained, exported as plain folders and as a graph, all reload."""
