@@ -22,8 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distillation import Benchmark
-from pruning_recovery import CUT, RATE, REMOVED
+from pruning_recovery import CUT, Recoveries, steps_of
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import write_text
@@ -32,11 +31,9 @@ from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
 from hf_mtcompress.evaluation.compare import MEGABYTE, compare, primary_scores
 from hf_mtcompress.publishing.family import family_table
-from hf_mtcompress.records import StepRecord
 from hf_mtcompress.search import search
-from hf_mtcompress.steps.bench import Bench, probe_samples
+from hf_mtcompress.steps.bench import probe_samples
 from hf_mtcompress.steps.scoring import score_folder, task_record
-from hf_mtcompress.workflow import do_step, step_sources
 
 RESULTS = Path(__file__).parent / "results" / "budget_search"
 BUDGET = {"size_mb": 8.0, "latency_b1_ratio": 0.12, "retention": 0.97}
@@ -55,32 +52,15 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
-    known = {"suite": "text", "size": "small", "layers": 3, "student_rate": RATE, "epochs": None, "overrides": []}
-    suite = Benchmark(argparse.Namespace(**vars(options), **known))
-    output = suite.work / "seed-1"
-
-    def learn(epochs: float) -> dict[str, Any]:
-        return {
-            "kind": "distill",
-            "teacher": "teacher",
-            "criteria": ["logits"],
-            "every_task": True,
-            "learning_rate": RATE,
-            "epochs": epochs,
-            "teacher_cache": str(suite.work / "cache"),
-        }
-
-    steps = [
-        {"kind": "finetune", "name": "teacher", "epochs": suite.epochs},
-        {"kind": "prune", "name": "at_once", "compute": REMOVED, **CUT, "recover": learn(8)},
-        {**learn(4), "name": "layers_first-layers", "student": {"layers": 3}},
-    ]
+    recoveries = Recoveries(options)
+    suite, output, learn = recoveries.suite, recoveries.output, recoveries.learn
+    (at_once,), (student, _) = steps_of("at_once", learn), steps_of("layers_first", learn)
     sections = {
-        "steps": steps,
+        "steps": [recoveries.teacher, at_once, student],
         "budget": BUDGET,
         "benchmark": {"threads": options.threads},
         "search": {
-            "members": ["at_once", "layers_first-layers"],
+            "members": [at_once["name"], student["name"]],
             "shares": SHARES,
             "timing": {"threads": options.threads},
             "vocabulary": {"minimum_count": 1},
@@ -95,16 +75,12 @@ def main() -> int:
         shutil.copy(output / name, RESULTS / Path(name).name)
 
     alone = [
-        {"kind": "export", "name": "student-graph", "from": "layers_first-layers", "formats": ["onnx"]},
-        {"kind": "export", "name": "at-once-graph", "from": "at_once", "formats": ["onnx"]},
+        {"kind": "export", "name": "student-graph", "from": student["name"], "formats": ["onnx"]},
+        {"kind": "export", "name": "at-once-graph", "from": at_once["name"], "formats": ["onnx"]},
         {"kind": "quantize", "name": "teacher-int8", "from": "teacher", "backend": "onnxruntime", "bits": 8},
     ]
-    more = [f"steps={json.dumps([*steps, *alone])}", "search=null"]
-    recipe = dataclasses.replace(load_recipe(suite.recipe, [*overrides, *more]), seed=1)
-    bench = Bench(recipe, output, suite.sources, suite.processor)
-    done: dict[str, StepRecord] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, bench)
+    done = recoveries.do([at_once, student, *alone])
+    bench = recoveries.bench([])
     tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
     reference = done["teacher"].artefacts[0]
     front = {item.folder: item for item in found.candidates if item.on_front}

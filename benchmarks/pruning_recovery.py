@@ -113,17 +113,19 @@ class Recoveries:
             "teacher_cache": str(self.suite.work / "cache"),
         }
 
-    def _bench(self, steps: list[dict[str, Any]]) -> Bench:
+    def bench(self, steps: list[dict[str, Any]]) -> Bench:
+        """What these steps after the teacher run in."""
         overrides = [*self.suite.overrides, f"steps={json.dumps([self.teacher, *steps])}"]
         recipe = dataclasses.replace(load_recipe(self.suite.recipe, overrides), seed=1)
         return Bench(recipe, self.output, self.suite.sources, self.suite.processor)
 
-    def _do(self, steps: list[dict[str, Any]]) -> list[StepRecord]:
-        bench = self._bench(steps)
+    def do(self, steps: list[dict[str, Any]]) -> dict[str, StepRecord]:
+        """The teacher's record and those of these steps, by name; what is done is taken."""
+        bench = self.bench(steps)
         done: dict[str, StepRecord] = {}
         for step, source in zip(bench.recipe.steps, step_sources(bench.recipe), strict=True):
             done[str(step.name)] = do_step(step, source, done, bench)
-        return list(done.values())[1:]
+        return done
 
     def one(self, arm: str) -> None:
         """Train and score one arm."""
@@ -131,14 +133,15 @@ class Recoveries:
         if target.exists():
             return
         name = arm.replace(":", "").replace(",", "").replace(" ", "_")
-        bench = self._bench([])
+        bench = self.bench([])
         if arm in HALF:
             seconds = self._half(arm, self.output / name, bench)
         elif arm == "teacher":
-            self._do([])
+            self.do([])
             seconds = None
         else:
-            seconds = sum(record.seconds for record in self._do(steps_of(arm, self.learn)))
+            done = self.do(steps_of(arm, self.learn))
+            seconds = sum(record.seconds for step, record in done.items() if step != "teacher")
         scores = score_folder(bench, self.output / name, "test")
         model = bench.load(name)
         facts = {
@@ -172,7 +175,7 @@ class Recoveries:
         with whole_folder(work / "cut") as scratch:
             model.save_pretrained(scratch)
         # As a recipe spells it out.
-        (_, step) = self._bench([{"kind": "prune", "compute": 0.5, "recover": self.learn(2)}]).recipe.steps
+        (_, step) = self.bench([{"kind": "prune", "compute": 0.5, "recover": self.learn(2)}]).recipe.steps
         assert isinstance(step, PruneStep)
         assert step.recover is not None
         recover(step.recover, Start(model, bench.processor), bench, work)
@@ -185,7 +188,7 @@ class Recoveries:
 
     def times(self) -> None:
         """Time torch float32 and int8 of everything that is done, each against the teacher in the same form."""
-        bench = self._bench([])
+        bench = self.bench([])
         done = {facts["arm"]: facts["folder"] for facts in known() if (self.output / facts["folder"]).exists()}
         torch_folders = {arm: self.output / name for arm, name in done.items()}
         graphs = {}

@@ -41,6 +41,7 @@ from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
+from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.losses.criteria import HiddenCriterion, LogitsCriterion
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.surgery import keep_layers
@@ -206,6 +207,12 @@ def main() -> int:
         write_text(RESULT, json.dumps(result, indent=2) + "\n")
     for name, values in scores.items():
         print(f"{name}: {statistics.mean(values):.4f} over {len(values)} seeds")
+    for name in ("labels alone", "TextBrewer"):
+        found = paired_difference(scores["hf_mtcompress"], scores[name])
+        interval = (
+            "" if found.low is None or found.high is None else f" ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
+        )
+        print(f"hf_mtcompress against {name}: {100 * found.mean:+.2f} points{interval}")
     return 0
 
 
