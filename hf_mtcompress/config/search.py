@@ -41,4 +41,4 @@ class SearchConfig:
     """Cut the vocabulary first."""
     embedding_bits: tuple[Literal[8, 4], ...] = (8, 4)
     """With `runtime: onnx_int8`: bits of the embeddings that every stage is stored with; each makes a member of the
-    family. In 4 bits it is smaller, and a little slower in calls of few rows."""
+    family. In 4 bits it is smaller, and about as fast."""

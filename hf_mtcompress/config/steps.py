@@ -339,7 +339,7 @@ class QuantizeStep:
     closer to float and larger on disk."""
     embedding_bits: Literal[8, 4] | None = None
     """With `onnxruntime` in 8 (dynamic) or 4 bits: bits of the embeddings; default: as many as `bits`. 8 bits with
-    4 here are smaller than 8, and a little slower in calls of few rows."""
+    4 here are smaller than 8, and about as fast."""
     float_layers: tuple[int, ...] = ()
     """With `onnxruntime` in 8 or 4 bits: encoder layers whose matrices stay in float, counted from 0."""
     calibration: CalibrationConfig | None = None

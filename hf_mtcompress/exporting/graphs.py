@@ -100,8 +100,6 @@ def stored_bytes(path: Path) -> dict[str, Any]:
             ids.update(node.output)
         elif node.op_type == "Gather" and node.input[1] in ids:
             tables.add(node.input[0])
-        elif node.op_type == "GatherBlockQuantized" and node.input[1] in ids:
-            tables.update([node.input[0], *node.input[2:]])
     embedding = sum(size.get(name, 0) for name in tables)
     return {"stored_bytes": dict(stored), "embedding_bytes": embedding or None}
 

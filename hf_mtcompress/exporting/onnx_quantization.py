@@ -25,6 +25,7 @@ from hf_mtcompress.exporting.graphs import (
     stored_bytes,
 )
 from hf_mtcompress.exporting.preparation import last_layers, load_prepared, products_of, weight_of
+from hf_mtcompress.exporting.table_quantization import large_tables, store_tables
 from hf_mtcompress.inference.graph_settings import GraphSettings, write_graph_settings
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 _BITS_OF_A_BLOCK = 36
 """A scale in float32 and a zero point of 4 bits."""
 _LARGEST_HALF = 65504.0
-_OPSET_OF_FOUR_BITS = 21
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def quantize_onnx(
       in half precision in memory too. The graph is plain ONNX, for any runtime.
     - 8: weights per output channel, activations while it runs (dynamic), which needs no calibration; with `calibration`
       the ranges of activations are fixed beforehand (static). Tables in 8 bits, or in 4 where `embedding_bits` says
-      so, which is smaller and costs calls of few rows some time.
-    - 4: weights in blocks that share a scale and a zero point (MatMulNBits), tables likewise (GatherBlockQuantized) or
-      in 8 bits. Activations are rounded to 8 bits while it runs, block by block.
+      so; small ones (positions, types of tokens) stay in 8.
+    - 4: weights in blocks that share a scale and a zero point (MatMulNBits), tables likewise or in 8 bits. Activations
+      are rounded to 8 bits while it runs, block by block.
 
     In 8 and 4 bits the last layer of each head stays in float, where it costs almost nothing and where a regression
     would feel the rounding most. Operators are fused for ONNX Runtime first, so these run there only, the float graph
@@ -423,33 +423,31 @@ def _quantize_blocks(
             if shape[0] % block_size:
                 left.add(f"are padded from a width of {shape[0]} to {blocks * block_size}", node.input[1])
             chosen.add(node.name)
-        elif node.op_type == "Gather" and len(shapes.get(node.input[0], ())) == 2:
-            chosen.add(node.name)
+    tables = large_tables(model, set(wanted).difference(excluded))
     with TemporaryDirectory() as scratch:
         eight = Path(scratch) / "eight.onnx"
-        _quantize_dynamic(model, eight, [*excluded, *sorted(chosen)])
+        _quantize_dynamic(model, eight, [*excluded, *sorted(chosen | tables)])
         mixed = onnx.load(eight)
+    if tables:
+        store_tables(mixed, tables, block_size)
+    onnx.save(_products_in_blocks(mixed, chosen, block_size) if chosen else mixed, target)
+
+
+def _products_in_blocks(model: Any, chosen: Collection[str], block_size: int) -> Any:
     with _no_advice():
         # Importing it sets the level of the whole process's log, which is undone when this block ends.
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     with _no_advice():
-        for opset in mixed.opset_import:
-            if opset.domain in ("", "ai.onnx"):
-                # The first one with numbers of 4 bits; what it changed in operators that were there is more types.
-                opset.version = max(opset.version, _OPSET_OF_FOUR_BITS)
-        mixed.ir_version = max(mixed.ir_version, 10)
-        others = [
-            node.name for node in mixed.graph.node if node.op_type in ("MatMul", "Gather") and node.name not in chosen
-        ]
+        others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name not in chosen]
         quantizer = MatMulNBitsQuantizer(
-            mixed,
+            model,
             bits=4,
             block_size=block_size,
             is_symmetric=False,
             accuracy_level=4,  # activations in 8 bits: faster than float, and no worse beside weights in 4
             nodes_to_exclude=others,
-            op_types_to_quantize=("MatMul", "Gather"),
-            quant_axes=(("MatMul", 0), ("Gather", 1)),
+            op_types_to_quantize=("MatMul",),
+            quant_axes=(("MatMul", 0),),
         )
         quantizer.process()
     wrapped: Any = quantizer.model
@@ -459,4 +457,4 @@ def _quantize_blocks(
     kept = list(once.values())
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    onnx.save(wrapped.model, target)
+    return wrapped.model
