@@ -1,7 +1,7 @@
 """Look-up tables of a graph in 4 bits, in operators that every runtime has and that cost a call next to no time."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,18 @@ _SMALL_TABLE = 8
 """A table with less than this part of the largest one's rows (positions, types of tokens) is left as it is."""
 
 
-def large_tables(model: Any, names: Collection[str]) -> set[str]:
-    """Those of the look-ups in `names` that are worth 4 bits.
+def worth_four_bits(shape: Sequence[int], most_rows: int) -> bool:
+    """Whether a table is stored in 4 bits beside others, the largest of which has so many rows.
 
     A table of a few hundred rows is next to nothing beside a vocabulary, and would cost as many operators. A row of odd
     width does not fill its bytes.
     """
+    rows, width = shape
+    return rows * _SMALL_TABLE >= most_rows and width % 2 == 0
+
+
+def large_tables(model: Any, names: Collection[str]) -> set[str]:
+    """Those of the look-ups in `names` whose tables are stored in 4 bits."""
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer if item.data_type == 1}
     lookups = {
         node.name: shapes[node.input[0]]
@@ -28,7 +34,7 @@ def large_tables(model: Any, names: Collection[str]) -> set[str]:
         if node.op_type == "Gather" and node.name in names and len(shapes.get(node.input[0], ())) == 2
     }
     most = max((rows for rows, _ in lookups.values()), default=0)
-    return {name for name, (rows, width) in lookups.items() if rows * _SMALL_TABLE >= most and width % 2 == 0}
+    return {name for name, shape in lookups.items() if worth_four_bits(shape, most)}
 
 
 def store_tables(model: Any, names: Collection[str], block_size: int) -> None:

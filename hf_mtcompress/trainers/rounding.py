@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.exporting.onnx_quantization import block_size_problems, fits_blocks
+from hf_mtcompress.exporting.table_quantization import worth_four_bits
 from hf_mtcompress.model.adapters import ADAPTERS
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models
@@ -84,6 +85,8 @@ class RoundToBits(TrainerCallback):
         """Let a model compute with rounded numbers until `remove`."""
         self.remove()
         skipped = _last_layers(model) | _layers_of(model, self.float_layers)
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        most_rows = max((table.num_embeddings for table in tables), default=0)
         for name, module in model.named_modules():
             if module in skipped or f"{ADAPTERS}." in f"{name}.":
                 continue
@@ -91,7 +94,8 @@ class RoundToBits(TrainerCallback):
                 bits = 4 if self.bits == 4 and fits_blocks(module.in_features, self.block_size) else 8
                 forward = linear_forward(bits, self.block_size)
             elif isinstance(module, nn.Embedding):
-                forward = _embedding_forward(self.table_bits, self.block_size)
+                four = self.table_bits == 4 and worth_four_bits(module.weight.shape, most_rows)
+                forward = _embedding_forward(4 if four else 8, self.block_size)
             else:
                 continue
             self._rounded.append((module, type(module)))
@@ -128,7 +132,7 @@ def linear_forward(bits: int, block_size: int) -> Callable[[nn.Linear, Tensor], 
 def _embedding_forward(bits: int, block_size: int) -> Callable[[nn.Embedding, Tensor], Tensor]:
     def forward(self: nn.Embedding, input: Tensor) -> Tensor:
         table = self.weight.float()
-        table = round_tensor(table) if bits == 8 else round_blocks(table, block_size)
+        table = round_tensor(table) if bits == 8 else round_blocks(table, block_size, half_scales=True)
         return nn.functional.embedding(input, table, self.padding_idx).to(self.weight.dtype)
 
     return forward
@@ -182,17 +186,22 @@ def round_tensor(values: Tensor) -> Tensor:
     return _rounded(values, scale, _zero_point(low, scale, 255), 0, 255)
 
 
-def round_blocks(weight: Tensor, block_size: int) -> Tensor:
+def round_blocks(weight: Tensor, block_size: int, half_scales: bool = False) -> Tensor:
     """4 bits in blocks along the second axis, each with a scale and a zero point.
 
     Args:
         weight: (outputs, inputs); the last block is filled up with zeros.
         block_size: numbers in a block.
+        half_scales: store scales in half precision, unless one of them is beyond its range: as tables are.
     """
     blocks = _blocks(weight, block_size)
     low = blocks.detach().amin(dim=-1, keepdim=True).clamp(max=0)
     high = blocks.detach().amax(dim=-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
+    if half_scales:
+        limits, used = torch.finfo(torch.float16), scale[scale > 0]
+        if bool(((used >= limits.tiny) & (used <= limits.max)).all()):
+            scale = scale.half().float()
     rounded = _rounded(blocks, scale, _zero_point(low, scale, 15), 0, 15)
     return rounded.flatten(-2)[..., : weight.shape[-1]]
 
