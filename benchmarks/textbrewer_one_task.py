@@ -5,8 +5,8 @@ Command: pip install --no-deps textbrewer==0.2.1 && pip install tensorboard absl
 
 For each seed the encoder is fine-tuned on the task as a stock model; students of three of its layers are then trained
 on labels alone, and on labels, answers and hidden states by `DistillationTrainer` and by TextBrewer's GeneralDistiller,
-with the same rows, batch size, optimizer, learning rates, temperature and layer map. Each scales losses in its own way.
-Resumable: seeds that are in the JSON are not repeated.
+with the same rows, batch size, optimizer, learning rates, temperature and layer map, all in float32; training rows are
+those of the small suite, test rows all there are. Each scales losses in its own way. Resumable: seeds that are in the JSON are not repeated.
 """
 
 import argparse
@@ -59,7 +59,6 @@ def arguments(folder: str, seed: int) -> TrainingArguments:
         learning_rate=RATE,
         warmup_steps=0.1,
         seed=seed,
-        bf16=True,
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -152,6 +151,7 @@ def main() -> int:
     importlib.import_module("textbrewer")
     logging.set_verbosity_error()
     overrides = [f"tasks.{task}.data.data_dir={options.data / folder}" for task, folder in FOLDERS.items()]
+    overrides.append(f'tasks.{options.task}.data.max_rows={{"train": 1000, "validation": 200}}')
     recipe = load_recipe(RECIPE, [*overrides, f"encoder.path={options.encoder}"])
     sources = load_sources({options.task: recipe.tasks[options.task]}, recipe.seed)
     task = sources.tasks[options.task]
@@ -169,6 +169,7 @@ def main() -> int:
             "batch_size": BATCH,
             "learning_rate": RATE,
             "temperature": TEMPERATURE,
+            "precision": "float32",
         },
     }
     before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
