@@ -6,7 +6,8 @@ Command: pip install --no-deps textbrewer==0.2.1 && pip install tensorboard absl
 For each seed the encoder is fine-tuned on the task as a stock model; students of three of its layers are then trained
 on labels alone, and on labels, answers and hidden states by `DistillationTrainer` and by TextBrewer's GeneralDistiller,
 with the same rows, batch size, optimizer, learning rates, temperature and layer map, all in float32; training rows are
-those of the small suite, test rows all there are. Each scales losses in its own way. Resumable: seeds that are in the JSON are not repeated.
+those of the small suite, test rows all there are. Each scales losses in its own way. Resumable: seeds that are in
+the JSON are not repeated.
 """
 
 import argparse
