@@ -7,13 +7,22 @@ killed goes on from its checkpoint. `--seeds` and `--arms` do some now and other
 share the work: on two cores, two of them with OMP_NUM_THREADS=1 take less time than one with two threads.
 
 small: at most 1,000 training and 500 test rows a task, drawn with the recipe's seed. full: all rows.
+
+--encoders N trains all tasks together once more in seed 1, in `--work`, with their gradients compared every ten steps,
+and adds the grouping into at most N encoders that follows as the arm `automatic`; `--groups` adds others by hand.
 """
 
 import argparse
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
+from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.cli import main as command
+from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.environment import environment_facts
+from hf_mtcompress.workflow import group_tasks_of, run
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "multitask_text.yaml"
@@ -42,6 +51,17 @@ TEMPERATURE = {"temperature": "mixing.strategy=temperature"}
 """In `small` every source has the same number of rows, so this arm says something in `full` only."""
 
 
+def grouping_of(overrides: list[str], encoders: int, work: Path, results: Path) -> str:
+    """The tasks in at most so many encoders, as their gradients say, in the form that `--group` takes."""
+    folder = work / f"{results.name}-measured"
+    run(load_recipe(RECIPE, [*overrides, "fusion.measure_every=10"]), folder)
+    found = group_tasks_of(folder, encoders=encoders)
+    results.mkdir(parents=True, exist_ok=True)
+    facts = {"encoders": encoders, **dataclasses.asdict(found), "environment": environment_facts()}
+    write_text(results / "grouping.json", json.dumps(facts, indent=2) + "\n")
+    return found.text
+
+
 def main() -> int:
     """Call `hf-mtcompress compare-tasks` with the arms; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +73,8 @@ def main() -> int:
     parser.add_argument(
         "--groups", nargs="*", default=[], help="NAME=task+task/task: several models; see compare-tasks"
     )
+    parser.add_argument("--encoders", type=int, help="add the grouping into so many that gradients say")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="for the run of --encoders (default: runs)")
     options = parser.parse_args()
     arms = ARMS | (TEMPERATURE if options.size == "full" else {})
     chosen = arms if options.arms is None else {name: arms[name] for name in options.arms}
@@ -60,8 +82,11 @@ def main() -> int:
     if options.size == "full":
         overrides += [f"tasks.{task}.data.max_rows=null" for task in FOLDERS]
         overrides += ["steps.model.epochs=3"]
-    arguments = ["compare-tasks", str(RECIPE), f"encoder.path={options.encoder}", *overrides]
-    arguments += ["--seeds", str(options.seeds), "--output", str(HERE / "results" / f"multitask_text_{options.size}")]
+    overrides.append(f"encoder.path={options.encoder}")
+    results = HERE / "results" / f"multitask_text_{options.size}"
+    if options.encoders:
+        options.groups.append(f"automatic={grouping_of(overrides, options.encoders, options.work, results)}")
+    arguments = ["compare-tasks", str(RECIPE), *overrides, "--seeds", str(options.seeds), "--output", str(results)]
     arguments += [word for name, settings in chosen.items() for word in ("--arm", f"{name}={settings}")]
     arguments += [word for group in options.groups for word in ("--group", group)]
     return command(arguments)
