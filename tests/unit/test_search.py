@@ -92,10 +92,10 @@ def table(reference: float) -> LatencyTable:
 
 
 def test_stages_end_below_the_tightest_limit_on_time() -> None:
-    """Whole: 1 + 4 * 2 = 9 ms; 0.1 of 45 ms are 4.5 ms, half of it; the last stage aims at 0.8 of that."""
+    """Whole: 1 + 4 * 2 = 9 ms; 0.1 of 45 ms are 4.5 ms, half of it; the last stage aims at 0.92 of that."""
     shape = [(4, 8)] * 4
     found = shares_for(BudgetConfig(latency_b1_ratio=0.1, latency_b32_ratio=0.9), table(45.0), shape, 3)
-    assert found == pytest.approx([0.4 ** (1 / 3), 0.4 ** (2 / 3), 0.4])
+    assert found == pytest.approx([0.46 ** (1 / 3), 0.46 ** (2 / 3), 0.46])
     # What is not in the layers cannot be cut: 1 of 9 ms stays in any case.
     assert shares_for(BudgetConfig(latency_b1_ratio=0.001), table(45.0), shape, 1) == pytest.approx([1.1 / 9])
     assert shares_for(BudgetConfig(latency_b1_ratio=5.0), table(45.0), shape, 2)[-1] == pytest.approx(0.9)
