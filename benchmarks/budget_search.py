@@ -8,8 +8,8 @@ texts, and stored in 8 bits, with embeddings in 8 and in 4. Two other models are
 (4 epochs), and `at once` of `pruning_recovery.py` (77 % of the multiply-adds gone as heads and neurons, 8 epochs).
 
 Then three methods alone are timed in turns with the front and scored on the same validation rows: these two in float
-by ONNX Runtime, and the teacher in 8 bits with its whole vocabulary. The budget is held against torch in float32.
-Resumable.
+by ONNX Runtime, and the teacher in 8 bits with its whole vocabulary. The budget is held against torch in float32. The
+stages themselves, in torch in float32 as the teacher is, are timed and scored on test rows, too. Resumable.
 """
 
 import argparse
@@ -97,16 +97,36 @@ def main() -> int:
     rows = {item.folder: row(item.folder, item.size_mb, item.retention) for item in front.values()}
     # The search looks at test rows for the delivered one only; here all of the front is told, after the choice.
     whole = primary_scores(tasks, score_folder(bench, output / "teacher", "test"))
-    for folder, facts in rows.items():
+
+    def test(folder: str) -> dict[str, Any]:
         scores = primary_scores(tasks, score_folder(bench, output / folder, "test"))
         shares = {task: scores[task] / whole[task] for task in whole}
-        facts["test"] = {
+        return {
             "average": statistics.mean(scores.values()),
             "retention": statistics.mean(shares.values()),
             "worst_task": min(shares, key=lambda task: shares[task]),
             "worst_task_retention": min(shares.values()),
         }
+
+    for folder, facts in rows.items():
+        facts["test"] = test(folder)
+    stages = [f"cut-{round(1000 * share):03d}" for share in SHARES]
+    in_torch = benchmark(
+        {folder: output / folder for folder in ("teacher", *stages)},
+        reference="teacher",
+        config=recipe.benchmark,
+        samples=probe_samples(bench),
+    )
     result: dict[str, Any] = {"environment": environment_facts(), "conditions": timed.conditions, "front": rows}
+    result["torch float32"] = {
+        stage: {
+            **{f"ratio_b{item.batch_size}": item.ratio_minimum for item in in_torch.latency[stage]},
+            "test": test(stage),
+        }
+        for stage in stages
+    }
+    for stage, facts in result["torch float32"].items():
+        print(f"{stage} in torch float32: {facts}")
     for label, artefact in artefacts.items():
         assert artefact.size is not None
         kept = compare(tasks, reference, artefact, step="", split="validation").retention
