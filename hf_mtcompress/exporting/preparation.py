@@ -103,7 +103,9 @@ def join_biases(model: Any) -> Any:
     for node in before:
         following = [readers.get(name, []) for name in node.output]
         alone = all(len(found) == 1 and found[0] is not None and found[0].op_type == "Add" for found in following)
-        if node.op_type == "Split" and alone:
+        # A bias lies along the last axis.
+        last = any(attribute.name == "axis" and attribute.i == -1 for attribute in node.attribute)
+        if node.op_type == "Split" and last and alone:
             adds = [found[0] for found in following]
             biases = [constants[name] for add in adds for name in add.input if name in constants]
             sizes = constants.get(node.input[1]) if len(node.input) > 1 else None

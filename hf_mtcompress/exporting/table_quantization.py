@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 OPSET = 21
 """The first one in which a scale is of a block."""
-BITS_OF_A_BLOCK = 24
-"""A scale in half precision, and a zero point in 8 bits so that it can be looked up like any number."""
 _SMALL_TABLE = 8
 """A table with less than this part of the largest one's rows (positions, types of tokens) is left as it is."""
 

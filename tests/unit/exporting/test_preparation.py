@@ -40,12 +40,14 @@ def test_biases_are_added_once_and_change_nothing(tmp_path: Path, monkeypatch: p
         np.testing.assert_array_equal(joined[name], array)
 
 
-@pytest.mark.parametrize("kept", ["read elsewhere, too", "an output of the graph", "no bias", "of another width"])
+@pytest.mark.parametrize(
+    "kept", ["read elsewhere, too", "an output of the graph", "no bias", "of another width", "along rows"]
+)
 def test_what_is_no_split_of_biased_parts_stays(kept: str):
     """An addition that is moved before the split would then count in a place where it was not."""
     width = 1 if kept == "of another width" else 2
     nodes = [
-        helper.make_node("Split", ["x", "sizes"], ["a", "b"], name="split", axis=-1),
+        helper.make_node("Split", ["x", "sizes"], ["a", "b"], name="split", axis=0 if kept == "along rows" else -1),
         helper.make_node("Add", ["a", "bias_a"], ["c"]),
         helper.make_node("Add", ["b", "a" if kept == "no bias" else "bias_b"], ["d"]),
     ]
@@ -58,8 +60,8 @@ def test_what_is_no_split_of_biased_parts_stays(kept: str):
     graph = helper.make_graph(
         nodes,
         "parts",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, 2]) for name in names],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 2] if kept == "along rows" else [3, 4])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names],
         [
             numpy_helper.from_array(np.array([2, 2]), "sizes"),
             numpy_helper.from_array(np.ones(2, np.float32), "bias_a"),
