@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from hf_mtcompress.compression.importance import (
     random_scores,
 )
 from hf_mtcompress.compression.importance import combine as combine_tasks
+from hf_mtcompress.errors import DataError, TrainingError
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 
@@ -99,6 +101,58 @@ def measure_importance(
             if keep_gradients:
                 measured.gradients.setdefault(task, []).append(found.rounded())
     return measured
+
+
+def leave_one_out(
+    model: PreTrainedModel, encoder: PreTrainedModel, data: Sequence[Mapping[str, Tensor]], *, progress: bool = True
+) -> Tensor:
+    """How much each layer's absence adds to the loss: one pass over the rows for each layer.
+
+    Unlike derivatives, which see what a little less of a layer would do, this is what taking it out does.
+
+    Args:
+        model: a `MultiTaskModel` or a stock model with a head, in evaluation mode.
+        encoder: its encoder.
+        data: model inputs with labels, on its device.
+        progress: whether to show a progress bar.
+
+    Returns:
+        (layers,) float64: the mean over tasks of the shares in what all layers add for that task; 0 for a layer whose
+        absence helps.
+
+    Raises:
+        DataError: there are no labels.
+        TrainingError: a loss is not a number.
+    """
+    layers = find_anatomy(encoder).layers
+
+    def losses() -> Tensor:
+        sums: dict[str, float] = {}
+        with torch.no_grad():
+            for batch in data:
+                for task, labels in losses_of(model, batch).items():
+                    loss = float(model(**inputs_of(batch), **labels).loss)
+                    sums[task] = sums.get(task, 0.0) + loss * rows_of(batch)
+        return torch.tensor([sums[task] for task in sorted(sums)], dtype=torch.float64)
+
+    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        return (before, *output[1:]) if isinstance(output, tuple) else before
+
+    whole = losses()
+    if not len(whole):
+        raise DataError("expected batches with labels to leave layers out on, found none; pass labelled rows")
+    added = []
+    for layer in tqdm(layers, desc="leaving layers out", unit="layer", disable=not progress):
+        hook = layer.module.register_forward_hook(skip, with_kwargs=True)
+        try:
+            added.append((losses() - whole).clamp(min=0))
+        finally:
+            hook.remove()
+    found = torch.stack(added)
+    if not found.isfinite().all():
+        raise TrainingError("expected a finite loss without each layer, found another; check the labels and the model")
+    return (found / found.sum(0).clamp(min=1e-12)).mean(1)
 
 
 def combined(measured: Measured, how: Literal["mean", "sum", "max"], one_scale: bool) -> Scores:

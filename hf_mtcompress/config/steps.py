@@ -24,9 +24,9 @@ class StudentConfig:
 
     layers: int | tuple[int, ...] | None = None
     """How many layers of the teacher, or which ones, counted from 0."""
-    choose: Literal["spaced", "first", "last", "redundancy"] = "spaced"
+    choose: Literal["spaced", "first", "last", "redundancy", "leave_one_out"] = "spaced"
     """Which layers, where `layers` is a number: evenly spaced with the last one kept; the first or last ones; those
-    that change their input most, measured on training rows."""
+    that change their input most, or those without which the tasks' losses grow most, measured on training rows."""
     heads: float = 0.0
     """Fraction of the attention heads of those layers to leave out, the smallest first."""
     feed_forward: float = 0.0

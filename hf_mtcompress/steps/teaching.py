@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 
 from hf_mtcompress.artifacts import WORK
 from hf_mtcompress.compression.importance import block_influence
+from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.config import DistillStep, FinetuneStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
 from hf_mtcompress.errors import ArtifactError, RecipeError
@@ -318,12 +319,15 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
     if wanted.config is not None:
         return Start(fresh_student_of(teacher, wanted.config), processor)
     assert wanted.layers is not None
-    if wanted.choose == "redundancy" and isinstance(wanted.layers, int):
-        rows = [inputs_of(batch) for batch in calibration_batches(Start(teacher, processor), bench, _INFLUENCE_ROWS)]
-        influence = block_influence(teacher.encoder, rows)
-        student = student_of(teacher, influence.argsort(descending=True)[: wanted.layers].tolist())
+    if isinstance(wanted.layers, int) and wanted.choose in ("redundancy", "leave_one_out"):
+        rows = calibration_batches(Start(teacher, processor), bench, _INFLUENCE_ROWS)
+        if wanted.choose == "redundancy":
+            worth = block_influence(teacher.encoder, [inputs_of(batch) for batch in rows])
+        else:
+            worth = leave_one_out(teacher, teacher.encoder, rows)
+        student = student_of(teacher, worth.argsort(descending=True)[: wanted.layers].tolist())
     else:
-        choose = "spaced" if wanted.choose == "redundancy" else wanted.choose
+        choose = "spaced" if wanted.choose in ("redundancy", "leave_one_out") else wanted.choose
         student = student_of(teacher, wanted.layers, choose=choose)
     if wanted.heads or wanted.feed_forward:
         prune(student, [], heads=wanted.heads, feed_forward=wanted.feed_forward, importance="magnitude")

@@ -117,7 +117,7 @@ def test_one_teacher_for_each_task_and_several_for_all(tmp_path: Path) -> None:
             "kind": "distill",
             "name": "born-again",
             "teachers": {"mood": "teacher", "strength": "other"},
-            "student": {"layers": 2},
+            "student": {"layers": 2, "choose": "leave_one_out"},
             "criteria": ["logits"],
             **SHORT,
         },
