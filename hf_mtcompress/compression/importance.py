@@ -112,7 +112,7 @@ def gated(
         if layer.feed_forward.width:
             hook = _input_gate(gates.feed_forward[index], 1)
             hooks.append(layer.feed_forward.output.register_forward_pre_hook(hook))
-        hooks.append(layer.module.register_forward_hook(_change_gate(gates.layers[index]), with_kwargs=True))
+        hooks.append(layer.module.register_forward_hook(change_gate(gates.layers[index]), with_kwargs=True))
     for gate in gates.states:
         hooks.append(anatomy.layers[0].module.register_forward_pre_hook(_states_in_gate(gate), with_kwargs=True))
         hooks += [layer.module.register_forward_hook(_states_out_gate(gate)) for layer in anatomy.layers]
@@ -398,7 +398,9 @@ def _input_gate(gate: Tensor, size: int) -> Callable[[nn.Module, tuple[Tensor, .
     return hook
 
 
-def _change_gate(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
+def change_gate(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
+    """A forward hook on a layer that scales its change of the hidden states by `gate`, of shape (rows,) or (1,)."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output

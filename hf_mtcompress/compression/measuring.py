@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from hf_mtcompress.compression.importance import (
     Scores,
     activation,
     add,
+    change_gate,
     gate_gradients,
     magnitude,
     random_scores,
@@ -135,16 +136,14 @@ def leave_one_out(
                     sums[task] = sums.get(task, 0.0) + loss * rows_of(batch)
         return torch.tensor([sums[task] for task in sorted(sums)], dtype=torch.float64)
 
-    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        before = args[0] if args else kwargs["hidden_states"]
-        return (before, *output[1:]) if isinstance(output, tuple) else before
-
     whole = losses()
     if not len(whole):
         raise DataError("expected batches with labels to leave layers out on, found none; pass labelled rows")
+    like = next(encoder.parameters())
+    closed = change_gate(torch.zeros(1, dtype=like.dtype, device=like.device))
     added = []
     for layer in tqdm(layers, desc="leaving layers out", unit="layer", disable=not progress):
-        hook = layer.module.register_forward_hook(skip, with_kwargs=True)
+        hook = layer.module.register_forward_hook(closed, with_kwargs=True)
         try:
             added.append((losses() - whole).clamp(min=0))
         finally:

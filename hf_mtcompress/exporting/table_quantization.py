@@ -39,8 +39,8 @@ def store_tables(model: Any, names: Collection[str], block_size: int) -> None:
     """Store the tables of the look-ups in `names` in 4 bits, in place.
 
     A byte holds a number of the first half of a row and one of the second half, so that a row is unpacked by a mask, a
-    shift and one concatenation. GatherBlockQuantized, which does all of it in one operator of ONNX Runtime alone, takes
-    13 ns for each number it looks up.
+    shift and one concatenation. GatherBlockQuantized does all of it in one operator, of ONNX Runtime alone and slower:
+    it works number by number.
 
     Args:
         model: with float tables; its opset is raised to 21.

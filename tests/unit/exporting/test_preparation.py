@@ -14,7 +14,7 @@ from tests.unit.inference.artefacts import saved_text
 
 
 def test_biases_are_added_once_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Query, key and value come out of one product; three additions behind it cost a call of one row 4 %."""
+    """Query, key and value come out of one product; one addition before it is split does for three behind."""
     source = saved_text().folders["onnx"] / ONNX_MODEL
     sample = random_feed(source)
     found = []
