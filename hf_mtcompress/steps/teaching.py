@@ -15,6 +15,7 @@ from hf_mtcompress.artifacts import WORK
 from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
+from hf_mtcompress.compression.selection import select_layers
 from hf_mtcompress.config import DistillStep, FinetuneStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.inference.graph_settings import FILES
@@ -325,7 +326,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
             worth = block_influence(teacher.encoder, [inputs_of(batch) for batch in rows])
         else:
             worth = leave_one_out(teacher, teacher.encoder, rows)
-        student = student_of(teacher, worth.argsort(descending=True)[: wanted.layers].tolist())
+        student = student_of(teacher, select_layers(worth, max(0, len(worth) - wanted.layers)))
     else:
         choose = "spaced" if wanted.choose in ("redundancy", "leave_one_out") else wanted.choose
         student = student_of(teacher, wanted.layers, choose=choose)
