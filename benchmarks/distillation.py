@@ -102,8 +102,8 @@ def labelled_pictures(source: Path, target: Path) -> Path:
 
 LAYERS = {"text": 3, "vision": 6}
 ARMS = ("plain", "logits", "every-task", "hidden", "relations", "two-phase", "born-again")
-STUDENT_RATE = 3e-4
-"""Learning rate of the encoder of students of the text suite."""
+STUDENT_RATES = {"text": 3e-4, "vision": 3e-4}
+"""Learning rate of the encoder of students."""
 
 
 class Benchmark:
@@ -173,9 +173,8 @@ class Benchmark:
         alone = {task: str(folder / f"alone-{task}") for task in self.sources.tasks}
         cache = self.work / "cache"
         steps = [] if arm == "teacher" else steps_of(arm, self.options.layers, self.epochs, cache, alone)
-        if self.options.suite == "text":
-            # The step that only copies layers keeps its rate of nothing.
-            steps = [{"learning_rate": self.options.student_rate, **step} for step in steps]
+        # The step that only copies layers keeps its rate of nothing.
+        steps = [{"learning_rate": self.options.student_rate, **step} for step in steps]
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
         # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
         recipe = dataclasses.replace(recipe, seed=seed)
@@ -199,6 +198,8 @@ class Benchmark:
                 (done[str(step.name)].training or {}).get("teacher_cache") for step in recipe.steps[bool(steps) :]
             ],
             "average": scores.average,
+            "validation_average": done[last].artefacts[0].scores["validation"].average,
+            "learning_rate": self.options.student_rate if steps else recipe.training.learning_rate,
             "scores": {
                 name: found.metrics[str(self.sources.tasks[name].metric)] for name, found in scores.tasks.items()
             },
@@ -255,13 +256,14 @@ def main() -> int:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, help="of the student; default: half of the encoder's")
-    parser.add_argument("--student-rate", type=float, default=STUDENT_RATE, help="of students of the text suite")
+    parser.add_argument("--student-rate", type=float, help="learning rate of students' encoders")
     parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")
     parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
     options = parser.parse_args()
     options.layers = options.layers or LAYERS[options.suite]
+    options.student_rate = options.student_rate or STUDENT_RATES[options.suite]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
     benchmark = Benchmark(options)

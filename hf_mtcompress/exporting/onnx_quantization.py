@@ -423,7 +423,9 @@ def _quantize_blocks(
             if shape[0] % block_size:
                 left.add(f"are padded from a width of {shape[0]} to {blocks * block_size}", node.input[1])
             chosen.add(node.name)
-    tables = large_tables(model, set(wanted).difference(excluded))
+    tables, odd = large_tables(model, set(wanted).difference(excluded))
+    for table, width in odd.items():
+        left.add(f"are in 8 bits, since a row of {width} numbers does not fill its bytes in 4", table)
     with TemporaryDirectory() as scratch:
         eight = Path(scratch) / "eight.onnx"
         _quantize_dynamic(model, eight, [*excluded, *sorted(chosen | tables)])

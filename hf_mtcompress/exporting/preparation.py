@@ -53,7 +53,7 @@ def _prepare(source: Path, scratch: Path, sample: Mapping[str, np.ndarray]) -> P
             fuse_for_onnxruntime(graph, "cpu")
             ClearMetadataAndDocStringPass()(graph)
             onnx_ir.save(graph, fused)
-        model = join_biases(_split_skip_norms(onnx.load(fused)))
+        model = join_biases(split_skip_norms(onnx.load(fused)))
         onnx.save(model, fused)
         # Weights inside an Attention operator would stay in float.
         whole = all(node.op_type != "Attention" for node in model.graph.node)
@@ -64,13 +64,15 @@ def _prepare(source: Path, scratch: Path, sample: Mapping[str, np.ndarray]) -> P
     return source
 
 
-def _split_skip_norms(model: Any) -> Any:
+def split_skip_norms(model: Any) -> Any:
     """Replace SkipLayerNormalization by the Add and LayerNormalization it stands for: its CPU kernel is slower."""
     from onnx import helper
 
     nodes = []
+    read = {name for node in model.graph.node for name in node.input} | {item.name for item in model.graph.output}
     for index, node in enumerate(model.graph.node):
-        if node.op_type != "SkipLayerNormalization" or any(node.output[1:3]):
+        # Statistics that a node could give have names, read or not.
+        if node.op_type != "SkipLayerNormalization" or read.intersection(node.output[1:3]):
             nodes.append(node)
             continue
         first, second, scale, shift, bias = [*node.input, "", ""][:5]

@@ -23,8 +23,8 @@ def worth_four_bits(shape: Sequence[int], most_rows: int) -> bool:
     return rows * _SMALL_TABLE >= most_rows and width % 2 == 0
 
 
-def large_tables(model: Any, names: Collection[str]) -> set[str]:
-    """Those of the look-ups in `names` whose tables are stored in 4 bits."""
+def large_tables(model: Any, names: Collection[str]) -> tuple[set[str], dict[str, int]]:
+    """Those of the look-ups in `names` whose tables are stored in 4 bits, and widths of large tables that are odd."""
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer if item.data_type == 1}
     lookups = {
         node.name: shapes[node.input[0]]
@@ -32,7 +32,14 @@ def large_tables(model: Any, names: Collection[str]) -> set[str]:
         if node.op_type == "Gather" and node.name in names and len(shapes.get(node.input[0], ())) == 2
     }
     most = max((rows for rows, _ in lookups.values()), default=0)
-    return {name for name, shape in lookups.items() if worth_four_bits(shape, most)}
+    found = {name for name, shape in lookups.items() if worth_four_bits(shape, most)}
+    odd = {
+        node.input[0]: width
+        for node in model.graph.node
+        if (width := lookups.get(node.name, (0, 0))[1]) % 2
+        and worth_four_bits((lookups[node.name][0], width + 1), most)
+    }
+    return found, odd
 
 
 def store_tables(model: Any, names: Collection[str], block_size: int) -> None:

@@ -189,6 +189,18 @@ def test_widths_that_would_waste_their_block_take_eight_bits(tmp_path: Path, cap
     assert distance(found, saved.logits()) <= TOLERANCES["int4"]
 
 
+def test_a_table_of_odd_width_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Eight bits where four were asked for must not go unsaid."""
+    encoder = tiny_encoder("bert", hidden_size=15, num_attention_heads=3)
+    model = MultiTaskModel.from_encoder(encoder, [SequenceClassification("mood", labels=["bad", "good"])])
+    export_onnx(model, tokenizer_of(), tmp_path / "onnx")
+    with caplog.at_level(logging.WARNING):
+        quantize_onnx(tmp_path / "onnx", tmp_path / "few", embedding_bits=4)
+    reason = "are in 8 bits, since a row of 15 numbers does not fill its bytes in 4"
+    assert reason in caplog.text
+    assert reason in read_graph_settings(tmp_path / "few").quantization["exceptions"]
+
+
 def test_the_log_of_the_process_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """The quantizer sets up logging when it is imported, and prints what it counts."""
     root = logging.getLogger()

@@ -40,6 +40,37 @@ def test_biases_are_added_once_and_change_nothing(tmp_path: Path, monkeypatch: p
         np.testing.assert_array_equal(joined[name], array)
 
 
+def test_a_sum_and_its_normalisation_are_two_operators(tmp_path: Path):
+    """The kernel that does both is slower; its further outputs have names whether anything reads them or not."""
+    source = saved_text().folders["onnx"] / ONNX_MODEL
+    sample = random_feed(source)
+    model = preparation.load_prepared(source, tmp_path, sample)
+    kinds = [node.op_type for node in model.graph.node]
+    assert "SkipLayerNormalization" not in kinds
+    assert kinds.count("LayerNormalization") == 7  # the embeddings' and two in each of three layers
+    for name, array in run_graph_of(model, sample, tmp_path).items():
+        np.testing.assert_allclose(array, run_graph(source, sample)[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("read", ["", "mean", "sum"])
+def test_a_normalisation_whose_statistics_are_read_stays_whole(read: str):
+    """Two operators give the sum, but neither mean nor deviation."""
+    outputs = ["normal", "mean", "deviation", "sum"]
+    node = helper.make_node("SkipLayerNormalization", ["x", "y", "scale"], outputs, domain="com.microsoft")
+    names = ["normal", *([read] if read else [])]
+    graph = helper.make_graph(
+        [node],
+        "parts",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, 4]) for name in ("x", "y")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names],
+        [numpy_helper.from_array(np.ones(4, np.float32), "scale")],
+    )
+    model = preparation.split_skip_norms(helper.make_model(graph))
+    kinds = [found.op_type for found in model.graph.node]
+    assert kinds == (["SkipLayerNormalization"] if read == "mean" else ["Add", "LayerNormalization"])
+    assert {name for found in model.graph.node for name in found.output} >= set(names)
+
+
 @pytest.mark.parametrize(
     "kept", ["read elsewhere, too", "an output of the graph", "no bias", "of another width", "along rows"]
 )

@@ -65,8 +65,8 @@ def test_small_tables_and_odd_widths_stay():
         words=random_table(800, 4), places=random_table(99, 4), types=random_table(2, 4), odd=random_table(800, 5)
     )
     every = {node.name for node in model.graph.node}
-    assert large_tables(model, every) == {"look_words"}
-    assert large_tables(model, every - {"look_words", "look_odd"}) == {"look_places"}
+    assert large_tables(model, every) == ({"look_words"}, {"odd": 5})
+    assert large_tables(model, every - {"look_words", "look_odd"}) == ({"look_places"}, {})
 
 
 def test_a_table_that_is_read_twice_is_stored_once(tmp_path: Path):
