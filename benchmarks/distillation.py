@@ -147,7 +147,7 @@ class Benchmark:
         """Train the teacher of one task, unless the arm that needs it is done."""
         (name, seed), folder = job, self.work / f"seed-{job[1]}"
         task = name.removeprefix("alone-")
-        if (self.results / "born-again" / f"seed-{seed}.json").exists():
+        if self.options.alone or (self.results / "born-again" / f"seed-{seed}.json").exists():
             return
         step = {"kind": "finetune", "name": name, "epochs": self.epochs}
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([step])}"])
@@ -162,6 +162,12 @@ class Benchmark:
         )
         do_step(recipe.steps[0], None, {}, Bench(recipe, folder, sources, self.processor))
 
+    def alone_folder(self, task: str, seed: int) -> Path:
+        """Where the teacher of one task lies."""
+        if self.options.alone:
+            return Path(self.options.alone) / f"alone-{task}" / f"seed-{seed}"
+        return self.work / f"seed-{seed}" / f"alone-{task}"
+
     def one(self, job: tuple[str, int]) -> None:
         """Train and score one arm in one seed."""
         arm, seed = job
@@ -170,7 +176,7 @@ class Benchmark:
         if target.exists() and (arm != "teacher" or (folder / "teacher" / STEP_RECORD).exists()):
             return
         teacher = {"kind": "finetune", "name": "teacher", "epochs": self.epochs}
-        alone = {task: str(folder / f"alone-{task}") for task in self.sources.tasks}
+        alone = {task: str(self.alone_folder(task, seed)) for task in self.sources.tasks}
         cache = self.work / "cache"
         steps = [] if arm == "teacher" else steps_of(arm, self.options.layers, self.epochs, cache, alone)
         # The step that only copies layers keeps its rate of nothing.
@@ -260,6 +266,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")
+    parser.add_argument("--alone", type=Path, help="results of multitask_text.py --keep-models, for born-again")
     parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
     options = parser.parse_args()
     options.layers = options.layers or LAYERS[options.suite]
