@@ -50,9 +50,11 @@ EPOCHS = {"small": 4.0, "full": 3.0}
 ANSWERS: list[Any] = ["logits"]
 
 
-def steps_of(arm: str, layers: int, epochs: float, cache: Path, alone: dict[str, str]) -> list[dict[str, Any]]:
+def steps_of(
+    arm: str, student: dict[str, Any], epochs: float, cache: Path, alone: dict[str, str]
+) -> list[dict[str, Any]]:
     """The steps of an arm; the last one makes what is scored."""
-    student = {"student": {"layers": layers}}
+    student = {"student": student}
     common = {"teacher": "teacher", "teacher_cache": str(cache), "epochs": epochs}
     # The student starts from the layers of the teacher of all tasks in every arm.
     start = {
@@ -106,11 +108,29 @@ STUDENT_RATES = {"text": 3e-4, "vision": 3e-4}
 """Learning rate of the encoder of students."""
 
 
+DEFAULTS: dict[str, Any] = {
+    "suite": "text",
+    "size": "small",
+    "layers": None,
+    "choose": "spaced",
+    "student_rate": None,
+    "epochs": None,
+    "alone": None,
+    "overrides": [],
+}
+
+
 class Benchmark:
-    """One size of the suite, with its folders."""
+    """One size of the suite, with its folders.
+
+    Args:
+        options: `data`, `encoder` and `work`; anything else that `main` reads has a default.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options = options = argparse.Namespace(**{**DEFAULTS, **vars(options)})
+        options.layers = options.layers or LAYERS[options.suite]
+        options.student_rate = options.student_rate or STUDENT_RATES[options.suite]
         name = f"distillation_text_{options.size}" if options.suite == "text" else "distillation_vision"
         # Teachers and their answers serve students of any depth.
         self.work = options.work / name
@@ -178,7 +198,8 @@ class Benchmark:
         teacher = {"kind": "finetune", "name": "teacher", "epochs": self.epochs}
         alone = {task: str(self.alone_folder(task, seed)) for task in self.sources.tasks}
         cache = self.work / "cache"
-        steps = [] if arm == "teacher" else steps_of(arm, self.options.layers, self.epochs, cache, alone)
+        student = {"layers": self.options.layers, "choose": self.options.choose}
+        steps = [] if arm == "teacher" else steps_of(arm, student, self.epochs, cache, alone)
         # The step that only copies layers keeps its rate of nothing.
         steps = [{"learning_rate": self.options.student_rate, **step} for step in steps]
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
@@ -193,7 +214,8 @@ class Benchmark:
         facts = {
             "arm": arm,
             "seed": seed,
-            "layers": self.options.layers if arm != "teacher" else None,
+            "layers": self.options.layers if steps else None,
+            "choose": self.options.choose if steps else None,
             "optimizer_steps": sum(
                 (done[str(step.name)].training or {})["steps"]
                 for step in recipe.steps[bool(steps) :]
@@ -262,6 +284,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, help="of the student; default: half of the encoder's")
+    parser.add_argument("--choose", default=DEFAULTS["choose"], help="which layers; see the recipe's `student`")
     parser.add_argument("--student-rate", type=float, help="learning rate of students' encoders")
     parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
@@ -269,8 +292,6 @@ def main() -> int:
     parser.add_argument("--alone", type=Path, help="results of multitask_text.py --keep-models, for born-again")
     parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
     options = parser.parse_args()
-    options.layers = options.layers or LAYERS[options.suite]
-    options.student_rate = options.student_rate or STUDENT_RATES[options.suite]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
     benchmark = Benchmark(options)

@@ -95,16 +95,7 @@ class Recoveries:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        known = {
-            "suite": "text",
-            "size": "small",
-            "layers": 3,
-            "student_rate": RATE,
-            "epochs": None,
-            "alone": None,
-            "overrides": [],
-        }
-        self.suite = Benchmark(argparse.Namespace(**vars(options), **known))
+        self.suite = Benchmark(options)
         self.output = self.suite.work / "seed-1"
         self.teacher = {"kind": "finetune", "name": "teacher", "epochs": self.suite.epochs}
         prepare_output(self.output)

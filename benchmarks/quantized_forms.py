@@ -92,9 +92,7 @@ class Forms:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        suite = Benchmark(
-            argparse.Namespace(**vars(options), suite="text", layers=3, student_rate=None, epochs=None, alone=None)
-        )
+        suite = Benchmark(options)
         self.output = suite.work / "seed-1"
         student = {**STUDENT, "recover": {**STUDENT["recover"], "epochs": suite.epochs}}
         student["recover"]["teacher_cache"] = str(suite.work / "cache")

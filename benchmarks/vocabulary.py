@@ -40,9 +40,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
-    suite = Benchmark(
-        argparse.Namespace(**vars(options), suite="text", layers=3, student_rate=None, epochs=None, alone=None)
-    )
+    suite = Benchmark(options)
     output = suite.work / "seed-1"
     prepare_output(output)
     tokens = len(suite.processor)
