@@ -1,5 +1,6 @@
 """Distill and pretrain steps: teachers, the students made of them, and the answers that are kept."""
 
+import copy
 import dataclasses
 import logging
 import tempfile
@@ -23,6 +24,8 @@ from hf_mtcompress.inference.runtimes import Runtime, open_runtime
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Weight
+from hf_mtcompress.model.adapters import refuse_adapters
+from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.student import fresh_student_of, student_of
@@ -53,7 +56,7 @@ class Faculty:
     Attributes:
         teachers: one model, one for each task, or pairs of model and weight.
         processors: by identity of a model: its own tokenizer or image processor.
-        trusted: whether all of them were scored in this run, so that nobody has to look at what they know.
+        trusted: whether all of them are of this run, with its tasks, and were scored in it.
     """
 
     teachers: Teachers
@@ -189,7 +192,8 @@ def _taught_trainer(
         label_weight=label_weight,
         teacher_cache=cache,
         every_task=isinstance(step, DistillStep) and step.every_task,
-        probe_rows=0 if faculty.trusted else None,
+        # Nobody asks the teacher of a pretrain step for answers.
+        probe_rows=0 if faculty.trusted or isinstance(step, PretrainStep) else None,
         train_dataset=rows,
         eval_dataset=scored,
         processing_class=start.processor,
@@ -244,17 +248,11 @@ def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
 
 
 def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> Faculty:
-    """The teacher of a pretrain step, whose answers nobody asks for; with the tasks of the run, for its students."""
+    """The teacher of a pretrain step, whose answers nobody asks for."""
     own = any(other.name == step.teacher for other in bench.recipe.steps)
     teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
-    if {name: task.labels for name, task in teacher.tasks.items()} != {
-        name: task.labels for name, task in bench.sources.tasks.items()
-    }:
-        teacher = MultiTaskModel.from_encoder(
-            teacher.encoder, list(bench.sources.tasks.values()), **(teacher.config.preprocessing or {}).get("main", {})
-        )
     processor = bench.processor_of(step.teacher) if own else _own_processor(step.teacher, bench)
-    return Faculty(teacher, {id(teacher): processor})
+    return Faculty(teacher, {id(teacher): processor}, own)
 
 
 def _own_processor(place: str, bench: Bench) -> Any:
@@ -306,6 +304,32 @@ def load_teacher(name: str, bench: Bench) -> TeacherModel:
         ) from error
 
 
+def _with_tasks_of_run(teacher: MultiTaskModel, bench: Bench) -> tuple[MultiTaskModel, list[str]]:
+    """A saved model as what a student is made of, and the tasks whose heads are fresh.
+
+    It does not say which columns its tasks read, may know other tasks, and may have labels in another order.
+    """
+    refuse_sub_models(teacher, "taking layers")
+    refuse_adapters(teacher, "taking layers")
+    tasks = bench.sources.tasks
+    preprocessing = (teacher.config.preprocessing or {}).get("main", {})
+    model = MultiTaskModel.from_encoder(copy.deepcopy(teacher.encoder), list(tasks.values()), **preprocessing)
+    fresh = []
+    for name, task in tasks.items():
+        head, known = model.heads[task.head_name], teacher.tasks.get(name)
+        found = {} if known is None or known.labels != task.labels else teacher.heads[known.head_name].state_dict()
+        if {key: value.shape for key, value in found.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+            head.load_state_dict(found)
+        else:
+            fresh.append(name)
+    if fresh:
+        logger.warning(
+            "student: new heads for %s, since the teacher has none there with the same labels in the same order",
+            ", ".join(fresh),
+        )
+    return model.eval(), fresh
+
+
 def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: Faculty, bench: Bench) -> Start:
     """Make the student that a step asks for; one made of its teacher reads as that does."""
     if wanted.path is not None:
@@ -317,9 +341,17 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
             f"steps.{step.name}.student: expected a multi-task teacher to make a student of, found a "
             f"{type(teacher).__name__}; give student.path instead"
         )
+    fresh: list[str] = []
+    if not faculty.trusted:
+        teacher, fresh = _with_tasks_of_run(teacher, bench)
     if wanted.config is not None:
         return Start(fresh_student_of(teacher, wanted.config), processor)
     assert wanted.layers is not None
+    if wanted.choose == "leave_one_out" and fresh:
+        raise RecipeError(
+            f"steps.{step.name}.student.choose: expected a teacher that answers all tasks with labels in this run's "
+            f"order for leave_one_out, found another for {', '.join(fresh)}; use redundancy, which asks for no answers"
+        )
     if isinstance(wanted.layers, int) and wanted.choose in ("redundancy", "leave_one_out"):
         rows = calibration_batches(Start(teacher, processor), bench, _INFLUENCE_ROWS)
         if wanted.choose == "redundancy":

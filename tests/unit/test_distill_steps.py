@@ -1,20 +1,25 @@
 """Distill and pretrain steps of a recipe, with teachers, students and rows of every kind; tiny, in seconds."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data import teacher_cache
 from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.tasks import SequenceClassification
 from hf_mtcompress.workflow import do_step, prepare_output, step_sources
-from tests.tiny import tiny_text_rows
+from tests.tiny import FEELING_LABELS, tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 2}
@@ -143,6 +148,81 @@ def test_one_teacher_for_each_task_and_several_for_all(tmp_path: Path) -> None:
     assert averaged.config.num_hidden_layers == 1
     fresh = MultiTaskModel.from_pretrained(output / "fresh").encoder
     assert (fresh.config.hidden_size, fresh.config.num_hidden_layers) == (32, 2)
+
+
+def saved_teacher(folder: Path, family: str = "bert", labels: Sequence[str] = FEELING_LABELS) -> MultiTaskModel:
+    """A teacher of nobody's run, with the tasks of the tiny recipe and one more."""
+    tasks = [
+        SequenceClassification("mood", labels=list(labels)),
+        SequenceClassification("strength", problem_type="regression"),
+        SequenceClassification("other", labels=["a", "b"]),
+    ]
+    teacher = MultiTaskModel.from_encoder(tiny_encoder(family), tasks, max_length=32)
+    with torch.no_grad():
+        for parameter in teacher.heads.parameters():
+            parameter.add_(0.1)  # a regression's bias of 0 says that nobody trained it
+    if family == "modernbert":
+        # With norms before its parts, a layer whose output projections are zero hands on what it gets.
+        silent = find_anatomy(teacher.encoder).layers[1]
+        with torch.no_grad():
+            for part in (silent.attention.output, silent.feed_forward.output):
+                part.weight.zero_()
+    teacher.save_pretrained(folder)
+    tiny_tokenizer(family).save_pretrained(folder)
+    return teacher
+
+
+def copying(teacher: Path, student: dict[str, Any], kind: str = "distill") -> dict[str, Any]:
+    """A step whose student stays what it is made of."""
+    step = {"kind": kind, "name": "student", "teacher": str(teacher), "student": student, "max_steps": 1}
+    # The teacher has learnt nothing.
+    return {**step, "learning_rate": 1e-12, "arguments": {"probe_rows": 0}}
+
+
+def test_a_layer_whose_absence_costs_nothing_is_left_out(tmp_path: Path) -> None:
+    """The others cost much: the labels are the teacher's own answers."""
+    teacher = saved_teacher(tmp_path / "teacher", "modernbert").eval()
+    step = copying(tmp_path / "teacher", {"layers": 2, "choose": "leave_one_out"})
+    write_tiny_recipe(tmp_path, steps=[step], reference=None)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        inputs = tiny_tokenizer("modernbert")([row["text"] for row in rows], padding=True, return_tensors="pt")
+        answers = teacher(**inputs)
+    for row, mood, strength in zip(rows, answers.logits_mood.argmax(-1), answers.logits_strength, strict=True):
+        row.update(label=FEELING_LABELS[int(mood)], intensity=float(strength))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output, _ = run_steps(tmp_path, [])
+    layers = find_anatomy(MultiTaskModel.from_pretrained(output / "student").encoder).layers
+    assert all(float(layer.feed_forward.output.weight.detach().abs().max()) > 1e-3 for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["distill", "pretrain"])
+def test_a_student_of_a_saved_teacher_starts_with_its_answers(tmp_path: Path, kind: str) -> None:
+    """A saved model does not say which columns its tasks read, and may know tasks that this run has not."""
+    teacher = saved_teacher(tmp_path / "teacher").eval()
+    output, _ = run_steps(tmp_path, [copying(tmp_path / "teacher", {"layers": 3}, kind)])
+    student = MultiTaskModel.from_pretrained(output / "student").eval()
+    assert list(student.tasks) == ["mood", "strength"]
+    inputs = tiny_tokenizer()(["the happy fox sleeps"], return_tensors="pt")
+    with torch.no_grad():
+        own, theirs = student(**inputs), teacher(**inputs)
+    for name in student.tasks:
+        torch.testing.assert_close(own[f"logits_{name}"], theirs[f"logits_{name}"], atol=1e-5, rtol=0)
+
+
+def test_heads_with_labels_in_another_order_are_not_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Swapped in silence, they would teach the student to answer the opposite."""
+    saved_teacher(tmp_path / "teacher", labels=FEELING_LABELS[::-1])
+    output, _ = run_steps(tmp_path, [copying(tmp_path / "teacher", {"layers": 2})])
+    assert "new heads for mood, since the teacher has none" in caplog.text
+    assert MultiTaskModel.from_pretrained(output / "student").tasks["mood"].labels == FEELING_LABELS
+    path = tmp_path / "recipe.yaml"
+    step = copying(tmp_path / "teacher", {"layers": 2, "choose": "leave_one_out"})
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "steps": [step]}))
+    with pytest.raises(RecipeError, match="found another for mood; use redundancy"):
+        run_steps(tmp_path, [])
 
 
 def test_a_stock_teacher_with_its_own_tokenizer_and_rows_without_labels(tmp_path: Path) -> None:
