@@ -136,8 +136,11 @@ class Benchmark:
         name = f"distillation_text_{options.size}" if options.suite == "text" else "distillation_vision"
         # Teachers and their answers serve students of any depth.
         self.work = options.work / name
-        same = options.layers == LAYERS[options.suite]
-        self.results = HERE / "results" / (name if same else f"{name}_{options.layers}_layers")
+        if options.layers != LAYERS[options.suite]:
+            name = f"{name}_{options.layers}_layers"
+        if options.choose != CHOOSE[options.suite]:
+            name = f"{name}_{options.choose}"
+        self.results = HERE / "results" / name
         self.epochs = options.epochs or EPOCHS[options.size]
         self.recipe = RECIPE if options.suite == "text" else VISION
         if options.suite == "text":
