@@ -10,13 +10,14 @@ For each seed a teacher (the encoder fine-tuned on all tasks), then for each arm
 Rates of students, and which layers they get, were chosen on validation rows of seed 1, where they were better for plain
 students and others alike:
 
-  plain        labels alone
-  logits       labels and the teacher's answers
-  every-task   the same, and its answers to all tasks on the texts of each (text only)
-  hidden       labels, answers and its hidden states
-  relations    labels, answers and the relations of its queries, keys and values
-  two-phase    relations first, without labels, then labels and answers (a third of the steps, then two thirds)
-  born-again   labels and the answers of one teacher for each task, each trained alone
+  plain            labels alone
+  logits           labels and the teacher's answers
+  every-task       the same, and its answers to all tasks on the texts of each (text only)
+  every-task-even  the same, with rows of small data sets drawn more often (by the root of their number)
+  hidden           labels, answers and its hidden states
+  relations        labels, answers and the relations of its queries, keys and values
+  two-phase        relations first, without labels, then labels and answers (a third of the steps, then two thirds)
+  born-again       labels and the answers of one teacher for each task, each trained alone
 
 Resumable: what is finished keeps its small JSON below benchmarks/results and is not repeated; several processes with
 the same command share the work. Teachers and caches of their answers lie in `--work`.
@@ -68,8 +69,10 @@ def steps_of(
     match arm:
         case "plain":
             return [start, {"kind": "finetune", "name": arm, "epochs": epochs}]
-        case "every-task":
-            return [{"kind": "distill", "name": arm, **common, **student, "criteria": ANSWERS, "every_task": True}]
+        case "every-task" | "every-task-even":
+            step = {"kind": "distill", "name": arm, **common, **student, "criteria": ANSWERS, "every_task": True}
+            # A step's own arguments stand beside the recipe's.
+            return [{**step, "arguments": {"mixing": "temperature"}} if arm == "every-task-even" else step]
         case "logits" | "hidden" | "relations":
             criteria = ANSWERS if arm == "logits" else [*ANSWERS, arm]
             return [{"kind": "distill", "name": arm, **common, **student, "criteria": criteria}]
@@ -103,7 +106,7 @@ def labelled_pictures(source: Path, target: Path) -> Path:
 
 
 LAYERS = {"text": 3, "vision": 6}
-ARMS = ("plain", "logits", "every-task", "hidden", "relations", "two-phase", "born-again")
+ARMS = ("plain", "logits", "every-task", "every-task-even", "hidden", "relations", "two-phase", "born-again")
 STUDENT_RATES = {"text": 3e-4, "vision": 3e-5}
 """Learning rate of the encoder of students."""
 CHOOSE = {"text": "spaced", "vision": "first"}
