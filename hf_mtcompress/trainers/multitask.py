@@ -120,6 +120,8 @@ class MultiTaskTrainer(Trainer):
         """By task: best score, and evaluations since."""
         self._pulls: dict[str, float] = {}
         """By task: how strongly a reactive mixing strategy wants its rows."""
+        self._not_loaded: Any = None
+        """What `Trainer` did not find by name in the checkpoint that it loads."""
         if isinstance(model, MultiTaskModel):
             self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             self._processor = processing_class
@@ -723,6 +725,33 @@ class MultiTaskTrainer(Trainer):
             self.stopped_tasks = state["stopped"]["tasks"]
             self._best_scores = {name: (best, waited) for name, (best, waited) in state["stopped"]["best"].items()}
             self.gradient_log = GradientLog.from_state_dict(state["gradients"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Files name the weights of some families (ViT, DINOv2) as older versions did, and `Trainer` loads by name: it
+        # would leave those as they are, with a warning.
+        if load_result.missing_keys or load_result.unexpected_keys:
+            self._not_loaded = load_result
+        else:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        """Load all weights of a checkpoint with the names that `from_pretrained` knows, where some were not found."""
+        result, self._not_loaded = self._not_loaded, None
+        if result is None:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+        else:
+            super()._issue_warnings_after_load(result)
 
     def start_epoch(self, epoch: int) -> None:
         """Tell fusion and mixing that an epoch begins, or begins again after a restart."""
