@@ -302,10 +302,14 @@ def _check_distill(
             _check_earlier(teacher, key, earlier, names, problems)
         elif not os.path.isabs(teacher) and "/" not in teacher:
             usable = [name for name, kind in earlier.items() if kind in FLOAT_STEPS]
-            hint = f"{near(teacher, usable)} " if usable else ""
+            hint = f", {near(teacher, usable)}" if usable else ""
             problems.add(
-                key, f"no step makes '{teacher}', {hint}(a saved model is named by its folder or its Hub id, org/name)"
+                key, f"no step makes '{teacher}'{hint} (a saved model is named by its folder or its Hub id, org/name)"
             )
+    if isinstance(step, DistillStep) and isinstance(step.teachers, tuple):
+        for number, item in enumerate(step.teachers):
+            if item.weight <= 0:
+                problems.add(f"{join(path, 'teachers')}[{number}].weight", f"expected more than 0, found {item.weight}")
     if step.student is not None:
         if step.source is not None:
             problems.add(path, "expected 'from' or 'student', found both: 'from' is trained on, 'student' is made anew")

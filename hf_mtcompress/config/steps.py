@@ -45,7 +45,7 @@ class TeacherConfig:
     path: str
     """A step of this recipe, or the folder or Hub id of a saved model."""
     weight: float = 1.0
-    """Beside the weights of the others."""
+    """Above 0, beside the weights of the others."""
 
 
 AdapterTargets = Literal["attention", "feed_forward", "all"]

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
@@ -27,10 +27,15 @@ def student_of(teacher: MultiTaskModel, layers: int | Sequence[int], *, choose: 
             DistilBERT, or the first or the last ones.
 
     Raises:
-        UnsupportedEncoderError: the teacher has no such layers, or adapters.
+        UnsupportedEncoderError: the teacher has no such layers, or adapters, or its weights are quantized.
     """
     refuse_sub_models(teacher, "taking layers")
     refuse_adapters(teacher, "taking layers")
+    if not all(parameter.is_floating_point() for parameter in teacher.parameters()):
+        raise UnsupportedEncoderError(
+            "expected a teacher in float to take layers of, found one with quantized weights; give the model that it "
+            "was made of, or another checkpoint for the student (student.path)"
+        )
     depth = teacher.encoder.config.num_hidden_layers
     if isinstance(layers, int):
         kept = {
@@ -59,7 +64,7 @@ def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> Mul
         changes: fields of its encoder's config, such as `hidden_size`, `num_hidden_layers`, `intermediate_size`.
 
     Raises:
-        UnsupportedEncoderError: the config has no such field.
+        UnsupportedEncoderError: the config has no such field, or no encoder has this shape.
     """
     refuse_sub_models(teacher, "making a student of its shape")
     config = copy.deepcopy(teacher.encoder.config)
@@ -68,13 +73,23 @@ def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> Mul
         raise UnsupportedEncoderError(
             f"expected fields of {type(config).__name__}, found {unknown}; see the config.json of the teacher"
         )
-    config = type(config).from_dict({**config.to_dict(), **changes})
-    # The fresh encoder is whole, whatever was cut from the teacher's.
-    write_mark(config, None)
-    encoder = AutoModel.from_config(config)
+    # Names of stages (DINOv2) and kinds of layers (ModernBERT) follow from the depth.
+    derived = {"out_features", "out_indices", "stage_names", "layer_types"}
+    kept = {key: value for key, value in config.to_dict().items() if key not in derived}
+    try:
+        config = type(config).from_dict({**kept, **changes})
+        # The fresh encoder is whole, whatever was cut from the teacher's.
+        write_mark(config, None)
+        encoder = AutoModel.from_config(config)
+    except (ValueError, StrictDataclassError) as error:
+        raise UnsupportedEncoderError(
+            f"expected a shape that a {teacher.encoder.config.model_type} encoder can have, found {dict(changes)} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     own, theirs = encoder.get_input_embeddings(), teacher.encoder.get_input_embeddings()
-    if own is not None and theirs is not None and own.weight.shape == theirs.weight.shape:  # type: ignore[union-attr]  # embeddings
-        with torch.no_grad():
-            own.weight.copy_(theirs.weight)  # type: ignore[arg-type]  # a tensor
+    if own is not None and theirs is not None:
+        found = theirs.state_dict()
+        if {key: value.shape for key, value in found.items()} == {k: v.shape for k, v in own.state_dict().items()}:
+            own.load_state_dict(found)
     preprocessing = (teacher.config.preprocessing or {}).get("main", {})
     return MultiTaskModel.from_encoder(encoder, list(teacher.tasks.values()), **preprocessing)

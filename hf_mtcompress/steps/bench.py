@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_mtcompress.config import Recipe, TrimVocabularyStep
+from hf_mtcompress.config import Recipe
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.data.sources import Sources
@@ -62,8 +62,11 @@ class Bench:
         return model
 
     def processor_of(self, name: str | None) -> Any:
-        """Tokenizer or image processor that a step saved; that of the recipe's encoder for None."""
-        if name is None or not any(isinstance(step, TrimVocabularyStep) for step in self.recipe.steps):
+        """Tokenizer or image processor that a step saved; that of the recipe's encoder for None.
+
+        A step may have trimmed the vocabulary, or have made a student of another checkpoint.
+        """
+        if name is None:
             return self.processor
         found = read_processor(self.step_folder(name))
         return self.processor if same_tokenizer(found, self.processor) else found

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import CONFIG_NAME
 
 from hf_mtcompress.artifacts import WORK
 from hf_mtcompress.compression.importance import block_influence
@@ -29,7 +38,7 @@ from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.student import fresh_student_of, student_of
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, new_model, start_of
+from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, load_processor, new_model, start_of
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
 from hf_mtcompress.steps.training import (
     Fit,
@@ -42,7 +51,7 @@ from hf_mtcompress.steps.training import (
 )
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
-from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
+from hf_mtcompress.trainers.teachers import TeacherModel, Teachers, same_tokenizer
 
 logger = logging.getLogger(__name__)
 _INFLUENCE_ROWS = 256
@@ -57,11 +66,13 @@ class Faculty:
         teachers: one model, one for each task, or pairs of model and weight.
         processors: by identity of a model: its own tokenizer or image processor.
         trusted: whether all of them are of this run, with its tasks, and were scored in it.
+        answers: whether the heads of the first one were trained.
     """
 
     teachers: Teachers
     processors: dict[int, Any]
     trusted: bool = True
+    answers: bool = True
 
     @property
     def first(self) -> TeacherModel:
@@ -250,9 +261,13 @@ def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
 def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> Faculty:
     """The teacher of a pretrain step, whose answers nobody asks for."""
     own = any(other.name == step.teacher for other in bench.recipe.steps)
-    teacher = bench.load(step.teacher) if own else _as_encoder(step.teacher, bench)
-    processor = bench.processor_of(step.teacher) if own else _own_processor(step.teacher, bench)
-    return Faculty(teacher, {id(teacher): processor}, own)
+    saved = own or _config_of(step.teacher).model_type == MultiTaskConfig.model_type
+    if own:
+        teacher, processor = bench.load(step.teacher), bench.processor_of(step.teacher)
+    else:
+        teacher = MultiTaskModel.from_pretrained(step.teacher) if saved else new_model(step.teacher, bench)
+        processor = _own_processor(step.teacher, bench)
+    return Faculty(teacher, {id(teacher): processor}, own, saved)
 
 
 def _own_processor(place: str, bench: Bench) -> Any:
@@ -267,16 +282,24 @@ def _own_processor(place: str, bench: Bench) -> Any:
         return bench.processor
 
 
-def _as_encoder(path: str, bench: Bench) -> MultiTaskModel:
-    """A saved multi-task model, or a pretrained encoder with heads that nobody asks."""
+def _config_of(place: str) -> PreTrainedConfig:
+    """The config of a saved model.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    folder = Path(place)
+    expected = "teacher: expected a step of this recipe, or the folder or Hub id of a saved model"
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        inside = sorted(str(found.parent.relative_to(folder)) for found in folder.glob(f"**/{CONFIG_NAME}"))
+        hint = f"take one of those in it: {', '.join(inside)}" if inside else "check the path"
+        raise RecipeError(f"{expected}, found the folder {place} without a {CONFIG_NAME}; {hint}")
+    if not folder.is_dir() and (folder.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1):
+        raise RecipeError(f"{expected}, found '{place}', which is no folder; check the path")
     try:
-        saved = AutoConfig.from_pretrained(path).model_type == MultiTaskConfig.model_type
+        return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            "teacher: expected a step of this recipe, a saved multi-task model or a pretrained encoder, found "
-            f"'{path}' ({str(error).splitlines()[0]})"
-        ) from error
-    return MultiTaskModel.from_pretrained(path) if saved else new_model(path, bench)
+        raise RecipeError(f"{expected}, found '{place}' ({str(error).splitlines()[0]})") from error
 
 
 def load_teacher(name: str, bench: Bench) -> TeacherModel:
@@ -289,14 +312,19 @@ def load_teacher(name: str, bench: Bench) -> TeacherModel:
         return bench.load(name)
     if any((Path(name) / settings).is_file() for settings, *_ in FILES.values()):
         return open_runtime(Path(name))
+    config = _config_of(name)
+    kind = (config.architectures or [""])[0]
+    if config.model_type != MultiTaskConfig.model_type and "For" not in kind:
+        raise RecipeError(
+            f"teacher: expected a model with a head, found a {kind or config.model_type} in '{name}', which answers "
+            "nothing; fine-tune it first, or imitate its states in a pretrain step"
+        )
     try:
-        config = AutoConfig.from_pretrained(name)
         if config.model_type == MultiTaskConfig.model_type:
             return MultiTaskModel.from_pretrained(name)
         import transformers
 
-        stock = getattr(transformers, (config.architectures or [""])[0])
-        return stock.from_pretrained(name, dtype=torch.float32)
+        return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(
             f"teacher: expected a step of this recipe or a saved model with a head, found '{name}' "
@@ -324,16 +352,19 @@ def _with_tasks_of_run(teacher: MultiTaskModel, bench: Bench) -> tuple[MultiTask
             fresh.append(name)
     if fresh:
         logger.warning(
-            "student: new heads for %s, since the teacher has none there with the same labels in the same order",
+            "student: new heads for %s, since the teacher has none there of this shape with these labels in this order",
             ", ".join(fresh),
         )
     return model.eval(), fresh
 
 
 def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: Faculty, bench: Bench) -> Start:
-    """Make the student that a step asks for; one made of its teacher reads as that does."""
+    """Make the student that a step asks for, which reads as what it is made of does."""
     if wanted.path is not None:
-        return Start(new_model(wanted.path, bench), bench.processor)
+        encoder = dataclasses.replace(bench.recipe.encoder, path=wanted.path, revision=None)
+        own = load_processor(dataclasses.replace(bench.recipe, encoder=encoder))
+        same = same_tokenizer(own, bench.processor)
+        return Start(new_model(wanted.path, bench), bench.processor if same else own)
     teacher = faculty.first
     processor = faculty.processors[id(teacher)]
     if not isinstance(teacher, MultiTaskModel):
@@ -347,10 +378,16 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
     if wanted.config is not None:
         return Start(fresh_student_of(teacher, wanted.config), processor)
     assert wanted.layers is not None
-    if wanted.choose == "leave_one_out" and fresh:
+    if wanted.choose == "leave_one_out" and (fresh or not faculty.answers):
         raise RecipeError(
-            f"steps.{step.name}.student.choose: expected a teacher that answers all tasks with labels in this run's "
-            f"order for leave_one_out, found another for {', '.join(fresh)}; use redundancy, which asks for no answers"
+            f"steps.{step.name}.student.choose: expected a teacher with a trained head for each task of this run (of "
+            f"this shape, with these labels in this order) for leave_one_out, found none for "
+            f"{', '.join(fresh or bench.sources.tasks)}; use redundancy, which asks for no answers"
+        )
+    depth = teacher.encoder.config.num_hidden_layers
+    if isinstance(wanted.layers, int) and wanted.layers > depth:
+        raise RecipeError(
+            f"steps.{step.name}.student.layers: expected at most the teacher's {depth} layers, found {wanted.layers}"
         )
     if isinstance(wanted.layers, int) and wanted.choose in ("redundancy", "leave_one_out"):
         rows = calibration_batches(Start(teacher, processor), bench, _INFLUENCE_ROWS)
@@ -358,7 +395,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
             worth = block_influence(teacher.encoder, [inputs_of(batch) for batch in rows])
         else:
             worth = leave_one_out(teacher, teacher.encoder, rows)
-        student = student_of(teacher, select_layers(worth, max(0, len(worth) - wanted.layers)))
+        student = student_of(teacher, select_layers(worth, depth - wanted.layers))
     else:
         choose = "spaced" if wanted.choose in ("redundancy", "leave_one_out") else wanted.choose
         student = student_of(teacher, wanted.layers, choose=choose)

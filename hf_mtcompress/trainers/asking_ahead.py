@@ -30,12 +30,9 @@ from hf_mtcompress.errors import DataError, TaskError
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.trainers.asking import Asking
 from hf_mtcompress.trainers.probing import agreement
-from hf_mtcompress.trainers.teachers import TeacherPanel, logits_name, positions_of, processor_digest
+from hf_mtcompress.trainers.teachers import STOCK_TASK, TeacherPanel, logits_name, positions_of, processor_digest
 
 logger = logging.getLogger(__name__)
-
-STOCK_TASK = "answer"
-"""Name of the only task of a stock student, in messages."""
 
 
 class AsksAhead:

@@ -29,9 +29,10 @@ from hf_mtcompress.model.states import reading_states, state_width
 from hf_mtcompress.model.stock_heads import task_of_stock
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import UNLABELLED, divisor
-from hf_mtcompress.trainers.asking_ahead import STOCK_TASK, AsksAhead
+from hf_mtcompress.trainers.asking_ahead import AsksAhead
 from hf_mtcompress.trainers.multitask import ONLY_COUNTED, ItemCounts, MultiTaskTrainer, own_rows
 from hf_mtcompress.trainers.teachers import (
+    STOCK_TASK,
     TeacherPanel,
     Teachers,
     logits_name,

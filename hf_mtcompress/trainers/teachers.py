@@ -27,6 +27,8 @@ from hf_mtcompress.tasks import Task
 
 TeacherModel = PreTrainedModel | Runtime
 LOGITS = "logits"
+STOCK_TASK = "answer"
+"""Name of the only task of a stock student, in messages."""
 
 
 def logits_name(task: str) -> str:
@@ -312,6 +314,11 @@ def _label_order(task: Task, teacher: TeacherModel) -> list[int] | None:
         TaskError: it does not answer this task, or with other labels.
     """
     if isinstance(teacher, MultiTaskModel | Runtime):
+        if task.name == STOCK_TASK and task.name not in teacher.tasks:
+            raise TaskError(
+                f"expected a stock teacher for a stock student, found one with the tasks {list(teacher.tasks)}; take "
+                f"one of them out of the multi-task model: teacher=model.to_stock('{next(iter(teacher.tasks))}')"
+            )
         if task.name not in teacher.tasks:
             raise TaskError(
                 f"expected a teacher with the task '{task.name}', found {list(teacher.tasks)}; "

@@ -1,6 +1,7 @@
 """Distill and pretrain steps of a recipe, with teachers, students and rows of every kind; tiny, in seconds."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data import teacher_cache
 from hf_mtcompress.data.sources import load_sources
-from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.errors import RecipeError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.steps.bench import Bench, load_processor
@@ -221,8 +223,57 @@ def test_heads_with_labels_in_another_order_are_not_taken_over(
     path = tmp_path / "recipe.yaml"
     step = copying(tmp_path / "teacher", {"layers": 2, "choose": "leave_one_out"})
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "steps": [step]}))
-    with pytest.raises(RecipeError, match="found another for mood; use redundancy"):
+    with pytest.raises(RecipeError, match="found none for mood; use redundancy"):
         run_steps(tmp_path, [])
+
+
+@pytest.mark.parametrize("student", [{"layers": 3}, {"path": "roberta"}])
+def test_steps_after_a_student_read_as_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: dict[str, Any]
+) -> None:
+    """A student of another checkpoint has that one's tokenizer; the recipe's would make other numbers of the words."""
+    monkeypatch.chdir(tmp_path)
+    saved_teacher(tmp_path / "teacher", "roberta")
+    tiny_encoder("roberta").save_pretrained(tmp_path / "roberta")
+    tiny_tokenizer("roberta").save_pretrained(tmp_path / "roberta")
+    nothing = {"max_steps": 1, "learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    if "path" in student:
+        student = {"path": str(tmp_path / "roberta")}
+    _, done = run_steps(
+        tmp_path,
+        [
+            {**copying(tmp_path / "teacher", student), **nothing, "criteria": ["logits"]},
+            {"kind": "finetune", "name": "more", "from": "student", **nothing},
+        ],
+    )
+    vocabulary = tiny_tokenizer("roberta").get_vocab()
+    for name in ("student", "more"):
+        assert AutoTokenizer.from_pretrained(tmp_path / "run" / name).get_vocab() == vocabulary
+    before, after = (done[name].artefacts[0].scores["validation"] for name in ("student", "more"))
+    assert after.average == pytest.approx(before.average, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"teacher": "nosuch/a/b"}, "found 'nosuch/a/b', which is no folder; check the path"),
+        ({"teacher": "./holder"}, "holder without a config.json; take one of those in it: teacher"),
+        ({"teacher": "./encoder"}, "expected a model with a head, found a BertModel in"),
+        ({"student": {"layers": 4, "choose": "redundancy"}}, "expected at most the teacher's 3 layers, found 4"),
+        ({"student": {"config": {"hidden_size": 30}}}, "expected a shape that a bert encoder can have"),
+        (
+            {"kind": "pretrain", "teacher": "./encoder", "student": {"layers": 2, "choose": "leave_one_out"}},
+            "found none for mood, strength; use redundancy",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved_teacher(tmp_path / "holder" / "teacher")
+    with pytest.raises((RecipeError, UnsupportedEncoderError), match=re.escape(message)):
+        run_steps(tmp_path, [{**copying(Path("holder/teacher"), {"layers": 2}), **step}])
 
 
 def test_a_stock_teacher_with_its_own_tokenizer_and_rows_without_labels(tmp_path: Path) -> None:
@@ -290,6 +341,10 @@ def test_a_teacher_can_be_asked_by_parts_before(
         ({"criteria": [{"kind": "logits", "temperature": 0}]}, "expected a number above 0, found 0"),
         ({"teachers": {"mood": "teacher"}}, "expected 'teacher' or 'teachers', found both"),
         ({"teacher": None}, "expected 'teacher' or 'teachers', found neither"),
+        (
+            {"teacher": None, "teachers": [{"path": "teacher", "weight": 0}, {"path": "teacher"}]},
+            "teachers[0].weight: expected more than 0, found 0",
+        ),
         ({"teacher": "techer"}, "no step makes 'techer', did you mean 'teacher'"),
         ({"student": {"layers": 2, "path": "encoder"}}, "found layers and path"),
         ({"student": {"path": "encoder", "heads": 0.5}}, "they say what of the teacher is taken"),
