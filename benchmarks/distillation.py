@@ -13,11 +13,11 @@ students and others alike:
   plain            labels alone
   logits           labels and the teacher's answers
   every-task       the same, and its answers to all tasks on the texts of each (text only)
-  every-task-even  the same, with rows of small data sets drawn more often (by the root of their number)
   hidden           labels, answers and its hidden states
   relations        labels, answers and the relations of its queries, keys and values
   two-phase        relations first, without labels, then labels and answers (a third of the steps, then two thirds)
   born-again       labels and the answers of one teacher for each task, each trained alone
+  plain-even, every-task-even: rows of small data sets are drawn more often, by the root of their number
 
 Resumable: what is finished keeps its small JSON below benchmarks/results and is not repeated; several processes with
 the same command share the work. Teachers and caches of their answers lie in `--work`.
@@ -66,13 +66,14 @@ def steps_of(
         "max_steps": 1,
         "learning_rate": 1e-12,
     }
+    # A step's own arguments stand beside the recipe's.
+    even = {"arguments": {"mixing": "temperature"}} if arm.endswith("-even") else {}
     match arm:
-        case "plain":
-            return [start, {"kind": "finetune", "name": arm, "epochs": epochs}]
+        case "plain" | "plain-even":
+            return [start, {"kind": "finetune", "name": arm, "epochs": epochs, **even}]
         case "every-task" | "every-task-even":
             step = {"kind": "distill", "name": arm, **common, **student, "criteria": ANSWERS, "every_task": True}
-            # A step's own arguments stand beside the recipe's.
-            return [{**step, "arguments": {"mixing": "temperature"}} if arm == "every-task-even" else step]
+            return [{**step, **even}]
         case "logits" | "hidden" | "relations":
             criteria = ANSWERS if arm == "logits" else [*ANSWERS, arm]
             return [{"kind": "distill", "name": arm, **common, **student, "criteria": criteria}]
@@ -106,7 +107,17 @@ def labelled_pictures(source: Path, target: Path) -> Path:
 
 
 LAYERS = {"text": 3, "vision": 6}
-ARMS = ("plain", "logits", "every-task", "every-task-even", "hidden", "relations", "two-phase", "born-again")
+ARMS = (
+    "plain",
+    "logits",
+    "every-task",
+    "hidden",
+    "relations",
+    "two-phase",
+    "born-again",
+    "plain-even",
+    "every-task-even",
+)
 STUDENT_RATES = {"text": 3e-4, "vision": 3e-5}
 """Learning rate of the encoder of students."""
 CHOOSE = {"text": "spaced", "vision": "first"}
