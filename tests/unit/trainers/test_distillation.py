@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from hf_mtcompress import (
     DistillationTrainer,
@@ -42,7 +43,7 @@ def teacher_model(family: str = "bert", **overrides: Any) -> MultiTaskModel:
     return MultiTaskModel.from_encoder(tiny_encoder(family, **overrides), tasks, max_length=32).eval()
 
 
-def build(student: MultiTaskModel, teacher: Any, folder: Path, **settings: Any) -> DistillationTrainer:
+def build(student: PreTrainedModel, teacher: Any, folder: Path, **settings: Any) -> DistillationTrainer:
     texts, tokens = tiny_text_rows(8), tiny_token_rows(6)
     return DistillationTrainer(
         model=student,
@@ -182,6 +183,15 @@ def test_a_teacher_without_the_task_is_refused(tmp_path: Path) -> None:
     del teacher.tasks["tags"]
     with pytest.raises(TaskError, match="expected a teacher with the task 'tags'"):
         build(student, teacher, tmp_path)
+
+
+def test_a_stock_student_takes_one_task_of_a_multi_task_teacher(tmp_path: Path) -> None:
+    """It has no name for its task, so that none of the teacher's can be the same."""
+    teacher = teacher_model()
+    stock = teacher.to_stock("mood")
+    rows = Dataset.from_list([{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1], "labels": 1}] * 4)
+    with pytest.raises(TaskError, match=r"found one with the tasks \['mood', .*teacher=model.to_stock\('mood'\)"):
+        build(stock, teacher, tmp_path, train_dataset=rows)
 
 
 def test_other_label_names_are_refused(tmp_path: Path) -> None:
