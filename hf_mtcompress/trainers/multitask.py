@@ -737,7 +737,7 @@ class MultiTaskTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Files name the weights of some families (ViT, DINOv2) as older versions did, and `Trainer` loads by name: it
         # would leave those as they are, with a warning.
-        if load_result.missing_keys or load_result.unexpected_keys:
+        if load_result.missing_keys:
             self._not_loaded = load_result
         else:
             super()._issue_warnings_after_load(load_result)
@@ -749,7 +749,13 @@ class MultiTaskTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if isinstance(model, PreTrainedModel):
-            model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+            # Not strict: quantized weights come with more than parameters.
+            found = model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict(), strict=False)
+            if found.missing_keys:
+                raise TrainingError(
+                    f"expected all weights of the model in {checkpoint}, found none for {found.missing_keys[:3]} and "
+                    f"{len(found.missing_keys)} in all; was it saved by another model? Start without it"
+                )
         else:
             super()._issue_warnings_after_load(result)
 
