@@ -7,8 +7,8 @@ text: eleven tasks, the recipe beside this file; small is at most 1,000 training
 vision: two tasks on the same pictures, from a folder with train/CLASS and test/CLASS of CIFAR-10.
 
 For each seed a teacher (the encoder fine-tuned on all tasks), then for each arm a student of `--layers` of its layers.
-Rates of students, and which layers they get, were chosen on validation rows of seed 1, where they were better for plain
-students and others alike:
+Rates of students, and which layers those of the vision suite get, were chosen on validation rows of seed 1, where they
+were better for plain students and others alike:
 
   plain            labels alone
   logits           labels and the teacher's answers
@@ -121,8 +121,7 @@ ARMS = (
 STUDENT_RATES = {"text": 3e-4, "vision": 3e-5}
 """Learning rate of the encoder of students."""
 CHOOSE = {"text": "spaced", "vision": "first"}
-
-
+"""Which layers of the teacher a student has."""
 DEFAULTS: dict[str, Any] = {
     "suite": "text",
     "size": "small",
@@ -130,7 +129,6 @@ DEFAULTS: dict[str, Any] = {
     "choose": None,
     "student_rate": None,
     "epochs": None,
-    "alone": None,
     "overrides": [],
 }
 
@@ -186,7 +184,7 @@ class Benchmark:
         """Train the teacher of one task, unless the arm that needs it is done."""
         (name, seed), folder = job, self.work / f"seed-{job[1]}"
         task = name.removeprefix("alone-")
-        if self.options.alone or (self.results / "born-again" / f"seed-{seed}.json").exists():
+        if (self.results / "born-again" / f"seed-{seed}.json").exists():
             return
         step = {"kind": "finetune", "name": name, "epochs": self.epochs}
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([step])}"])
@@ -201,12 +199,6 @@ class Benchmark:
         )
         do_step(recipe.steps[0], None, {}, Bench(recipe, folder, sources, self.processor))
 
-    def alone_folder(self, task: str, seed: int) -> Path:
-        """Where the teacher of one task lies."""
-        if self.options.alone:
-            return Path(self.options.alone) / f"alone-{task}" / f"seed-{seed}"
-        return self.work / f"seed-{seed}" / f"alone-{task}"
-
     def one(self, job: tuple[str, int]) -> None:
         """Train and score one arm in one seed."""
         arm, seed = job
@@ -215,7 +207,7 @@ class Benchmark:
         if target.exists() and (arm != "teacher" or (folder / "teacher" / STEP_RECORD).exists()):
             return
         teacher = {"kind": "finetune", "name": "teacher", "epochs": self.epochs}
-        alone = {task: str(self.alone_folder(task, seed)) for task in self.sources.tasks}
+        alone = {task: str(folder / f"alone-{task}") for task in self.sources.tasks}
         cache = self.work / "cache"
         student = {"layers": self.options.layers, "choose": self.options.choose}
         steps = [] if arm == "teacher" else steps_of(arm, student, self.epochs, cache, alone)
@@ -308,7 +300,6 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, help="default: 4 of the small size, 3 of the full one")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for teachers and caches (default: runs)")
-    parser.add_argument("--alone", type=Path, help="results of multitask_text.py --keep-models, for born-again")
     parser.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

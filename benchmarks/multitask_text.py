@@ -75,7 +75,6 @@ def main() -> int:
     )
     parser.add_argument("--encoders", type=int, help="add the grouping into so many that gradients say")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for the run of --encoders (default: runs)")
-    parser.add_argument("--keep-models", action="store_true", help="as teachers for distillation.py --alone")
     options = parser.parse_args()
     arms = ARMS | (TEMPERATURE if options.size == "full" else {})
     chosen = arms if options.arms is None else {name: arms[name] for name in options.arms}
@@ -90,7 +89,7 @@ def main() -> int:
     arguments = ["compare-tasks", str(RECIPE), *overrides, "--seeds", str(options.seeds), "--output", str(results)]
     arguments += [word for name, settings in chosen.items() for word in ("--arm", f"{name}={settings}")]
     arguments += [word for group in options.groups for word in ("--group", group)]
-    return command(arguments + ["--keep-models"] * options.keep_models)
+    return command(arguments)
 
 
 if __name__ == "__main__":

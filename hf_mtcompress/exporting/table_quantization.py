@@ -32,13 +32,13 @@ def large_tables(model: Any, names: Collection[str]) -> tuple[set[str], dict[str
         if node.op_type == "Gather" and node.name in names and len(shapes.get(node.input[0], ())) == 2
     }
     most = max((rows for rows, _ in lookups.values()), default=0)
-    found = {name for name, shape in lookups.items() if worth_four_bits(shape, most)}
-    odd = {
-        node.input[0]: width
-        for node in model.graph.node
-        if (width := lookups.get(node.name, (0, 0))[1]) % 2
-        and worth_four_bits((lookups[node.name][0], width + 1), most)
-    }
+    found, odd = set(), {}
+    for node in model.graph.node:
+        rows, width = lookups.get(node.name, (0, 0))
+        if rows and width % 2 and rows * _SMALL_TABLE >= most:
+            odd[node.input[0]] = width
+        elif rows and worth_four_bits((rows, width), most):
+            found.add(node.name)
     return found, odd
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
@@ -13,6 +14,7 @@ from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.marking import write_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import keep_layers
+from hf_mtcompress.tasks import Task
 
 Choose = Literal["spaced", "first", "last"]
 
@@ -88,8 +90,45 @@ def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> Mul
         ) from error
     own, theirs = encoder.get_input_embeddings(), teacher.encoder.get_input_embeddings()
     if own is not None and theirs is not None:
-        found = theirs.state_dict()
-        if {key: value.shape for key, value in found.items()} == {k: v.shape for k, v in own.state_dict().items()}:
-            own.load_state_dict(found)
+        _take_over(own, theirs)
     preprocessing = (teacher.config.preprocessing or {}).get("main", {})
     return MultiTaskModel.from_encoder(encoder, list(teacher.tasks.values()), **preprocessing)
+
+
+def with_tasks(teacher: MultiTaskModel, tasks: Sequence[Task]) -> tuple[MultiTaskModel, list[str]]:
+    """A copy of a model that has these tasks instead of its own: its heads where they fit, fresh ones elsewhere.
+
+    Args:
+        teacher: left as it is.
+        tasks: with known labels.
+
+    Returns:
+        The model in evaluation mode, and the names of the tasks with fresh heads: those that the teacher has not, or
+        with other labels, labels in another order, or a head of another shape.
+
+    Raises:
+        UnsupportedEncoderError: the teacher has sub-models or adapters.
+    """
+    refuse_sub_models(teacher, "taking layers")
+    refuse_adapters(teacher, "taking layers")
+    preprocessing = (teacher.config.preprocessing or {}).get("main", {})
+    model = MultiTaskModel.from_encoder(copy.deepcopy(teacher.encoder), tasks, **preprocessing)
+    fresh = []
+    for task in tasks:
+        known = teacher.tasks.get(task.name)
+        if (
+            known is None
+            or known.labels != task.labels
+            or not _take_over(model.heads[task.head_name], teacher.heads[known.head_name])
+        ):
+            fresh.append(task.name)
+    return model.eval(), fresh
+
+
+def _take_over(own: nn.Module, theirs: nn.Module) -> bool:
+    """Give a module another's weights; False where their shapes differ, and nothing is changed."""
+    found, present = theirs.state_dict(), own.state_dict()
+    if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in present.items()}:
+        return False
+    own.load_state_dict(found)
+    return True

@@ -1,6 +1,5 @@
 """Distill and pretrain steps: teachers, the students made of them, and the answers that are kept."""
 
-import copy
 import dataclasses
 import logging
 import tempfile
@@ -26,18 +25,24 @@ from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.selection import select_layers
-from hf_mtcompress.config import DistillStep, FinetuneStep, PretrainStep, StudentConfig, WeightSchedule, teachers_of
+from hf_mtcompress.config import (
+    DistillStep,
+    EncoderConfig,
+    FinetuneStep,
+    PretrainStep,
+    StudentConfig,
+    WeightSchedule,
+    teachers_of,
+)
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.inference.graph_settings import FILES
 from hf_mtcompress.inference.runtimes import Runtime, open_runtime
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Weight
-from hf_mtcompress.model.adapters import refuse_adapters
-from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.student import fresh_student_of, student_of
+from hf_mtcompress.model.student import fresh_student_of, student_of, with_tasks
 from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, load_processor, new_model, start_of
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
 from hf_mtcompress.steps.training import (
@@ -291,7 +296,7 @@ def _config_of(place: str) -> PreTrainedConfig:
     folder = Path(place)
     expected = "teacher: expected a step of this recipe, or the folder or Hub id of a saved model"
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-        inside = sorted(str(found.parent.relative_to(folder)) for found in folder.glob(f"**/{CONFIG_NAME}"))
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f"take one of those in it: {', '.join(inside)}" if inside else "check the path"
         raise RecipeError(f"{expected}, found the folder {place} without a {CONFIG_NAME}; {hint}")
     if not folder.is_dir() and (folder.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1):
@@ -332,36 +337,11 @@ def load_teacher(name: str, bench: Bench) -> TeacherModel:
         ) from error
 
 
-def _with_tasks_of_run(teacher: MultiTaskModel, bench: Bench) -> tuple[MultiTaskModel, list[str]]:
-    """A saved model as what a student is made of, and the tasks whose heads are fresh.
-
-    It does not say which columns its tasks read, may know other tasks, and may have labels in another order.
-    """
-    refuse_sub_models(teacher, "taking layers")
-    refuse_adapters(teacher, "taking layers")
-    tasks = bench.sources.tasks
-    preprocessing = (teacher.config.preprocessing or {}).get("main", {})
-    model = MultiTaskModel.from_encoder(copy.deepcopy(teacher.encoder), list(tasks.values()), **preprocessing)
-    fresh = []
-    for name, task in tasks.items():
-        head, known = model.heads[task.head_name], teacher.tasks.get(name)
-        found = {} if known is None or known.labels != task.labels else teacher.heads[known.head_name].state_dict()
-        if {key: value.shape for key, value in found.items()} == {k: v.shape for k, v in head.state_dict().items()}:
-            head.load_state_dict(found)
-        else:
-            fresh.append(name)
-    if fresh:
-        logger.warning(
-            "student: new heads for %s, since the teacher has none there of this shape with these labels in this order",
-            ", ".join(fresh),
-        )
-    return model.eval(), fresh
-
-
 def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: Faculty, bench: Bench) -> Start:
     """Make the student that a step asks for, which reads as what it is made of does."""
     if wanted.path is not None:
-        encoder = dataclasses.replace(bench.recipe.encoder, path=wanted.path, revision=None)
+        # What was said of the recipe's encoder, such as that its code may run, was not said of this one.
+        encoder = EncoderConfig(path=wanted.path, image_size=bench.recipe.encoder.image_size)
         own = load_processor(dataclasses.replace(bench.recipe, encoder=encoder))
         same = same_tokenizer(own, bench.processor)
         return Start(new_model(wanted.path, bench), bench.processor if same else own)
@@ -374,14 +354,20 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
         )
     fresh: list[str] = []
     if not faculty.trusted:
-        teacher, fresh = _with_tasks_of_run(teacher, bench)
+        # A saved model does not say which columns its tasks read, and may know other tasks or labels in another order.
+        teacher, fresh = with_tasks(teacher, list(bench.sources.tasks.values()))
+    if fresh:
+        logger.warning(
+            "student: new heads for %s, since the teacher has none there of this shape with these labels in this order",
+            ", ".join(fresh),
+        )
     if wanted.config is not None:
         return Start(fresh_student_of(teacher, wanted.config), processor)
     assert wanted.layers is not None
     if wanted.choose == "leave_one_out" and (fresh or not faculty.answers):
         raise RecipeError(
             f"steps.{step.name}.student.choose: expected a teacher with a trained head for each task of this run (of "
-            f"this shape, with these labels in this order) for leave_one_out, found none for "
+            "this shape, with these labels in this order) for leave_one_out, found none for "
             f"{', '.join(fresh or bench.sources.tasks)}; use redundancy, which asks for no answers"
         )
     depth = teacher.encoder.config.num_hidden_layers

@@ -753,8 +753,8 @@ class MultiTaskTrainer(Trainer):
             found = model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict(), strict=False)
             if found.missing_keys:
                 raise TrainingError(
-                    f"expected all weights of the model in {checkpoint}, found none for {found.missing_keys[:3]} and "
-                    f"{len(found.missing_keys)} in all; was it saved by another model? Start without it"
+                    f"expected all weights of the model in {checkpoint}, found none for {len(found.missing_keys)} of "
+                    f"them, such as {found.missing_keys[0]}; resume with the model that saved it"
                 )
         else:
             super()._issue_warnings_after_load(result)

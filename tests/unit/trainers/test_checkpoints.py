@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_mtcompress import MultiTaskTrainer, MultiTaskTrainingArguments
+from hf_mtcompress.errors import TrainingError
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification
 from tests.tiny import (
@@ -105,3 +106,12 @@ def test_the_best_weights_are_those_of_one_checkpoint(tmp_path: Path, family: st
     assert differing(trainer.model, kind.from_pretrained(best)) == []
     (other,) = (folder for folder in tmp_path.glob("checkpoint-*") if folder != best)
     assert differing(trainer.model, kind.from_pretrained(other)) != []
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    """A head that the checkpoint has not would go on from where it began, beside others that were trained."""
+    build(tmp_path / "whole", "bert").train()
+    resumed = build(tmp_path / "resumed", "bert")
+    resumed.model.add_task(SequenceClassification("other", labels=["a", "b"]))
+    with pytest.raises(TrainingError, match="found none for 2 of them, such as heads"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
