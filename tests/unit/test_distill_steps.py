@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
@@ -21,7 +21,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.tasks import SequenceClassification
 from hf_mtcompress.workflow import do_step, prepare_output, step_sources
-from tests.tiny import FEELING_LABELS, tiny_encoder, tiny_text_rows, tiny_tokenizer
+from tests.tiny import FEELING_LABELS, tiny_bpe_tokenizer, tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 2}
@@ -152,14 +152,19 @@ def test_one_teacher_for_each_task_and_several_for_all(tmp_path: Path) -> None:
     assert (fresh.config.hidden_size, fresh.config.num_hidden_layers) == (32, 2)
 
 
-def saved_teacher(folder: Path, family: str = "bert", labels: Sequence[str] = FEELING_LABELS) -> MultiTaskModel:
+def saved_teacher(
+    folder: Path,
+    family: str = "bert",
+    labels: Sequence[str] = FEELING_LABELS,
+    encoder: PreTrainedModel | None = None,
+) -> MultiTaskModel:
     """A teacher of nobody's run, with the tasks of the tiny recipe and one more."""
     tasks = [
         SequenceClassification("mood", labels=list(labels)),
         SequenceClassification("strength", problem_type="regression"),
         SequenceClassification("other", labels=["a", "b"]),
     ]
-    teacher = MultiTaskModel.from_encoder(tiny_encoder(family), tasks, max_length=32)
+    teacher = MultiTaskModel.from_encoder(encoder or tiny_encoder(family), tasks, max_length=32)
     with torch.no_grad():
         for parameter in teacher.heads.parameters():
             parameter.add_(0.1)  # a regression's bias of 0 says that nobody trained it
@@ -233,9 +238,12 @@ def test_steps_after_a_student_read_as_it_does(
 ) -> None:
     """A student of another checkpoint has that one's tokenizer; the recipe's would make other numbers of the words."""
     monkeypatch.chdir(tmp_path)
-    saved_teacher(tmp_path / "teacher", "roberta")
-    tiny_encoder("roberta").save_pretrained(tmp_path / "roberta")
-    tiny_tokenizer("roberta").save_pretrained(tmp_path / "roberta")
+    tokenizer = tiny_bpe_tokenizer()
+    encoder = tiny_encoder("roberta", vocab_size=len(tokenizer))
+    encoder.save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    saved_teacher(tmp_path / "teacher", encoder=encoder)
+    tokenizer.save_pretrained(tmp_path / "teacher")
     nothing = {"max_steps": 1, "learning_rate": 1e-12, "head_learning_rate": 1e-12}
     if "path" in student:
         student = {"path": str(tmp_path / "roberta")}
@@ -246,9 +254,8 @@ def test_steps_after_a_student_read_as_it_does(
             {"kind": "finetune", "name": "more", "from": "student", **nothing},
         ],
     )
-    vocabulary = tiny_tokenizer("roberta").get_vocab()
     for name in ("student", "more"):
-        assert AutoTokenizer.from_pretrained(tmp_path / "run" / name).get_vocab() == vocabulary
+        assert AutoTokenizer.from_pretrained(tmp_path / "run" / name).get_vocab() == tokenizer.get_vocab()
     before, after = (done[name].artefacts[0].scores["validation"] for name in ("student", "more"))
     assert after.average == pytest.approx(before.average, abs=1e-4)
 
