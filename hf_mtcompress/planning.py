@@ -55,7 +55,9 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     train = sources.role("train")
     groups = group_tasks(sources.tasks, train)
     rows = sum(len(train[group[0]]) for group in groups)
-    shapes: dict[str | None, _Shape] = {None: _encoder_shape(recipe.encoder.path)}
+    shapes: dict[str | None, _Shape] = {
+        None: _encoder_shape(recipe.encoder.path, trust_remote_code=recipe.encoder.trust_remote_code)
+    }
     steps = []
     for step, source in zip(recipe.steps, step_sources, strict=True):
         start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
@@ -174,16 +176,16 @@ class _Shape:
                 return self.parameters * 4 / 1e6
 
 
-def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None) -> _Shape:
+def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False) -> _Shape:
     try:
-        config = AutoConfig.from_pretrained(path, **(changes or {}))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(changes or {}))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
             f"({str(error).splitlines()[0]})"
         ) from error
     with torch.device("meta"):
-        encoder: PreTrainedModel = AutoModel.from_config(config)
+        encoder: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     anatomy = find_anatomy(encoder)
     table = encoder.get_input_embeddings()
     embedding, tokens = (

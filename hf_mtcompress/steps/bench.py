@@ -126,10 +126,12 @@ def reopened(cut: Path, bench: Bench) -> MultiTaskModel:
     return model
 
 
-def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:
+def new_model(
+    path: str, bench: Bench, *, revision: str | None = None, trust_remote_code: bool = False
+) -> MultiTaskModel:
     """Fresh heads on a pretrained encoder."""
     try:
-        encoder = load_encoder(path, **kwargs)
+        encoder = load_encoder(path, **_loading(revision, trust_remote_code))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
@@ -146,6 +148,11 @@ def new_model(path: str, bench: Bench, **kwargs: Any) -> MultiTaskModel:
     )
 
 
+def _loading(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Options of `from_pretrained`. Left out, `trust_remote_code` has it ask at the terminal and wait."""
+    return {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+
+
 def load_processor(recipe: Recipe) -> Any:
     """Tokenizer or image processor of the recipe's encoder, with the wanted image size.
 
@@ -153,8 +160,7 @@ def load_processor(recipe: Recipe) -> Any:
         RecipeError: the encoder does not exist, or has neither.
     """
     encoder = recipe.encoder
-    options = {"revision": encoder.revision, "trust_remote_code": encoder.trust_remote_code}
-    options = {key: value for key, value in options.items() if value}
+    options = _loading(encoder.revision, encoder.trust_remote_code)
     images = all(task.kind == "image-classification" for task in recipe.tasks.values())
     try:
         if not images:

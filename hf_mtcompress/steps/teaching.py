@@ -248,7 +248,8 @@ def _teacher_and_student(step: DistillStep | PretrainStep, source: str | None, b
 def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
     """Load every teacher of a step once."""
     steps = [other.name for other in bench.recipe.steps]
-    models = {place: load_teacher(place, bench) for place in teachers_of(step)}
+    where = f"steps.{step.name}.{'teachers' if step.teachers else 'teacher'}"
+    models = {place: load_teacher(place, bench, where) for place in teachers_of(step)}
     processors = {
         id(model): bench.processor_of(place) if place in steps else _own_processor(place, bench)
         for place, model in models.items()
@@ -266,7 +267,7 @@ def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
 def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> Faculty:
     """The teacher of a pretrain step, whose answers nobody asks for."""
     own = any(other.name == step.teacher for other in bench.recipe.steps)
-    saved = own or _config_of(step.teacher).model_type == MultiTaskConfig.model_type
+    saved = own or _config_of(step.teacher, f"steps.{step.name}.teacher").model_type == MultiTaskConfig.model_type
     if own:
         teacher, processor = bench.load(step.teacher), bench.processor_of(step.teacher)
     else:
@@ -281,20 +282,22 @@ def _own_processor(place: str, bench: Bench) -> Any:
     try:
         if folder.is_dir():
             return read_processor(folder)
-        return (AutoImageProcessor if bench.max_length is None else AutoTokenizer).from_pretrained(place)
+        return (AutoImageProcessor if bench.max_length is None else AutoTokenizer).from_pretrained(
+            place, trust_remote_code=False
+        )
     except (ArtifactError, OSError, ValueError):
         logger.warning("teacher '%s' has no tokenizer or image processor of its own: it reads the run's", place)
         return bench.processor
 
 
-def _config_of(place: str) -> PreTrainedConfig:
-    """The config of a saved model.
+def _config_of(place: str, where: str) -> PreTrainedConfig:
+    """The config of a saved model; `where` is the key that names it.
 
     Raises:
         RecipeError: there is none.
     """
     folder = Path(place)
-    expected = "teacher: expected a step of this recipe, or the folder or Hub id of a saved model"
+    expected = f"{where}: expected a step of this recipe, or the folder or Hub id of a saved model"
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f"take one of those in it: {', '.join(inside)}" if inside else "check the path"
@@ -302,13 +305,18 @@ def _config_of(place: str) -> PreTrainedConfig:
     if not folder.is_dir() and (folder.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1):
         raise RecipeError(f"{expected}, found '{place}', which is no folder; check the path")
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{expected}, found '{place}' ({str(error).splitlines()[0]})") from error
 
 
-def load_teacher(name: str, bench: Bench) -> TeacherModel:
+def load_teacher(name: str, bench: Bench, where: str) -> TeacherModel:
     """The teacher: a step of this run, or a saved multi-task or stock model, or a graph.
+
+    Args:
+        name: of the step, or folder or Hub id.
+        bench: what the run has.
+        where: the key of the recipe that names it, for messages.
 
     Raises:
         RecipeError: it cannot be loaded.
@@ -317,11 +325,11 @@ def load_teacher(name: str, bench: Bench) -> TeacherModel:
         return bench.load(name)
     if any((Path(name) / settings).is_file() for settings, *_ in FILES.values()):
         return open_runtime(Path(name))
-    config = _config_of(name)
+    config = _config_of(name, where)
     kind = (config.architectures or [""])[0]
     if config.model_type != MultiTaskConfig.model_type and "For" not in kind:
         raise RecipeError(
-            f"teacher: expected a model with a head, found a {kind or config.model_type} in '{name}', which answers "
+            f"{where}: expected a model with a head, found a {kind or config.model_type} in '{name}', which answers "
             "nothing; fine-tune it first, or imitate its states in a pretrain step"
         )
     try:
@@ -332,7 +340,7 @@ def load_teacher(name: str, bench: Bench) -> TeacherModel:
         return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(
-            f"teacher: expected a step of this recipe or a saved model with a head, found '{name}' "
+            f"{where}: expected a step of this recipe or a saved model with a head, found '{name}' "
             f"({str(error).splitlines()[0]})"
         ) from error
 

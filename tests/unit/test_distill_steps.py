@@ -260,10 +260,28 @@ def test_steps_after_a_student_read_as_it_does(
     assert after.average == pytest.approx(before.average, abs=1e-4)
 
 
+def test_trust_in_the_encoders_code_is_not_trust_in_a_students(tmp_path: Path) -> None:
+    """`encoder.trust_remote_code` was said of one checkpoint; another one's code would run unasked."""
+    saved_teacher(tmp_path / "teacher")
+    theirs = tmp_path / "theirs"
+    tiny_encoder("bert").save_pretrained(theirs)
+    tiny_tokenizer().save_pretrained(theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    config.update(model_type="strange", auto_map={"AutoConfig": "code.Strange", "AutoModel": "code.Strange"})
+    (theirs / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (theirs / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Strange: pass\n")
+    with pytest.raises(RecipeError, match="contains custom code"):
+        run_steps(tmp_path, [copying(tmp_path / "teacher", {"path": str(theirs)})], "encoder.trust_remote_code=true")
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
+        ({"teacher": "nosuch/a/b"}, "steps.student.teacher: expected a step of this recipe, or the folder or Hub id"),
         ({"teacher": "nosuch/a/b"}, "found 'nosuch/a/b', which is no folder; check the path"),
+        ({"teachers": {"mood": "a/b/c"}, "teacher": None}, "steps.student.teachers: expected a step of this recipe"),
         ({"teacher": "./holder"}, "holder without a config.json; take one of those in it: teacher"),
         ({"teacher": "./encoder"}, "expected a model with a head, found a BertModel in"),
         ({"student": {"layers": 4, "choose": "redundancy"}}, "expected at most the teacher's 3 layers, found 4"),
