@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-EXACT_UP_TO = 10
-"""Tasks up to which all groupings are tried; above that, moves of single tasks are, from several starts."""
+EXACT_UP_TO = 115_975
+"""Groupings up to which all are tried: those of ten tasks into any number of encoders, or of 17 into two.
+
+Above that, moves of single tasks are, from several starts."""
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -59,7 +61,7 @@ def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int) -> Grou
     if encoders < 1:
         raise ValueError(f"expected at least 1 encoder, found {encoders}")
     helps = [[float(value or 0.0) for value in row] for row in affinity]
-    exact = len(tasks) <= EXACT_UP_TO
+    exact = _how_many(len(tasks), encoders) <= EXACT_UP_TO
     candidates = _all(len(tasks), encoders) if exact else _searched(helps, encoders)
     best = max(candidates, key=lambda places: (round(_expected(places, helps), 9), -len(set(places))))
     numbers = list(dict.fromkeys(best))
@@ -95,6 +97,17 @@ def _mean_help(task: int, group: Sequence[int], helps: Sequence[Sequence[float]]
 def _expected(places: Sequence[int], helps: Sequence[Sequence[float]]) -> float:
     groups = {place: [task for task, own in enumerate(places) if own == place] for place in set(places)}
     return sum(_mean_help(task, groups[place], helps) for task, place in enumerate(places)) / len(places)
+
+
+def _how_many(tasks: int, encoders: int) -> int:
+    """Groupings of so many tasks into at most so many encoders (Stirling numbers of the second kind, summed)."""
+    counts = [1]
+    for _ in range(1, tasks):
+        one_more = [0, *counts]
+        counts = [
+            number * count + new for number, (count, new) in enumerate(zip([*counts, 0], one_more, strict=True), 1)
+        ]
+    return sum(counts[:encoders])
 
 
 def _all(tasks: int, encoders: int) -> Iterator[list[int]]:

@@ -42,6 +42,13 @@ def test_all_groupings_are_tried_once() -> None:
     assert len(list(grouping._all(10, 2))) == 2**9
 
 
+def test_groupings_are_counted_without_making_them() -> None:
+    for tasks, encoders in product(range(1, 8), range(1, 9)):
+        assert grouping._how_many(tasks, encoders) == len(list(grouping._all(tasks, encoders)))
+    assert grouping._how_many(10, 10) == grouping.EXACT_UP_TO
+    assert grouping._how_many(17, 2) <= grouping.EXACT_UP_TO < grouping._how_many(18, 2)
+
+
 def test_exact_equals_brute_force() -> None:
     generator = np.random.default_rng(0)
     for _ in range(5):
@@ -51,11 +58,11 @@ def test_exact_equals_brute_force() -> None:
 
 
 def test_the_search_for_many_tasks_finds_planted_groups() -> None:
-    """Twelve tasks in three families, in disorder."""
+    """Fifteen tasks in three families, in disorder."""
     generator = np.random.default_rng(1)
-    families = generator.permutation([0, 1, 2] * 4)
-    helps = np.where(families[:, None] == families, 0.3, -0.1) + 0.05 * generator.normal(size=(12, 12))
-    names = [f"t{number}" for number in range(12)]
+    families = generator.permutation([0, 1, 2] * 5)
+    helps = np.where(families[:, None] == families, 0.3, -0.1) + 0.05 * generator.normal(size=(15, 15))
+    names = [f"t{number}" for number in range(15)]
     found = best_grouping(names, helps.tolist(), 3)
     assert not found.exact
     wanted = {frozenset(name for name, family in zip(names, families, strict=True) if family == f) for f in range(3)}
