@@ -70,17 +70,15 @@ def max_length_of(processor: Any, wanted: int | None) -> int:
     return min(limit, _DEFAULT_MAX_LENGTH) if isinstance(limit, int) else _DEFAULT_MAX_LENGTH
 
 
-def input_key(task: Task) -> tuple[Any, ...]:
-    """Tasks with equal keys read the same encoder from the same columns, so their rows are encoded once."""
-    return (task.encoder, task.input_columns)
-
-
 def group_tasks(tasks: Mapping[str, Task], datasets: Mapping[str, Dataset | IterableDataset]) -> list[tuple[str, ...]]:
-    """Names of tasks that can be encoded together: same rows (the same data set), same encoder, same columns."""
+    """Names of tasks that share rows (the same data set) and columns, so that their rows are encoded once.
+
+    They may read different branches or encoders: all encoders of a model read with one tokenizer or image processor.
+    """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, dataset in datasets.items():
         rows = (dataset._fingerprint, len(dataset)) if isinstance(dataset, Dataset) else (id(dataset),)
-        groups.setdefault((*rows, *input_key(tasks[name])), []).append(name)
+        groups.setdefault((*rows, *tasks[name].input_columns), []).append(name)
     return [tuple(names) for names in groups.values()]
 
 

@@ -125,7 +125,7 @@ def test_rows_keep_their_number_and_order(rows: Dataset) -> None:
         ([mood(), strength()], [("mood", "strength")]),
         ([mood(), same(), strength()], [("mood", "strength"), ("same",)]),
         ([mood(), strength(text="pair")], [("mood",), ("strength",)]),
-        ([mood(), strength(encoder="second")], [("mood",), ("strength",)]),
+        ([mood(), strength(encoder="second")], [("mood", "strength")]),
     ],
 )
 def test_tasks_with_the_same_inputs_are_grouped(tasks: list[Task], groups: list[tuple[str, ...]]) -> None:
