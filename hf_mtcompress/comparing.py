@@ -402,12 +402,8 @@ def _training_step(recipe: Recipe, seed: int, steps: int | None) -> FinetuneStep
     """The recipe's first finetune step, from the encoder, with all its settings and the last weights kept."""
     step = _finetune_step(recipe)
     config = merged_training(step, recipe.training)
-    arguments = dict(config.arguments)
-    if recipe.mixing.strategy == "score_gap":
-        # The one strategy that learns from validation scores needs them although no weights are chosen by them.
-        arguments.setdefault("eval_strategy", "epoch" if config.save_steps is None else "steps")
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    values |= {"keep": "last", "arguments": arguments, "max_steps": config.max_steps if steps is None else steps}
+    values |= {"keep": "last", "max_steps": config.max_steps if steps is None else steps}
     return FinetuneStep(name=f"seed-{seed}", adapters=step.adapters, **values)
 
 

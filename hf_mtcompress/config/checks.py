@@ -598,6 +598,12 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
     if not recipe.branches and not deep:
         return
     found = _places(recipe, deep)
+    for key in _gradient_settings(recipe):
+        problems.add(
+            f"fusion.{key.partition(':')[0]}",
+            f"compares the tasks' gradients where all of them read the encoder, found {found}; compare them in a "
+            "recipe without these",
+        )
     for step in recipe.steps:
         student = step.student if isinstance(step, DistillStep | PretrainStep) else None
         layers = student is not None and student.layers is not None
@@ -671,18 +677,23 @@ def _check_new_adapters(recipe: Recipe, already: bool, path: str, problems: Prob
     deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
     if recipe.branches or deep:
         problems.add(path, f"need tasks that read one whole encoder, found {_places(recipe, deep)}")
+    for key in _gradient_settings(recipe):
+        problems.add(
+            path,
+            f"expected no fusion.{key} with adapters, which compares the tasks' gradients at weights that they "
+            "share; here they share none that are trained, remove one of both",
+        )
+
+
+def _gradient_settings(recipe: Recipe) -> list[str]:
+    """What a recipe sets that compares the tasks' gradients."""
     fusion = recipe.fusion
-    for key, used in (
-        ("combination", fusion.combination is not None),
-        ("measure_every", fusion.measure_every is not None),
-        ("kind: gradient_norm", fusion.kind == "gradient_norm"),
-    ):
-        if used:
-            problems.add(
-                path,
-                f"expected no fusion.{key} with adapters, which compares the tasks' gradients at weights that they "
-                "share; here they share none that are trained, remove one of both",
-            )
+    settings = {
+        "combination": fusion.combination is not None,
+        "measure_every": fusion.measure_every is not None,
+        "kind: gradient_norm": fusion.kind == "gradient_norm",
+    }
+    return [key for key, used in settings.items() if used]
 
 
 def _check_distilled_adapters(

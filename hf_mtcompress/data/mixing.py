@@ -91,18 +91,18 @@ def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def batch_shares(weights: Sequence[float], total: int) -> list[int]:
-    """Split a number of batches by weights: largest remainders, at least one each.
+    """Split a number of batches or rows by weights: largest remainders, at least one for each weight above 0.
 
     Args:
         weights: of each source, at least 0, not all 0.
-        total: batches in all, at least one for each source.
+        total: in all, at least one for each source.
 
     Returns:
-        Batches by source; they add up to `total`.
+        Shares by source; they add up to `total`.
     """
     exact = np.asarray(weights, dtype=np.float64)
     exact = exact / exact.sum() * total
-    shares = np.maximum(np.floor(exact), 1).astype(int)
+    shares = np.maximum(np.floor(exact), exact > 0).astype(int)
     # Ties go to the earlier source.
     for index in np.argsort(-(exact - np.floor(exact)), kind="stable"):
         if shares.sum() >= total:
@@ -116,14 +116,14 @@ def batch_shares(weights: Sequence[float], total: int) -> list[int]:
 class MixingSampler(Sampler[list[Index]]):
     """Batches of one source each (or of rows of several), in an order that depends on seed and epoch alone.
 
-    An epoch has as many batches as one pass over all rows. With `proportional` every row comes once an epoch. The
-    other strategies walk through each source's rows at a pace of its own, and no row comes twice before all others of
-    its source came once:
+    An epoch has as many batches as one pass over all rows, or, with `mixed`, as many rows. With `proportional` every
+    row comes once an epoch. The other strategies walk through each source's rows at a pace of its own, and no row comes
+    twice before all others of its source came once:
 
     - `temperature`: by rows ** (1 / temperature) (multilingual BERT and T5);
     - `annealed`: by rows ** a, with a going from 1 to 0.2 over the epochs (Stickland and Murray 2019, "BERT and PALs");
     - `uniform`, and `round_robin`, which also fixes the order;
-    - `weights`: as given;
+    - `weights`: as given; a source of weight 0 is never drawn;
     - `loss`, `score_gap`: by what `react` was told before the epoch; the first one is proportional.
 
     With several processes it emits groups of `num_processes` batches of the same source, because accelerate deals
@@ -191,7 +191,7 @@ class MixingSampler(Sampler[list[Index]]):
         """Sources that are left out of epochs that were not planned yet."""
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self.history: list[list[int]] = []
-        """Groups of each source, by epoch: what a resumed run must know."""
+        """Groups of each source, or rows with `mixed`, by epoch: what a resumed run must know."""
         self.set_epoch(0)
 
     @property
@@ -201,8 +201,17 @@ class MixingSampler(Sampler[list[Index]]):
 
     @property
     def shares(self) -> list[int]:
-        """Groups of each source in this epoch."""
+        """Groups of each source in this epoch; rows with `mixed`."""
         return self.history[self.epoch]
+
+    @property
+    def _unit(self) -> int:
+        """Rows that shares are counted in. Groups of one source would round many small sources away."""
+        return 1 if self.mixed else self.group_size
+
+    @property
+    def _counted(self) -> list[int]:
+        return [count if self.cap is None else min(count, self.cap) for count in self.rows]
 
     def react(self, pulls: Sequence[float]) -> None:
         """Tell the reactive strategies how strongly each source is wanted in epochs that were not planned yet."""
@@ -215,8 +224,8 @@ class MixingSampler(Sampler[list[Index]]):
             self.history.append(self._plan(len(self.history)))
 
     def _plan(self, epoch: int) -> list[int]:
-        counted = [count if self.cap is None else min(count, self.cap) for count in self.rows]
-        once = [math.ceil(count / self.group_size) for count in counted]
+        counted = self._counted
+        once = [math.ceil(count / self._unit) for count in counted]
         match self.strategy:
             case "proportional":
                 if not self.excluded:
@@ -234,15 +243,15 @@ class MixingSampler(Sampler[list[Index]]):
             case "loss" | "score_gap":
                 weights = self.pulls or [float(count) for count in counted]
         kept = [source for source in range(len(once)) if source not in self.excluded]
+        if not any(weights[source] for source in kept):
+            weights = [1.0] * len(once)
         # Epochs keep their length: what is left out makes room for the others.
-        shares = batch_shares([weights[source] for source in kept], len(self) // self.num_processes)
+        shares = batch_shares([weights[source] for source in kept], sum(once))
         return [shares[kept.index(source)] if source in kept else 0 for source in range(len(once))]
 
     def __len__(self) -> int:
-        counted = [count if self.cap is None else min(count, self.cap) for count in self.rows]
-        if self.mixed and self.strategy == "proportional" and self.cap is None:
-            return math.ceil(sum(counted) / self.group_size) * self.num_processes
-        return sum(math.ceil(count / self.group_size) for count in counted) * self.num_processes
+        groups = sum(math.ceil(count / self._unit) for count in self._counted)
+        return math.ceil(groups * self._unit / self.group_size) * self.num_processes
 
     def __iter__(self) -> Iterator[list[Index]]:
         for group in self._mixed_groups() if self.mixed else self._pure_groups():
@@ -254,16 +263,11 @@ class MixingSampler(Sampler[list[Index]]):
     def _pure_groups(self) -> Iterator[list[Index]]:
         seen = [0] * len(self.rows)
         for source in self.order():
-            yield [(source, row) for row in self._rows_of(source, seen[source])]
+            yield [(source, row) for row in self._rows_of(source, seen[source], seen[source] + 1)]
             seen[source] += 1
 
     def _mixed_groups(self) -> Iterator[list[Index]]:
-        rows = [
-            (source, row)
-            for source, share in enumerate(self.shares)
-            for group in range(share)
-            for row in self._rows_of(source, group)
-        ]
+        rows = [(source, row) for source, share in enumerate(self.shares) for row in self._rows_of(source, 0, share)]
         generator = np.random.default_rng([self.seed, self.epoch, 2])
         order = generator.permutation(len(rows))
         if self.lengths is not None:
@@ -287,18 +291,16 @@ class MixingSampler(Sampler[list[Index]]):
         np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         return [int(source) for source in order]
 
-    def _rows_of(self, source: int, group: int) -> list[int]:
-        """Rows of a source's n-th group in this epoch."""
-        size = self.group_size
-        count = self.rows[source]
+    def _rows_of(self, source: int, first: int, last: int) -> list[int]:
+        """Rows of a source's groups (rows with `mixed`) from the n-th up to another in this epoch."""
+        count, unit = self.rows[source], self._unit
         if self.strategy == "proportional" and self.cap is None and all(self.shares):
             order = self._permutation(source, self.epoch)
-            return [int(row) for row in order[group * size : (group + 1) * size]]
+            return [int(row) for row in order[first * unit : last * unit]]
         # An endless row of permutations, cut into groups: no row comes twice before all others came once.
-        start = (sum(shares[source] for shares in self.history[: self.epoch]) + group) * size
-        passes = range(start // count, (start + size - 1) // count + 1)
-        orders = {number: self._permutation(source, number) for number in passes}
-        return [int(orders[position // count][position % count]) for position in range(start, start + size)]
+        before = sum(shares[source] for shares in self.history[: self.epoch])
+        places = range((before + first) * unit, (before + last) * unit)
+        return [int(self._permutation(source, place // count)[place % count]) for place in places]
 
     def _permutation(self, source: int, number: int) -> np.ndarray:
         """Order of a source's rows in its n-th pass, the last few kept."""

@@ -13,6 +13,9 @@ from hf_mtcompress.errors import DataError
 STREAM_STRATEGIES = ("uniform", "round_robin", "weights")
 """Strategies of mixing that need no number of rows."""
 _GROUPS_IN_A_BLOCK = 10
+"""Of each source, on average, at least."""
+_LONGEST_BLOCK = 1000
+"""Groups of each source, on average, at most; a weight below one group of such a block counts as one."""
 
 
 class MixedStream(TorchIterableDataset[dict[str, Any]]):
@@ -55,7 +58,10 @@ class MixedStream(TorchIterableDataset[dict[str, Any]]):
         self.group_size = batch_size * num_processes
         self.seed = seed
         given = [1.0] * len(self.sources) if strategy != "weights" else list(weights or ())
-        self.shares = batch_shares(given, _GROUPS_IN_A_BLOCK * len(given))
+        # As many as the smallest weight needs to come once.
+        needed = sum(given) / min((weight for weight in given if weight > 0), default=1.0)
+        groups = min(max(_GROUPS_IN_A_BLOCK * len(given), round(needed)), _LONGEST_BLOCK * len(given))
+        self.shares = batch_shares(given, groups)
         """Groups of each source in a block of the order."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -43,6 +43,8 @@ class Fusion(ABC):
     ) -> None:
         self.weights = dict(weights or {})
         self.normalisers = dict(normalisers or {})
+        self.trained: set[str] | None = None
+        """Tasks that have training rows; None where that is not known, which counts as all."""
         self.progress = 0.0
         self.total_steps = 0
 
@@ -399,9 +401,11 @@ class GradientNorm(Fusion):
             # The norm that the task has in the fused loss.
             self.sums[name] = (total + norm * self.base(name, self.progress), count + 1)
         self.windows += 1
-        if self.windows >= max(math.ceil(self.share * self.total_steps), 1) and len(self.sums) >= len(self.weights):
-            means = {name: max(total / count, _SMALL) for name, (total, count) in self.sums.items()}
-            middle = math.exp(sum(map(math.log, means.values())) / len(means))
+        awaited = set(self.weights) if self.trained is None else self.trained
+        if self.windows >= max(math.ceil(self.share * self.total_steps), 1) and awaited <= self.sums.keys():
+            # A task of weight 0 has no gradient, and says nothing of how long one should be.
+            means = {name: total / count for name, (total, count) in self.sums.items() if total > 0}
+            middle = math.exp(sum(map(math.log, means.values())) / max(len(means), 1))
             self.factors = {name: min(max(middle / mean, 1 / self.limit), self.limit) for name, mean in means.items()}
 
     def state_dict(self) -> dict[str, Any]:

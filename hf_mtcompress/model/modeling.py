@@ -289,7 +289,9 @@ class MultiTaskModel(PreTrainedModel):
         return nn.Module.to(head, encoder.dtype).train(self.training)
 
     def remove_task(self, name: str) -> None:
-        """Take a task with its head and adapter out; the answers of the other tasks do not change.
+        """Take a task out, with its head and adapter and a branch or encoder that no other task reads.
+
+        The answers of the other tasks do not change. Auxiliary tasks can so be dropped when training is over.
 
         Raises:
             TaskError: there is no such task, or it is the only one.
@@ -300,6 +302,14 @@ class MultiTaskModel(PreTrainedModel):
         del self.heads[head_name]
         if head_name in self.adapters:
             del self.adapters[head_name]
+        read = {task.encoder for task in self.tasks.values()}
+        for branch in [branch for branch in self.branches if branch not in read]:
+            del self.branches[branch]
+        roots = {"main", *(self.config.root_of(place) for place in read)}
+        for encoder in [encoder for encoder in self.encoders if encoder not in roots]:
+            del self.encoders[encoder]
+        self.config.branches = {key: value for key, value in (self.config.branches or {}).items() if key in read}
+        self.config.encoders = {key: value for key, value in (self.config.encoders or {}).items() if key in roots}
         self.refresh_config()
 
     def freeze_encoder(self, tasks: Sequence[str] | None = None, *, frozen: bool = True) -> None:

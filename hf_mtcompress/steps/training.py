@@ -108,6 +108,8 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
         RecipeError: `arguments` holds a name or value that `TrainingArguments` refuses.
     """
     best = config.keep != "last"
+    # Some settings follow validation scores, whatever weights are kept.
+    scored = best or bench.recipe.mixing.strategy == "score_gap" or bench.recipe.mixing.task_patience is not None
     strategy = "epoch" if config.save_steps is None else "steps"
     settings: dict[str, Any] = {
         "num_train_epochs": config.epochs,
@@ -126,7 +128,7 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
         "save_steps": config.save_steps,
         "eval_steps": config.save_steps,
         "save_strategy": strategy,
-        "eval_strategy": strategy if best else "no",
+        "eval_strategy": strategy if scored else "no",
         "load_best_model_at_end": best,
         "metric_for_best_model": "average" if best else None,
         "greater_is_better": True if best else None,

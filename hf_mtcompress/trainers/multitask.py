@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,9 @@ class MultiTaskTrainer(Trainer):
             self.fusion = self._set_up_fusion(fusion)
             self._mixed = getattr(self.args, "batches", "one_source") == "mixed"
             self._check_streams()
+            self._check_evaluations()
             self._check_surgery()
-            self._check_adapters()
+            self._check_shared_weights()
             self.gradient_log = GradientLog(list(self.tasks))
             self.add_callback(_TellTrainer(self))
 
@@ -224,17 +226,42 @@ class MultiTaskTrainer(Trainer):
     def _set_up_fusion(self, fusion: Fusion | str | None) -> Fusion:
         options = getattr(self.args, "fusion_options", None) or {}
         if not isinstance(fusion, Fusion):
-            fusion = fusion_of(fusion or getattr(self.args, "fusion", "sum"), **options)
+            kind = fusion or getattr(self.args, "fusion", "sum")
+            seed = {"seed": self.args.seed} if kind == "random" else {}
+            fusion = fusion_of(kind, **{**seed, **options})
         for name, task in self.tasks.items():
             weight = task.weight if task.final_weight is None else (task.weight, task.final_weight)
             fusion.weights.setdefault(name, weight)
         if getattr(self.args, "normalize_losses", "chance") == "chance" and len(self.tasks) > 1:
-            for group in self.train_sources:
-                for name in group.tasks:
-                    task = self.tasks[name]
-                    needed = encoded_labels(group.dataset, task) if task.problem == "regression" else []
-                    fusion.normalisers.setdefault(name, task.chance_loss(needed))
+            for name, loss in self.chance_losses.items():
+                fusion.normalisers.setdefault(name, loss)
+        fusion.trained = {name for group in self.train_sources for name in group.tasks}
         return fusion
+
+    @cached_property
+    def chance_losses(self) -> dict[str, float]:
+        """By task with training rows: the loss of an uninformed guess."""
+        return {
+            name: self.tasks[name].chance_loss(
+                encoded_labels(group.dataset, self.tasks[name]) if self.tasks[name].problem == "regression" else []
+            )
+            for group in self.train_sources
+            for name in group.tasks
+        }
+
+    def _check_evaluations(self) -> None:
+        """What follows validation scores needs some while it trains.
+
+        Raises:
+            TrainingError: `mixing="score_gap"` or `task_patience` without evaluations.
+        """
+        found = "mixing='score_gap'" if self.mixing_strategy == "score_gap" else None
+        found = found or ("task_patience" if getattr(self.args, "task_patience", None) is not None else None)
+        if found and self.train_sources and self.args.eval_strategy == "no":
+            raise TrainingError(
+                f"expected eval_strategy='epoch' or 'steps' with {found}, which follows validation scores, found 'no'; "
+                "set it, and pass eval_dataset"
+            )
 
     def _check_streams(self) -> None:
         """What cannot be done with streams is said before training.
@@ -277,7 +304,6 @@ class MultiTaskTrainer(Trainer):
         method = getattr(self.args, "gradient_combination", None)
         if method is None or not self.train_sources:
             return
-        refuse_sharded(self)
         alone = all(len(source.tasks) == 1 for source in self.train_sources)
         if alone and not self._mixed and self.args.gradient_accumulation_steps == 1:
             raise TrainingError(
@@ -285,15 +311,14 @@ class MultiTaskTrainer(Trainer):
                 "source of rows in each; say batches='mixed', or gradient_accumulation_steps of 2 and more"
             )
 
-    def _check_adapters(self) -> None:
-        """What compares the tasks' gradients at shared weights needs such weights.
+    def _check_shared_weights(self) -> None:
+        """What compares the tasks' gradients at shared weights needs such weights, whole and in training.
 
         Raises:
-            TrainingError: the encoder is frozen under adapters, and such a setting is made.
+            TrainingError: such a setting, and weights are sharded, frozen or not shared by all tasks.
         """
         core = self.accelerator.unwrap_model(self.model)
-        if not isinstance(core, MultiTaskModel) or not len(core.adapters):
-            return
+        assert isinstance(core, MultiTaskModel)
         found = [
             name
             for name, wanted in (
@@ -303,10 +328,24 @@ class MultiTaskTrainer(Trainer):
             )
             if wanted
         ]
-        if found:
+        if not found or not self.train_sources:
+            return
+        settings = ", ".join(found)
+        refuse_sharded(self, settings)
+        if len(core.adapters):
             raise TrainingError(
-                f"expected no settings that compare the tasks' gradients with adapters, found {', '.join(found)}; the "
+                f"expected no settings that compare the tasks' gradients with adapters, found {settings}; the "
                 "encoder is frozen and every task trains weights of its own: leave them out"
+            )
+        if len({(task.encoder, task.layer) for task in core.tasks.values()}) > 1:
+            raise TrainingError(
+                f"expected tasks that all read one encoder at its end with {settings}, which compares their gradients "
+                "there, found branches, or tasks that read a lower layer; compare them in a run without these"
+            )
+        if not any(parameter.requires_grad for parameter in core.encoders.parameters()):
+            raise TrainingError(
+                f"expected an encoder that is trained with {settings}, which compares the tasks' gradients at its "
+                "weights, found a frozen one; leave them out"
             )
 
     def _set_up_penalty(self) -> WeightPenalty | None:
@@ -416,6 +455,9 @@ class MultiTaskTrainer(Trainer):
             num_processes=self.accelerator.num_processes,
             lengths=self._lengths() if self.args.train_sampling_strategy == "group_by_length" else None,
         )
+        if self.args.max_steps > 0:
+            windows = len(self.mixing_sampler) // self.accelerator.num_processes / self.args.gradient_accumulation_steps
+            self.mixing_sampler.epochs = math.ceil(self.args.max_steps / max(math.ceil(windows), 1))
         return self.accelerator.prepare(
             DataLoader(
                 MixedDataset([group.dataset for group in self.train_groups]),
@@ -592,7 +634,7 @@ class MultiTaskTrainer(Trainer):
             self.fusion.observe(losses)
             if self.mixing_strategy == "loss":
                 for name, loss in losses.items():
-                    loss /= self.fusion.normalisers.get(name, 1.0)
+                    loss /= self.chance_losses.get(name, 1.0)
                     self._pulls[name] = 0.9 * self._pulls.get(name, loss) + 0.1 * loss
         if self._feature_gradients:
             summed = self._over_ranks(self._feature_gradients)
@@ -628,7 +670,7 @@ class MultiTaskTrainer(Trainer):
                     continue  # rows of others, which only a teacher labels
                 loss = task.loss_sum(outputs[f"logits_{name}"], target) / divisor(items)
                 vectors[name] = gradients.of(self.fusion.weight(name, loss) * loss, outputs.last_hidden_state)
-                shares[name] = float(loss.detach()) / self.fusion.normalisers.get(name, 1.0)
+                shares[name] = float(loss.detach()) / self.chance_losses[name]
         core.train(training)
         if vectors:
             self.gradient_log.add(step, list(vectors), gramian(vectors).tolist(), shares)
@@ -661,9 +703,10 @@ class MultiTaskTrainer(Trainer):
         return getattr(model, "find_unused_parameters", True)
 
     def _touch_unread_parts(self, present: Mapping[str, Task]) -> Tensor:
-        """Zero, through every parameter that this batch may not use (heads and adapters of absent tasks, poolers).
+        """Zero, through every parameter that this batch may not use.
 
-        DDP that does not look for unused parameters waits for the gradients of all of them.
+        These are heads and adapters of absent tasks, poolers, and all encoders where tasks read different places. DDP
+        that does not look for unused parameters waits for the gradients of all of them.
         """
         core = self.accelerator.unwrap_model(self.model)
         assert isinstance(core, MultiTaskModel)
@@ -673,9 +716,11 @@ class MultiTaskTrainer(Trainer):
         parts += [
             part for encoder in core.encoders.values() for key, part in encoder.named_children() if key == "pooler"
         ]
-        parts += list(core.branches.values())
+        if len({(task.encoder, task.layer) for task in self.tasks.values()}) > 1:
+            parts += [core.encoders, core.branches]
         total = torch.zeros((), device=self.args.device)
-        for parameter in (parameter for part in parts if part is not None for parameter in part.parameters()):
+        found = {parameter for part in parts if part is not None for parameter in part.parameters()}
+        for parameter in (parameter for parameter in found if parameter.requires_grad):
             total = total + 0.0 * parameter.sum()
         return total
 

@@ -245,6 +245,18 @@ def test_an_arm_with_adapters_trains_them(tmp_path: Path) -> None:
     assert not settings["together"].get("adapters")
 
 
+def test_an_arm_with_branches_counts_rows_once(tmp_path: Path) -> None:
+    """Tasks over the same rows share batches, whichever layers they read."""
+    recipe = write_tiny_recipe(tmp_path, steps=FIRST_STEP, reference=None)
+    arm = ["--arm", "side=branches={side: [strength]},branch_layers=1,mixing.strategy=uniform"]
+    assert main(["compare-tasks", str(recipe), "--seeds", "1", "--output", str(tmp_path / "out"), *arm]) == 0
+    found = arms_of(json.loads((tmp_path / "out" / "compare.json").read_text()))
+    for name in ("together", "side"):
+        (model,) = found[name]["models"]
+        assert model["rows_seen"] == 48
+        assert model["task_rows_seen"] == {"mood": 48, "strength": 48}
+
+
 @pytest.mark.parametrize("text", ["a=tasks.mood.labels=[bad, plain, good],fusion.kind=product"])
 def test_commas_inside_a_value_stay(finished: tuple[Path, Path, dict[str, Any]], text: str) -> None:
     (arm,) = load_comparison(finished[0], arms=[text]).arms

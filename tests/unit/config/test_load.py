@@ -477,6 +477,26 @@ def test_bad_task_names(name: str):
     assert "rename the task" in found
 
 
+@pytest.mark.parametrize(
+    ("fusion", "key"),
+    [
+        ({"combination": "upgrad"}, "combination"),
+        ({"measure_every": 5}, "measure_every"),
+        ({"kind": "gradient_norm"}, "kind"),
+    ],
+)
+@pytest.mark.parametrize("layer", [None, 1])
+def test_gradients_are_not_compared_across_branches(fusion: dict[str, Any], key: str, layer: int | None):
+    recipe = small() | {"fusion": fusion}
+    if layer is None:
+        recipe["branches"] = {"side": ["mood"]}
+    else:
+        recipe["tasks"]["mood"]["layer"] = layer
+    (found,) = [text for text in problems(recipe) if text.startswith("fusion")]
+    assert found.startswith(f"fusion.{key}: compares the tasks' gradients where all of them read the encoder, found ")
+    assert found.endswith("compare them in a recipe without these")
+
+
 def test_rows_are_not_shared_in_a_chain():
     recipe = small()
     mood = recipe["tasks"]["mood"]

@@ -1,6 +1,7 @@
 """Laws of mixing."""
 
 from collections import Counter
+from itertools import product
 from typing import Any, get_args
 
 import pytest
@@ -102,7 +103,30 @@ def test_shares_by_strategy() -> None:
     assert shares([90, 10], 10, strategy="uniform")[0] == [5, 5]
     assert shares([1000, 1], 1000, strategy="temperature", temperature=1.0)[0] == [1, 1]
     assert shares([90, 10], 10, strategy="weights", weights=[1, 3])[0] == [3, 7]
-    assert shares([90, 10], 10, strategy="weights", weights=[1, 0])[0] == [9, 1]
+    assert shares([90, 10], 10, strategy="weights", weights=[1, 0])[0] == [10, 0]
+
+
+def test_shares_of_mixed_batches_are_rows() -> None:
+    """Many sources that are owed less than a batch each would otherwise be left out for good."""
+    assert shares([90, 10], 10, mixed=True)[0] == [90, 10]
+    assert shares([160, 10], 10, mixed=True, strategy="temperature")[0] == [136, 34]
+    many = MixingSampler([3] * 100, 64, mixed=True)
+    many.excluded = {0}
+    many.set_epoch(1)
+    assert many.shares[0] == 0
+    assert set(many.shares[1:]) == {3, 4}
+    assert sum(many.shares) == 300
+    assert len(list(many)) == len(many) == 5
+
+
+def test_a_source_of_weight_0_is_never_drawn() -> None:
+    sampler = MixingSampler([8, 8, 8], 4, strategy="weights", weights=[1, 0, 3])
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert {source for batch in sampler for source, _ in batch} == {0, 2}
+    sampler.excluded = {0, 2}
+    sampler.set_epoch(3)
+    assert sampler.shares == [0, 6, 0], "nothing else is left"
 
 
 def test_annealed_goes_from_proportional_to_nearly_even() -> None:
@@ -122,12 +146,14 @@ def test_a_cap_bounds_what_a_large_source_counts() -> None:
 
 def test_epochs_are_of_one_length_whatever_the_shares() -> None:
     """Trainer counts optimizer steps from the first epoch's length."""
-    for strategy in STRATEGIES:
-        sampler = MixingSampler([33, 2, 2, 2], 8, strategy=strategy, weights=[9, 1, 1, 1], epochs=4)
+    for strategy, mixed in product(STRATEGIES, (False, True)):
+        if mixed and strategy == "round_robin":
+            continue
+        sampler = MixingSampler([33, 2, 2, 2], 8, strategy=strategy, weights=[9, 1, 1, 1], epochs=4, mixed=mixed)
         for epoch in range(4):
             sampler.react([1.0 + epoch, 2.0, 0.0, 1.0])
             sampler.set_epoch(epoch)
-            assert len(list(sampler)) == len(sampler) == 8
+            assert len(list(sampler)) == len(sampler) == (5 if mixed else 8)
 
 
 def test_reactive_strategies_follow_what_they_are_told() -> None:

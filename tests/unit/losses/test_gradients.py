@@ -185,10 +185,15 @@ def test_upgrad_raises_no_loss(seed: int):
 
 
 @needs_surgery
-def test_upgrad_does_not_increase_either_of_two_opposing_losses():
-    """The planted conflict on real losses: (x - 1)^2 + y^2 and (x + 1)^2 + y^2 meet at the origin."""
-    point = torch.tensor([0.2, 1.0], requires_grad=True)
-    weigh = combination("upgrad")
+@pytest.mark.parametrize(("method", "raises_one"), [("upgrad", False), ("mean", True)])
+def test_upgrad_does_not_increase_either_of_two_opposing_losses(method: str, raises_one: bool):
+    """The planted conflict on real losses: (x - 1)^2 + y^2 and (x + 1)^2 + y^2 meet at the origin.
+
+    On the way there the plain sum makes the smaller loss worse.
+    """
+    point = torch.tensor([0.2, 0.1], requires_grad=True)
+    weigh = combination(method)
+    raised = False
     for _ in range(100):
         losses = [(point[0] - 1) ** 2 + point[1] ** 2, (point[0] + 1) ** 2 + point[1] ** 2]
         gradients = [torch.autograd.grad(loss, point)[0] for loss in losses]
@@ -196,7 +201,8 @@ def test_upgrad_does_not_increase_either_of_two_opposing_losses():
         with torch.no_grad():
             point -= 0.02 * (weights[0] * gradients[0] + weights[1] * gradients[1])
             after = [(point[0] - 1) ** 2 + point[1] ** 2, (point[0] + 1) ** 2 + point[1] ** 2]
-        assert all(new <= old + 1e-4 for new, old in zip(after, losses, strict=True))
+        raised = raised or any(new > old + 1e-4 for new, old in zip(after, losses, strict=True))
+    assert raised == raises_one
     assert abs(float(point.detach()[1])) < 0.05
 
 
@@ -229,6 +235,19 @@ def test_imtl_g_has_equal_projections():
     combined = combination("imtl_g")(gramian(rows(gradients))) @ gradients
     along = gradients @ combined / gradients.norm(dim=1)
     assert along.tolist() == pytest.approx([float(along[0])] * 3, rel=1e-3)
+
+
+@needs_surgery
+@pytest.mark.parametrize(("method", "invariant"), [("imtl_g", True), ("mean", False)])
+def test_the_direction_for_a_loss_times_a_hundred(method: str, invariant: bool):
+    """Equal progress along every task's direction does not care about units; the plain sum is taken over."""
+    gradients = random_gradients(2)
+    directions = []
+    for scale in (1.0, 100.0):
+        scaled = gradients * torch.tensor([[1.0], [scale]])
+        combined = combination(method)(gramian(rows(scaled))) @ scaled
+        directions.append(combined / combined.norm())
+    assert (float(directions[0] @ directions[1]) > 0.999) == invariant
 
 
 @needs_surgery

@@ -61,6 +61,20 @@ def test_adding_and_removing_a_task_changes_no_other(family: str, tmp_path: Path
     assert torch.equal(logits(loaded, family, "mood"), before)
 
 
+@pytest.mark.parametrize("layers", [1, None])
+def test_a_removed_task_takes_along_what_no_other_reads(layers: int | None, tmp_path: Path) -> None:
+    """A branch or an encoder that nobody asks would be kept, saved and sent for nothing."""
+    tasks = [first_task("bert"), second_task("bert")]
+    place = {"branches": {"side": [tasks[1].name]}, "branch_layers": layers}
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, **place)
+    before = logits(model, "bert", "mood")
+    assert any("side" in key for key in model.state_dict())
+    model.remove_task(tasks[1].name)
+    assert not any("side" in key for key in model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(MultiTaskModel.from_pretrained(tmp_path), "bert", "mood"), before)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "deberta-v2", "modernbert", "vit"])
 def test_one_checkpoint_keeps_its_logits(family: str, tmp_path: Path) -> None:
     """Head, labels and encoder are taken over; from a folder and from memory."""

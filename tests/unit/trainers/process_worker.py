@@ -22,7 +22,15 @@ from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows,
 
 
 def main(
-    folder: Path, batch_size: int, find_unused: bool, mixed: bool, adapters: bool, distill: bool, gradual: bool
+    folder: Path,
+    batch_size: int,
+    find_unused: bool,
+    mixed: bool,
+    adapters: bool,
+    distill: bool,
+    gradual: bool,
+    branch: bool,
+    window: bool,
 ) -> None:
     set_seed(0)
     tasks = [
@@ -30,7 +38,9 @@ def main(
         Sequence("strength", problem_type="regression", text="text", label="intensity"),
         Tokens("tags", labels=TAG_LABELS, tokens="tokens", label="tags"),
     ]
-    model = MultiTaskModel.from_encoder(tiny_encoder("bert", hidden_size=16 if distill else 32), tasks, max_length=32)
+    place = {"branches": {"side": ["tags"]}, "branch_layers": 1} if branch else {}
+    encoder = tiny_encoder("bert", hidden_size=16 if distill else 32)
+    model = MultiTaskModel.from_encoder(encoder, tasks, max_length=32, **place)
     teaching = {}
     if distill:  # a narrow student learns through projections; its teacher is asked before by both processes
         teacher = MultiTaskModel.from_encoder(tiny_encoder("bert", seed=1), tasks, max_length=32)
@@ -60,7 +70,8 @@ def main(
             batches="mixed" if mixed else "one_source",
             fusion="gradient_norm" if mixed else "sum",
             fusion_options={"share": 0.3} if mixed else None,
-            gradient_combination="upgrad" if mixed else None,
+            gradient_combination="upgrad" if mixed or window else None,
+            measure_interference=2 if window else None,
             l1_penalty=0.05 if distill else 0.0,
             l2_penalty=0.1 if distill else 0.0,
             dataloader_pin_memory=False,
@@ -102,4 +113,6 @@ if __name__ == "__main__":
         adapters="adapters" in modes,
         distill="distill" in modes,
         gradual="gradual" in modes,
+        branch="branch" in modes,
+        window="window" in modes,
     )

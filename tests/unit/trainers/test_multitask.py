@@ -172,6 +172,8 @@ VARIANTS: list[dict[str, Any]] = [
     *({"fusion": kind} for kind in get_args(FusionKind) if kind != "sum"),
     {"fusion": "gradient_norm", "fusion_options": {"share": 0.9}},
     {"task_patience": 1},
+    {"gradient_combination": "pcgrad", "gradient_accumulation_steps": 2},
+    {"measure_interference": 3},
 ]
 
 
@@ -187,6 +189,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, settings: dic
         assert torch.equal(value, stopped.model.state_dict()[name]), name
     assert stopped.mixing_sampler.history == whole.mixing_sampler.history
     assert stopped.fusion.state_dict() == whole.fusion.state_dict()
+    assert stopped.gradient_log.state_dict() == whole.gradient_log.state_dict()
+    assert bool(whole.gradient_log.steps) == ("measure_interference" in settings)
+    assert stopped.stopped_tasks == whole.stopped_tasks
+    assert bool(whole.stopped_tasks) == ("task_patience" in settings)
 
 
 def test_mixed_batches_give_the_gradients_of_separate_ones(tmp_path: Path) -> None:
@@ -225,10 +231,52 @@ def test_mixing_by_training_loss_prefers_the_task_that_is_behind(tmp_path: Path)
 
 
 def test_mixing_by_score_looks_at_validation_scores_and_targets(tmp_path: Path) -> None:
-    trainer = build(tmp_path, mixing="score_gap", mixing_targets={"mood": 0.5}, num_train_epochs=1)
+    settings = {"mixing": "score_gap", "mixing_targets": {"mood": 0.5}, "eval_strategy": "epoch"}
+    trainer = build(tmp_path, **settings, num_train_epochs=1)
     metrics = trainer.evaluate()
     assert trainer._pulls["mood"] == pytest.approx(max(0.5 - metrics["eval_mood_accuracy"], 0) / 0.5)
     assert trainer._pulls["tags"] == pytest.approx(1 - metrics["eval_tags_span_f1"])
+
+
+@pytest.mark.parametrize("settings", [{"mixing": "score_gap"}, {"task_patience": 1}])
+def test_what_follows_scores_is_refused_where_nothing_is_scored(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """It would do nothing, and not say so."""
+    with pytest.raises(TrainingError, match="expected eval_strategy='epoch' or 'steps' with"):
+        build(tmp_path, eval_strategy="no", **settings)
+
+
+def test_annealed_mixing_counts_the_epochs_of_max_steps(tmp_path: Path) -> None:
+    settings = {"mixing": "annealed", "rows": 32, "gradient_accumulation_steps": 2}
+    trainer = build(tmp_path, **settings, num_train_epochs=4)
+    trainer.train()
+    by_steps = build(tmp_path, **settings, max_steps=trainer.state.max_steps)
+    by_steps.train()
+    assert by_steps.mixing_sampler.epochs == trainer.mixing_sampler.epochs == 4
+    assert by_steps.mixing_sampler.history == trainer.mixing_sampler.history
+
+
+def test_random_weights_follow_the_seed_of_the_run(tmp_path: Path) -> None:
+    def weights(seed: int) -> list[float]:
+        args = arguments(tmp_path, fusion="random", seed=seed)
+        fusion = MultiTaskTrainer(model=build(tmp_path).model, args=args).fusion
+        fusion.start_window(0, 10)
+        return [fusion.factor(name) for name in ("mood", "tags")]
+
+    assert weights(1) == weights(1) != weights(2)
+
+
+def test_the_probe_phase_ends_without_tasks_that_have_no_rows(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    settings = {"fusion": "gradient_norm", "fusion_options": {"share": 0.1}, "max_steps": 6}
+    rows = {"mood": tiny_text_rows(12), "tags": tiny_token_rows(6)}
+    alone = MultiTaskTrainer(
+        model=trainer.model,
+        args=arguments(tmp_path, **settings),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+    )
+    alone.train()
+    assert alone.fusion.state_dict()["factors"].keys() == {"mood", "tags"}
 
 
 def test_a_task_that_gets_no_better_stops_alone(tmp_path: Path) -> None:

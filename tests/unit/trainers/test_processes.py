@@ -32,6 +32,8 @@ def train(
     [
         ("touch", "mixed"),
         ("find", "distill"),
+        ("touch", "branch"),
+        pytest.param(("touch", "window"), marks=pytest.mark.slow),
         pytest.param(("find",), marks=pytest.mark.slow),
         pytest.param(("touch", "adapters"), marks=pytest.mark.slow),
         pytest.param(("find", "gradual"), marks=pytest.mark.slow),
@@ -42,7 +44,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, mode
 
     Batches of one source and a plain sum; batches of several, which differ between ranks, learned weights and
     gradient surgery; adapters on a frozen encoder, those of tasks without rows in a batch too; a teacher that both ask
-    before, and projections that run outside of the model's forward pass; heads and neurons that go while it trains.
+    before, and projections that run outside of the model's forward pass; heads and neurons that go while it trains; top
+    layers that only some tasks read; surgery between batches of one source.
     """
     one, alone = train(tmp_path / "one", [], 4, *modes)
     two, together = train(tmp_path / "two", TWO, 2, *modes)

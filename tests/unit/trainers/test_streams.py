@@ -45,6 +45,15 @@ def take(stream: Any, count: int) -> list[tuple[str, int]]:
     return found
 
 
+def test_small_weights_are_kept() -> None:
+    assert MixedStream([numbers("a", 7), numbers("b", 3)], 2, strategy="weights", weights=[0.99, 0.01]).shares == [
+        99,
+        1,
+    ]
+    rows = take(MixedStream([numbers("a", 7), numbers("b", 3)], 2, strategy="weights", weights=[1, 0]), 80)
+    assert {source for source, _ in rows} == {"a"}
+
+
 @pytest.mark.parametrize("strategy", ["uniform", "round_robin", "weights"])
 def test_the_order_depends_on_the_seed_alone_and_groups_have_one_source(strategy: str) -> None:
     def rows(seed: int) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Laws of gradient surgery inside the trainer, on a tiny real model."""
 
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, SequenceClassification
 from hf_mtcompress.errors import TrainingError
+from hf_mtcompress.losses.fusion import WeightedSum
 from hf_mtcompress.losses.gradients import COMBINATIONS
-from hf_mtcompress.trainers.surgery import refuse_sharded
-from tests.tiny import tiny_encoder, tiny_text_rows, tiny_tokenizer
-from tests.unit.trainers.test_multitask import arguments, build
+from tests.tiny import tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
+from tests.unit.trainers.test_multitask import arguments, build, tag_task, text_tasks
 
 COMBINED = "upgrad"
 
@@ -75,30 +75,48 @@ def shared(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.flatten() for name, value in gradients.items() if ".layer." in name])
 
 
-@pytest.mark.parametrize("sources", [(0,), (0, 1)])
-def test_upgrad_goes_against_no_task(tmp_path: Path, sources: tuple[int, ...]) -> None:
-    """Its defining law, on the real gradients of the encoder's layers: no inner product is negative."""
-    plain = prepared(tmp_path)
-    trainer = prepared(tmp_path, gradient_combination=COMBINED, surgery_scope="full")
-    # Opposite tasks: the loss of one falls where that of the other rises.
-    rows = batches(plain, *sources)
-    names = [key.removeprefix("labels_") for batch in rows for key in batch if key.startswith("labels_")]
-    if len(sources) == 1:
-        with torch.no_grad():
-            for model in (plain.model, trainer.model):
-                for parameter in model.heads["task_strength"].parameters():
-                    parameter.mul_(-1)
-    else:
-        names = ["mood+strength", "tags"]
-    found = shared(window(trainer, rows))
-    for name in names:
+def opposed(folder: Path, *, apart: bool, **settings: Any) -> MultiTaskTrainer:
+    """Two regressions with one head and labels of opposite sign, on the same rows or on two copies of them."""
+    rows = tiny_text_rows(6)
+    rows = rows.add_column("against", [-value for value in rows["intensity"]])
+    names = {"strength": "intensity", "against": "against"}
+    tasks = [
+        SequenceClassification(name, problem_type="regression", text="text", label=label)
+        for name, label in names.items()
+    ]
+    torch.manual_seed(0)
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, max_length=32)
+    model.heads["task_against"].load_state_dict(model.heads["task_strength"].state_dict())
+    data = {"strength": rows, "against": rows.select([2, 1, 0, 5, 4, 3]) if apart else rows}
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=arguments(folder, gradient_accumulation_steps=2, **settings),
+        train_dataset=data,
+        processing_class=tiny_tokenizer(),
+        fusion=WeightedSum({"strength": 3.0, "against": 1.0}),
+    )
+    trainer.create_optimizer_and_scheduler(10)
+    return trainer
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_upgrad_goes_against_no_task(tmp_path: Path, apart: bool) -> None:
+    """Its defining law, on the real gradients of the encoder's layers; the plain sum walks over the weaker task."""
+    plain = opposed(tmp_path, apart=apart)
+    rows = batches(plain, *range(1 + apart))
+    own = {}
+    for name in ("strength", "against"):
         alone = [
-            {key: value for key, value in batch.items() if not key.startswith("labels_") or key[7:] in name.split("+")}
-            for batch in rows
+            {key: value for key, value in batch.items() if key[:7] != "labels_" or key[7:] == name} for batch in rows
         ]
-        alone = [batch for batch in alone if any(key.startswith("labels_") for key in batch)]
-        own = shared(window(plain, alone))
-        assert torch.dot(found, own) >= -1e-4 * found.norm() * own.norm(), name
+        own[name] = shared(window(plain, [batch for batch in alone if f"labels_{name}" in batch]))
+
+    def worst(method: str) -> float:
+        found = shared(window(opposed(tmp_path, apart=apart, gradient_combination=method, surgery_scope="full"), rows))
+        return min(float(torch.dot(found, gradient) / gradient.norm() ** 2) for gradient in own.values())
+
+    assert worst("mean") < -0.5
+    assert worst(COMBINED) > -1e-3
 
 
 def test_heads_learn_from_their_own_task_alone(tmp_path: Path) -> None:
@@ -200,8 +218,9 @@ def planted(folder: Path, **settings: Any) -> MultiTaskTrainer:
     )
 
 
-def test_the_report_sees_a_duplicate_and_labels_drawn_at_random(tmp_path: Path) -> None:
-    trainer = planted(tmp_path, num_train_epochs=8, measure_interference=1)
+@pytest.mark.parametrize("normalize", ["chance", "none"])
+def test_the_report_sees_a_duplicate_and_labels_drawn_at_random(tmp_path: Path, normalize: str) -> None:
+    trainer = planted(tmp_path, num_train_epochs=8, measure_interference=1, normalize_losses=normalize)
     trainer.train()
     report = trainer.interference()
     assert report is not None
@@ -209,7 +228,10 @@ def test_the_report_sees_a_duplicate_and_labels_drawn_at_random(tmp_path: Path) 
     place = {name: number for number, name in enumerate(names)}
     assert report["cosine"][place["strength"]][place["copy"]] == pytest.approx(1.0, abs=1e-3)
     assert abs(report["cosine"][place["strength"]][place["noise"]]) < 0.3
-    assert any("noise" in finding for finding in report["findings"])
+    assert report["affinity"][place["strength"]][place["copy"]] == pytest.approx(1.0, abs=1e-3)
+    assert [finding for finding in report["findings"] if "has learnt nothing" in finding] == [
+        finding for finding in report["findings"] if finding.startswith("`noise` has learnt nothing")
+    ]
     assert any("copy" in finding and "strength" in finding for finding in report["findings"])
 
 
@@ -227,8 +249,44 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(value, watched.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("fsdp", "name"), [(True, "FSDP"), (False, "DeepSpeed")])
-def test_sharded_training_is_refused(fsdp: bool, name: str) -> None:
+SETTINGS = [{"gradient_combination": "mean"}, {"measure_interference": 1}, {"fusion": "gradient_norm"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("flag", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
+def test_sharded_training_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], flag: str, name: str
+) -> None:
     """Each process has only pieces of the gradients there."""
+    trainer = build(tmp_path, **settings)
+    monkeypatch.setattr(trainer, flag, True)
     with pytest.raises(TrainingError, match=f"expected one process or DDP .* found {name}"):
-        refuse_sharded(SimpleNamespace(is_fsdp_enabled=fsdp, is_deepspeed_enabled=not fsdp))
+        trainer._check_shared_weights()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"branches": {"side": ["tags"]}, "branch_layers": 1}, "expected tasks that all read one encoder at its end"),
+        ({"branches": {"side": ["tags"]}}, "expected tasks that all read one encoder at its end"),
+        ({"layer": 1}, "expected tasks that all read one encoder at its end"),
+        ({}, "expected an encoder that is trained"),
+    ],
+)
+def test_gradients_are_compared_only_where_all_tasks_meet(
+    tmp_path: Path, settings: dict[str, Any], place: dict[str, Any], message: str
+) -> None:
+    """Elsewhere they would be those of other weights, or zero, and the report would speak of chance."""
+    tasks = [*text_tasks(), dataclasses.replace(tag_task(), layer=place.get("layer"))]
+    branches = {key: value for key, value in place.items() if key != "layer"}
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, max_length=32, **branches)
+    model.freeze_encoder(frozen=not place)
+    rows = {"mood": tiny_text_rows(6), "strength": tiny_text_rows(6), "tags": tiny_token_rows(6)}
+    with pytest.raises(TrainingError, match=message):
+        MultiTaskTrainer(
+            model=model,
+            args=arguments(tmp_path, gradient_accumulation_steps=2, **settings),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+        )
