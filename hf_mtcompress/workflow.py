@@ -468,7 +468,12 @@ def group_tasks_of(folder: Path, *, encoders: int | None = None, parameters: int
     try:
         if parameters is not None:
             size = step.artefacts[0].size
-            encoders = encoders_within(parameters, int((size.encoder_parameters if size else None) or 0) or 1)
+            if size is None or not size.encoder_parameters:
+                raise ArtifactError(
+                    f"expected the number of parameters of the step '{step.name}' in the record, found none; say "
+                    "--encoders instead"
+                )
+            encoders = encoders_within(parameters, size.encoder_parameters)
         return best_grouping(
             step.interference["tasks"], step.interference["cosine"], 2 if encoders is None else encoders
         )

@@ -17,11 +17,12 @@ from hf_mtcompress.artifacts import CARD, RECORD
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.records import RunRecord
 from hf_mtcompress.steps.bench import Bench
-from hf_mtcompress.workflow import load_record, run, step_fingerprint
+from hf_mtcompress.workflow import group_tasks_of, load_record, run, step_fingerprint
 from tests.tiny_recipe import write_tiny_recipe
 
 STEPS = ("teacher", "student", "plain", "pruned", "small", "int8")
@@ -72,6 +73,13 @@ def test_every_artefact_reloads_in_a_fresh_process(finished: tuple[Path, Path, R
             assert artefact.reload["passed"], (artefact.folder, artefact.reload)
             if artefact.form in ("torch", "bitsandbytes", "vanilla"):
                 assert artefact.reload["max_difference"] == 0.0, artefact.folder
+
+
+def test_a_run_that_compared_no_gradients_says_how(finished: tuple[Path, Path, RunRecord]) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"found none of its steps in .* did; run its recipe with fusion.measure_every"
+    ):
+        group_tasks_of(finished[1])
 
 
 def test_steps_compress(finished: tuple[Path, Path, RunRecord]) -> None:
