@@ -41,6 +41,7 @@ EQUAL = "tasks.slots.weight=1,tasks.pos.weight=1"
 ARMS = {
     "equal": EQUAL,
     "scaled": f"{EQUAL},fusion.normalize=chance",
+    "branches": "branches={words: [slots, pos]},branch_layers=2",
     "one-source": "mixing.batches=one_source",
     "product": f"{EQUAL},fusion.kind=product",
     "uncertainty": f"{EQUAL},fusion.kind=uncertainty",
