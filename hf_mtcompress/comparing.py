@@ -388,7 +388,8 @@ def _mixing_of(mixing: MixingConfig, names: Sequence[str]) -> MixingConfig:
     )
     if mixing.strategy == "weights" and not any((weights or {}).values()):
         return MixingConfig(cap=mixing.cap, batches=mixing.batches)
-    return dataclasses.replace(mixing, weights=weights, targets=targets)
+    # A task that stops early would have another budget than its rivals.
+    return dataclasses.replace(mixing, weights=weights, targets=targets, task_patience=None)
 
 
 def _counted_rows(sources: Sources, cap: int | None) -> list[int]:

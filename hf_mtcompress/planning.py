@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from hf_mtcompress.compression.vocabulary import count_tokens, trim_tokenizer
 from hf_mtcompress.config import (
     DistillStep,
+    EncoderConfig,
     ExportStep,
     FinetuneStep,
     PretrainStep,
@@ -55,16 +56,14 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     train = sources.role("train")
     groups = group_tasks(sources.tasks, train)
     rows = sum(len(train[group[0]]) for group in groups)
-    shapes: dict[str | None, _Shape] = {
-        None: _encoder_shape(recipe.encoder.path, trust_remote_code=recipe.encoder.trust_remote_code)
-    }
+    shapes: dict[str | None, _Shape] = {None: _encoder_shape(recipe.encoder)}
     steps = []
     for step, source in zip(recipe.steps, step_sources, strict=True):
         start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
         if isinstance(step, TrimVocabularyStep):
             shape = start.with_tokens(min(start.tokens, _tokens_left(step, recipe, sources)))
         else:
-            shape = start.after(step, recipe.encoder.path)
+            shape = start.after(step, recipe.encoder)
         shapes[step.name] = shape
         steps.append(
             {
@@ -117,14 +116,14 @@ class _Shape:
         embedding = self.embedding * tokens / self.tokens
         return _Shape(self.layers, self.attention, self.feed_forward, embedding, self.rest, tokens)
 
-    def after(self, step: StepConfig, path: str) -> "_Shape":
-        """What a step makes of it; `path` is the recipe's encoder."""
+    def after(self, step: StepConfig, encoder: EncoderConfig) -> "_Shape":
+        """What a step makes of it; `encoder` is the recipe's."""
         match step:
             case DistillStep(student=student) | PretrainStep(student=student) if student is not None:
                 if student.path is not None:
-                    return _encoder_shape(student.path)
+                    return _encoder_shape(EncoderConfig(path=student.path), where=f"steps.{step.name}.student.path")
                 if student.config is not None:
-                    return _encoder_shape(path, student.config)
+                    return _encoder_shape(encoder, student.config)
                 layers = student.layers or ()
                 kept = self.with_layers(layers if isinstance(layers, int) else len(layers))
                 return kept.narrower(student.heads, student.feed_forward)
@@ -176,22 +175,26 @@ class _Shape:
                 return self.parameters * 4 / 1e6
 
 
-def _encoder_shape(path: str, changes: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False) -> _Shape:
+def _encoder_shape(
+    encoder: EncoderConfig, changes: Mapping[str, Any] | None = None, where: str = "encoder.path"
+) -> _Shape:
+    options = {"revision": encoder.revision} if encoder.revision else {}
+    trust = encoder.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(changes or {}))
+        config = AutoConfig.from_pretrained(encoder.path, trust_remote_code=trust, **options, **(changes or {}))
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
+            f"{where}: expected a local folder or a Hub id of a pretrained encoder, found '{encoder.path}' "
             f"({str(error).splitlines()[0]})"
         ) from error
     with torch.device("meta"):
-        encoder: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    anatomy = find_anatomy(encoder)
-    table = encoder.get_input_embeddings()
+        model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=trust)
+    anatomy = find_anatomy(model)
+    table = model.get_input_embeddings()
     embedding, tokens = (
         (table.weight.numel(), table.num_embeddings) if isinstance(table, torch.nn.Embedding) else (0, 0)
     )
-    total = sum(parameter.numel() for parameter in encoder.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for layer in anatomy.layers for parameter in layer.module.parameters())
     feed_forward = sum(
         parameter.numel()

@@ -510,6 +510,8 @@ def check_mixing(mixing: MixingConfig, fusion: FusionConfig, tasks: Sequence[str
             problems.add(f"mixing.{key}", f"used by strategy: {owner} only, found strategy: {mixing.strategy}")
     if mixing.strategy == "weights" and not any((mixing.weights or {}).values()):
         problems.add("mixing.weights", "strategy: weights needs a weight above 0 for at least one task")
+    elif mixing.strategy == "weights" and (left := [name for name in tasks if name not in (mixing.weights or {})]):
+        problems.add("mixing.weights", f"expected one for each task, found none for {', '.join(left)}; 0 leaves it out")
     if mixing.batches == "mixed" and mixing.strategy == "round_robin":
         problems.add("mixing.batches", "round_robin takes turns batch by batch; say batches: one_source with it")
     for key in ("rate", "temperature", "share"):

@@ -36,7 +36,7 @@ class MixingConfig:
     cap: int | None = None
     """Rows of a source beyond this number do not count for how often it is drawn."""
     weights: dict[str, float] | None = None
-    """By task, for `weights`; those of tasks that share rows add up."""
+    """By task, for `weights`; those of tasks that share rows add up, and rows of weight 0 are left out."""
     targets: dict[str, float] | None = None
     """By task, for `score_gap`: the best known score, such as that of a model of its own; default: 1."""
     batches: Literal["one_source", "mixed"] = "one_source"

@@ -145,7 +145,7 @@ def encode_dataset(
 def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) -> list[EncodedGroup]:
     """Groups of texts with every task that can read them: those of others' rows have no labels there.
 
-    A task can read rows of the same encoder with as many texts in them, one or a pair, as its own rows have.
+    A task can read rows with as many texts in them, one or a pair, as its own rows have.
 
     Raises:
         DataError: rows of images.
@@ -157,13 +157,8 @@ def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) ->
                 f"every_task: expected texts, found images for {group.name}; give all tasks labels or open labels on "
                 "the same rows instead"
             )
-        own = tasks[group.tasks[0]]
-        added = [
-            task
-            for name, task in tasks.items()
-            if name not in group.tasks
-            and (task.encoder, len(task.input_columns)) == (own.encoder, len(own.input_columns))
-        ]
+        texts = len(tasks[group.tasks[0]].input_columns)
+        added = [task for name, task in tasks.items() if name not in group.tasks and len(task.input_columns) == texts]
         dataset, ids = group.dataset, group.dataset.with_format(None)["input_ids"]
         for task in added:
             open_labels = task.encode_labels([None] * len(dataset), {"word_ids": ids})

@@ -320,7 +320,7 @@ def _table(encoder: torch.nn.Module) -> torch.nn.Embedding | None:
 def _empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder without weights, in the shapes that it has in float precision."""
     register()
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         if isinstance(config, MultiTaskConfig):
             return MultiTaskModel(config)

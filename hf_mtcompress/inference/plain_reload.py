@@ -72,7 +72,7 @@ def _check_task(
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names: dict[Any, str] = config.id2label or {}
     if labels is not None and [names[index] for index in sorted(names)] != labels:
         raise ValueError(f"expected the labels {labels} in this order, found {list(names.values())}")

@@ -255,9 +255,9 @@ def load_processor(folder: Path) -> Any:
     """
     try:
         if (folder / "preprocessor_config.json").is_file():
-            return AutoImageProcessor.from_pretrained(folder)
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         if (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(
             f"expected a tokenizer or image processor that loads from {folder}, found one that does not ({error}); "
@@ -295,7 +295,7 @@ def stock_task(name: str, config: PreTrainedConfig, folder: Path) -> Task:
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     register()
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _load_weights(cls: Any, folder: Path) -> Any:

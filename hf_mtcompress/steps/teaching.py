@@ -197,7 +197,9 @@ def _taught_trainer(
         case PretrainStep():
             rows, scored = rows_to_pretrain_on(step, bench), None
             config, label_weight = dataclasses.replace(config, keep="last"), 0.0
-    arguments = training_arguments(DistillationTrainingArguments, config, bench, work)
+    arguments = training_arguments(
+        DistillationTrainingArguments, config, bench, work, labelled=isinstance(step, DistillStep)
+    )
     arguments.cache_precision = step.cache_precision
     return DistillationTrainer(
         model=start.model,

@@ -101,15 +101,29 @@ def merged_training(step: TrainingConfig, defaults: TrainingConfig) -> TrainingC
     return TrainingConfig(**values)
 
 
-def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Bench, work: Path) -> Arguments:
+def training_arguments(
+    cls: type[Arguments], config: TrainingConfig, bench: Bench, work: Path, *, labelled: bool = True
+) -> Arguments:
     """Training arguments of a step; what the recipe leaves open is the default of `TrainingArguments`.
+
+    Args:
+        cls: their class.
+        config: settings of the step.
+        bench: what the run has.
+        work: folder for checkpoints.
+        labelled: whether rows have labels; without them nothing can follow validation scores.
 
     Raises:
         RecipeError: `arguments` holds a name or value that `TrainingArguments` refuses.
     """
     best = config.keep != "last"
+    mixing = {**_mixing_arguments(bench.recipe), **config.arguments}
+    if not labelled:
+        mixing.pop("task_patience", None)
+        if mixing.get("mixing") == "score_gap":
+            mixing["mixing"] = "proportional"
     # Some settings follow validation scores, whatever weights are kept.
-    scored = best or bench.recipe.mixing.strategy == "score_gap" or bench.recipe.mixing.task_patience is not None
+    scored = best or mixing.get("mixing") == "score_gap" or mixing.get("task_patience") is not None
     strategy = "epoch" if config.save_steps is None else "steps"
     settings: dict[str, Any] = {
         "num_train_epochs": config.epochs,
@@ -134,12 +148,11 @@ def training_arguments(cls: type[Arguments], config: TrainingConfig, bench: Benc
         "greater_is_better": True if best else None,
         "save_total_limit": 2,
         "seed": bench.recipe.seed,
-        **_mixing_arguments(bench.recipe),
         "logging_steps": 25,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
-        **config.arguments,
+        **mixing,
     }
     try:
         return cls(output_dir=str(work), **{key: value for key, value in settings.items() if value is not None})

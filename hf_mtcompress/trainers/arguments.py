@@ -31,7 +31,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Rows of a source beyond this number do not count for how often it is drawn."}
     )
     mixing_weights: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "By task, for mixing='weights'; tasks that share rows add up."}
+        default=None,
+        metadata={"help": "By task, for mixing='weights'; tasks that share rows add up; 0 leaves rows out."},
     )
     mixing_targets: dict[str, Any] | str | None = field(
         default=None,

@@ -235,8 +235,16 @@ class MultiTaskTrainer(Trainer):
         if getattr(self.args, "normalize_losses", "chance") == "chance" and len(self.tasks) > 1:
             for name, loss in self.chance_losses.items():
                 fusion.normalisers.setdefault(name, loss)
-        fusion.trained = {name for group in self.train_sources for name in group.tasks}
+        fusion.trained = self._drawn_tasks()
         return fusion
+
+    def _drawn_tasks(self) -> set[str]:
+        """Tasks whose own training rows are drawn at all."""
+        weights = getattr(self.args, "mixing_weights", None)
+        if self.mixing_strategy != "weights" or not weights:
+            return {name for group in self.train_sources for name in group.own_tasks}
+        shares = zip(self.train_sources, self._source_weights(weights), strict=True)
+        return {name for group, weight in shares if weight > 0 for name in group.own_tasks}
 
     @cached_property
     def chance_losses(self) -> dict[str, float]:
@@ -246,7 +254,7 @@ class MultiTaskTrainer(Trainer):
                 encoded_labels(group.dataset, self.tasks[name]) if self.tasks[name].problem == "regression" else []
             )
             for group in self.train_sources
-            for name in group.tasks
+            for name in group.own_tasks
         }
 
     def _check_evaluations(self) -> None:
@@ -259,8 +267,8 @@ class MultiTaskTrainer(Trainer):
         found = found or ("task_patience" if getattr(self.args, "task_patience", None) is not None else None)
         if found and self.train_sources and self.args.eval_strategy == "no":
             raise TrainingError(
-                f"expected eval_strategy='epoch' or 'steps' with {found}, which follows validation scores, found 'no'; "
-                "set it, and pass eval_dataset"
+                f"expected validation scores for {found}, which follows them, found eval_strategy='no'; say 'epoch' or "
+                "'steps', with an eval_dataset"
             )
 
     def _check_streams(self) -> None:
@@ -337,7 +345,7 @@ class MultiTaskTrainer(Trainer):
                 f"expected no settings that compare the tasks' gradients with adapters, found {settings}; the "
                 "encoder is frozen and every task trains weights of its own: leave them out"
             )
-        if len({(task.encoder, task.layer) for task in core.tasks.values()}) > 1:
+        if _read_elsewhere(core):
             raise TrainingError(
                 f"expected tasks that all read one encoder at its end with {settings}, which compares their gradients "
                 "there, found branches, or tasks that read a lower layer; compare them in a run without these"
@@ -492,6 +500,16 @@ class MultiTaskTrainer(Trainer):
         unknown = [name for name in weights if name not in self.tasks]
         if unknown:
             raise DataError(f"mixing_weights: expected task names among {list(self.tasks)}, found {unknown}")
+        open_ones = [
+            "+".join(group.own_tasks)
+            for group in self.train_sources
+            if not any(name in weights for name in group.own_tasks)
+        ]
+        if open_ones:
+            raise DataError(
+                "mixing_weights: expected one for each source of rows, found none for "
+                f"{', '.join(open_ones)}; 0 leaves a source out"
+            )
         return [sum(weights.get(name, 0.0) for name in group.own_tasks) for group in self.train_sources]
 
     def _lengths(self) -> list[list[int]] | None:
@@ -716,7 +734,7 @@ class MultiTaskTrainer(Trainer):
         parts += [
             part for encoder in core.encoders.values() for key, part in encoder.named_children() if key == "pooler"
         ]
-        if len({(task.encoder, task.layer) for task in self.tasks.values()}) > 1:
+        if _read_elsewhere(core):
             parts += [core.encoders, core.branches]
         total = torch.zeros((), device=self.args.device)
         found = {parameter for part in parts if part is not None for parameter in part.parameters()}
@@ -912,7 +930,7 @@ class MultiTaskTrainer(Trainer):
             if self._best_scores[name][1] >= patience:
                 self.stopped_tasks.append(name)
                 logger.warning("task '%s' stops at step %d: best score %.4f", name, self.state.global_step, best)
-        if len(self.stopped_tasks) == len(self.tasks):
+        if self._drawn_tasks() <= set(self.stopped_tasks):
             self.control.should_training_stop = True
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
@@ -958,6 +976,11 @@ def _by_task(tasks: Mapping[str, Task], functions: Any) -> dict[str, Callable[[E
     if unknown:
         raise TaskError(f"compute_metrics: expected task names among {list(tasks)}, found {unknown}")
     return dict(functions)
+
+
+def _read_elsewhere(model: MultiTaskModel) -> bool:
+    """Whether a task reads anything but the end of the main encoder: a branch, another encoder or a lower layer."""
+    return any((task.encoder, task.layer) != ("main", None) for task in model.tasks.values())
 
 
 def own_rows(values: Tensor, rows: Tensor | None) -> Tensor:

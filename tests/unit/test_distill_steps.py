@@ -232,6 +232,15 @@ def test_heads_with_labels_in_another_order_are_not_taken_over(
         run_steps(tmp_path, [])
 
 
+@pytest.mark.parametrize("mixing", [{"task_patience": 1}, {"strategy": "score_gap"}])
+def test_pretraining_has_no_scores_to_follow(tmp_path: Path, mixing: dict[str, Any]) -> None:
+    """What follows scores is for the steps that have labels."""
+    saved_teacher(tmp_path / "teacher")
+    step = {**copying(tmp_path / "teacher", {"layers": 2}, "pretrain"), "criteria": ["relations"]}
+    write_tiny_recipe(tmp_path, steps=[step], reference=None, mixing=mixing)
+    assert run_steps(tmp_path, [])[1]["student"].training["steps"] == 1
+
+
 @pytest.mark.parametrize("student", [{"layers": 3}, {"path": "roberta"}])
 def test_steps_after_a_student_read_as_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: dict[str, Any]

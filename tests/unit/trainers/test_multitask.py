@@ -241,7 +241,7 @@ def test_mixing_by_score_looks_at_validation_scores_and_targets(tmp_path: Path) 
 @pytest.mark.parametrize("settings", [{"mixing": "score_gap"}, {"task_patience": 1}])
 def test_what_follows_scores_is_refused_where_nothing_is_scored(tmp_path: Path, settings: dict[str, Any]) -> None:
     """It would do nothing, and not say so."""
-    with pytest.raises(TrainingError, match="expected eval_strategy='epoch' or 'steps' with"):
+    with pytest.raises(TrainingError, match="expected validation scores for"):
         build(tmp_path, eval_strategy="no", **settings)
 
 
@@ -277,6 +277,25 @@ def test_the_probe_phase_ends_without_tasks_that_have_no_rows(tmp_path: Path) ->
     )
     alone.train()
     assert alone.fusion.state_dict()["factors"].keys() == {"mood", "tags"}
+    settings |= {"mixing": "weights", "mixing_weights": {"mood": 1.0, "tags": 0.0}}
+    undrawn = build(tmp_path, **settings)
+    undrawn.train()
+    assert undrawn.fusion.state_dict()["factors"].keys() == {"mood", "strength"}
+
+
+def test_sources_without_a_weight_are_refused(tmp_path: Path) -> None:
+    """Their heads would stay as they were drawn, and count in the average."""
+    with pytest.raises(DataError, match="found none for tags; 0 leaves a source out"):
+        build(tmp_path, mixing="weights", mixing_weights={"mood": 1.0}).train()
+
+
+def test_training_ends_when_only_sources_of_weight_0_are_left(tmp_path: Path) -> None:
+    settings = {"task_patience": 2, "eval_strategy": "epoch", "num_train_epochs": 9, "learning_rate": 0.0}
+    trainer = build(tmp_path, mixing="weights", mixing_weights={"mood": 0.0, "tags": 1.0}, **settings)
+    trainer.eval_groups = [group for group in trainer.eval_groups if "tags" in group.tasks]
+    trainer.train()
+    assert trainer.stopped_tasks == ["tags"]
+    assert trainer.state.epoch == 3
 
 
 def test_a_task_that_gets_no_better_stops_alone(tmp_path: Path) -> None:
