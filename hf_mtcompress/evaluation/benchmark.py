@@ -296,9 +296,10 @@ def measure_size(folder: Path) -> SizeRecord:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Numbers of parameters by part: `encoder` (with `embedding`, the word embeddings, inside) and `head`."""
+    """Numbers of parameters: `encoder`, with branches and `embedding` (the word embeddings) inside, and `head`."""
     encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [model.base_model]
-    encoder = sum(parameter.numel() for part in encoders for parameter in part.parameters())
+    branches = list(model.branches.values()) if isinstance(model, MultiTaskModel) else []
+    encoder = sum(parameter.numel() for part in (*encoders, *branches) for parameter in part.parameters())
     tables = [table for part in encoders if (table := _table(part)) is not None]
     return {
         "encoder": encoder,

@@ -21,7 +21,8 @@ from hf_mtcompress.evaluation.benchmark import (
 )
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, describe_structure
-from tests.tiny import tiny_image_rows
+from hf_mtcompress.tasks import SequenceClassification
+from tests.tiny import tiny_encoder, tiny_image_rows
 from tests.unit.inference.artefacts import saved_images, saved_text
 
 CONFIG = BenchmarkConfig(tokens=16, batch_sizes=(1, 3), repetitions=4, warmup=1, threads=1)
@@ -167,6 +168,12 @@ def test_size_of_one_folder(form: str):
     assert size.encoder_parameters is not None
     assert size.head_parameters is not None
     assert size.encoder_parameters + size.head_parameters == size.parameters
+
+
+def test_layers_of_a_branch_are_the_encoders_not_the_heads():
+    tasks = [SequenceClassification(name, labels=("a", "b"), head="linear") for name in ("one", "two")]
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks, branches={"side": ["two"]}, branch_layers=1)
+    assert count_parameters(model)["head"] == sum(parameter.numel() for parameter in model.heads.parameters())
 
 
 def test_size_of_plain_folders_is_their_sum():
