@@ -27,7 +27,7 @@ from hf_mtcompress.data.preprocessing import group_tasks
 from hf_mtcompress.data.sources import Sources, load_sources
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.model.anatomy import find_anatomy
-from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.steps.bench import Bench, load_processor, loading_options
 from hf_mtcompress.steps.pruning import recoveries
 from hf_mtcompress.steps.rows import texts_to_keep
 from hf_mtcompress.steps.training import merged_training
@@ -178,17 +178,15 @@ class _Shape:
 def _encoder_shape(
     encoder: EncoderConfig, changes: Mapping[str, Any] | None = None, where: str = "encoder.path"
 ) -> _Shape:
-    options = {"revision": encoder.revision} if encoder.revision else {}
-    trust = encoder.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(encoder.path, trust_remote_code=trust, **options, **(changes or {}))
+        config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder), **(changes or {}))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"{where}: expected a local folder or a Hub id of a pretrained encoder, found '{encoder.path}' "
             f"({str(error).splitlines()[0]})"
         ) from error
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=trust)
+        model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=encoder.trust_remote_code)
     anatomy = find_anatomy(model)
     table = model.get_input_embeddings()
     embedding, tokens = (

@@ -118,6 +118,11 @@ def check_depth(model: "MultiTaskModel") -> None:
             raise TaskError(f"task '{task.name}': expected a layer from 1 to {depth}, found {task.layer}")
 
 
+def reads_elsewhere(model: "MultiTaskModel") -> bool:
+    """Whether a task reads anything but the end of the main encoder: a branch, another encoder or a lower layer."""
+    return any((task.encoder, task.layer) != ("main", None) for task in model.tasks.values())
+
+
 def refuse_sub_models(model: "MultiTaskModel", what: str) -> None:
     """Say what cannot be done with branches and depths yet.
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_mtcompress.config import Recipe
+from hf_mtcompress.config import EncoderConfig, Recipe
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.data.sources import Sources
@@ -114,8 +114,7 @@ def start_model(source: str | None, bench: Bench) -> MultiTaskModel:
     """The model of the step before; fresh heads on the recipe's encoder for None."""
     if source is not None:
         return bench.load(source)
-    encoder = bench.recipe.encoder
-    return new_model(encoder.path, bench, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code)
+    return new_model(bench.recipe.encoder, bench)
 
 
 def reopened(cut: Path, bench: Bench) -> MultiTaskModel:
@@ -126,15 +125,13 @@ def reopened(cut: Path, bench: Bench) -> MultiTaskModel:
     return model
 
 
-def new_model(
-    path: str, bench: Bench, *, revision: str | None = None, trust_remote_code: bool = False
-) -> MultiTaskModel:
+def new_model(config: EncoderConfig, bench: Bench) -> MultiTaskModel:
     """Fresh heads on a pretrained encoder."""
     try:
-        encoder = load_encoder(path, **_loading(revision, trust_remote_code))
+        encoder = load_encoder(config.path, **loading_options(config))
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{path}' "
+            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{config.path}' "
             f"({str(error).splitlines()[0]}); check the spelling, or download it first where there is no network"
         ) from error
     image_size = bench.processor.size.get("height") if bench.max_length is None else None
@@ -148,9 +145,10 @@ def new_model(
     )
 
 
-def _loading(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def loading_options(encoder: EncoderConfig) -> dict[str, Any]:
     """Options of `from_pretrained`. Left out, `trust_remote_code` has it ask at the terminal and wait."""
-    return {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+    pinned = {"revision": encoder.revision} if encoder.revision else {}
+    return {"trust_remote_code": encoder.trust_remote_code, **pinned}
 
 
 def load_processor(recipe: Recipe) -> Any:
@@ -160,7 +158,7 @@ def load_processor(recipe: Recipe) -> Any:
         RecipeError: the encoder does not exist, or has neither.
     """
     encoder = recipe.encoder
-    options = _loading(encoder.revision, encoder.trust_remote_code)
+    options = loading_options(encoder)
     images = all(task.kind == "image-classification" for task in recipe.tasks.values())
     try:
         if not images:

@@ -273,7 +273,8 @@ def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> Faculty:
     if own:
         teacher, processor = bench.load(step.teacher), bench.processor_of(step.teacher)
     else:
-        teacher = MultiTaskModel.from_pretrained(step.teacher) if saved else new_model(step.teacher, bench)
+        place = step.teacher
+        teacher = MultiTaskModel.from_pretrained(place) if saved else new_model(EncoderConfig(path=place), bench)
         processor = _own_processor(step.teacher, bench)
     return Faculty(teacher, {id(teacher): processor}, own, saved)
 
@@ -354,7 +355,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
         encoder = EncoderConfig(path=wanted.path, image_size=bench.recipe.encoder.image_size)
         own = load_processor(dataclasses.replace(bench.recipe, encoder=encoder))
         same = same_tokenizer(own, bench.processor)
-        return Start(new_model(wanted.path, bench), bench.processor if same else own)
+        return Start(new_model(encoder, bench), bench.processor if same else own)
     teacher = faculty.first
     processor = faculty.processors[id(teacher)]
     if not isinstance(teacher, MultiTaskModel):

@@ -33,6 +33,7 @@ from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
 from hf_mtcompress.losses.gradients import gramian
 from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.model.adapters import adapter_of, trains_adapters
+from hf_mtcompress.model.branches import reads_elsewhere
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import divisor
@@ -345,7 +346,7 @@ class MultiTaskTrainer(Trainer):
                 f"expected no settings that compare the tasks' gradients with adapters, found {settings}; the "
                 "encoder is frozen and every task trains weights of its own: leave them out"
             )
-        if _read_elsewhere(core):
+        if reads_elsewhere(core):
             raise TrainingError(
                 f"expected tasks that all read one encoder at its end with {settings}, which compares their gradients "
                 "there, found branches, or tasks that read a lower layer; compare them in a run without these"
@@ -734,7 +735,7 @@ class MultiTaskTrainer(Trainer):
         parts += [
             part for encoder in core.encoders.values() for key, part in encoder.named_children() if key == "pooler"
         ]
-        if _read_elsewhere(core):
+        if reads_elsewhere(core):
             parts += [core.encoders, core.branches]
         total = torch.zeros((), device=self.args.device)
         found = {parameter for part in parts if part is not None for parameter in part.parameters()}
@@ -976,11 +977,6 @@ def _by_task(tasks: Mapping[str, Task], functions: Any) -> dict[str, Callable[[E
     if unknown:
         raise TaskError(f"compute_metrics: expected task names among {list(tasks)}, found {unknown}")
     return dict(functions)
-
-
-def _read_elsewhere(model: MultiTaskModel) -> bool:
-    """Whether a task reads anything but the end of the main encoder: a branch, another encoder or a lower layer."""
-    return any((task.encoder, task.layer) != ("main", None) for task in model.tasks.values())
 
 
 def own_rows(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -245,6 +245,16 @@ def test_an_arm_with_adapters_trains_them(tmp_path: Path) -> None:
     assert not settings["together"].get("adapters")
 
 
+def test_no_task_stops_early(tmp_path: Path) -> None:
+    """An arm whose tasks stop has another budget than the one that is stated."""
+    recipe = write_tiny_recipe(tmp_path, steps=FIRST_STEP, reference=None, mixing={"task_patience": 1})
+    settings = ["training.learning_rate=1e-12", "training.epochs=4", "steps.teacher.epochs=4"]
+    record = compare_tasks(load_comparison(recipe, settings, seeds=1), tmp_path / "out")
+    assert {arm.models[0].epochs for arm in record.arms} == {4}
+    assert {arm.models[0].optimizer_steps for arm in record.arms} == {record.arms[0].models[0].optimizer_steps}
+    assert record.arms[0].models[0].rows_seen == 4 * 48
+
+
 def test_an_arm_with_branches_counts_rows_once(tmp_path: Path) -> None:
     """Tasks over the same rows share batches, whichever layers they read."""
     recipe = write_tiny_recipe(tmp_path, steps=FIRST_STEP, reference=None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
@@ -20,7 +20,7 @@ from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.steps.bench import Bench, load_processor
 from hf_mtcompress.tasks import SequenceClassification
-from hf_mtcompress.workflow import do_step, prepare_output, step_sources
+from hf_mtcompress.workflow import do_step, plan, prepare_output, step_sources
 from tests.tiny import FEELING_LABELS, tiny_bpe_tokenizer, tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -283,6 +283,29 @@ def test_trust_in_the_encoders_code_is_not_trust_in_a_students(tmp_path: Path) -
     with pytest.raises(RecipeError, match="contains custom code"):
         run_steps(tmp_path, [copying(tmp_path / "teacher", {"path": str(theirs)})], "encoder.trust_remote_code=true")
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_plan_runs_the_code_of_the_pinned_encoder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    """Trust was given to one commit of one checkpoint."""
+    asked: list[tuple[str, Any, Any]] = []
+    real = AutoConfig.from_pretrained
+
+    def noted(path: str, **options: Any) -> Any:
+        asked.append((Path(path).name, options.pop("trust_remote_code", None), options.pop("revision", None)))
+        return real(path, **options)
+
+    monkeypatch.setattr("hf_mtcompress.planning.AutoConfig.from_pretrained", noted)
+    steps = [
+        TEACHER,
+        {"kind": "distill", "name": "other", "teacher": "teacher", "student": {"path": str(tmp_path / "encoder")}},
+        {"kind": "distill", "name": "own", "teacher": "teacher", "student": {"config": {"num_hidden_layers": 1}}},
+    ]
+    path = write_tiny_recipe(tmp_path, steps=steps, reference=None)
+    plan(load_recipe(path, ["encoder.revision=abc", f"encoder.trust_remote_code={str(trusted).lower()}"]))
+    assert asked == [("encoder", trusted, "abc"), ("encoder", False, None), ("encoder", trusted, "abc")]
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,19 @@ def test_pairs_teach_tasks_about_pairs_only(tmp_path: Path) -> None:
     assert torch.tensor(found[1].dataset["labels_near"]).isnan().all()
 
 
+def test_tasks_of_all_branches_read_every_row() -> None:
+    """Whose row it is, and which of its tasks comes first, must not matter."""
+    tasks = {
+        name: SequenceClassification(name, labels=FEELING_LABELS, text="text", label=name, encoder=place)
+        for name, place in (("strength", "main"), ("mood", "side"), ("tone", "side"), ("source", "main"))
+    }
+    shared = Dataset.from_dict({"input_ids": [[2, 7, 3]], "labels_strength": [0], "labels_mood": [1]})
+    alone = Dataset.from_dict({"input_ids": [[2, 8, 3]], "labels_tone": [1]})
+    found = for_every_task([EncodedGroup(("strength", "mood"), shared), EncodedGroup(("tone",), alone)], tasks)
+    assert [set(group.tasks) for group in found] == [set(tasks)] * 2
+    assert [group.guests for group in found] == [("tone", "source"), ("strength", "mood", "source")]
+
+
 def test_every_task_needs_answers_and_texts(tmp_path: Path) -> None:
     teacher = teacher_model()
     with pytest.raises(TaskError, match=r"every_task: expected .* found criteria \['hidden'\]"):
