@@ -232,6 +232,16 @@ def test_heads_with_labels_in_another_order_are_not_taken_over(
         run_steps(tmp_path, [])
 
 
+@pytest.mark.parametrize("place", ["mixing", "arguments"])
+def test_what_follows_scores_gets_them_when_the_last_weights_are_kept(tmp_path: Path, place: str) -> None:
+    step = {**TEACHER, "keep": "last", "epochs": 3, "learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    recipe: dict[str, Any] = {"mixing": {"task_patience": 1}}
+    if place == "arguments":
+        step, recipe = {**step, "arguments": {"task_patience": 1}}, {}
+    write_tiny_recipe(tmp_path, steps=[step], reference=None, **recipe)
+    assert run_steps(tmp_path, [])[1]["teacher"].training["epochs"] == 2
+
+
 @pytest.mark.parametrize("mixing", [{"task_patience": 1}, {"strategy": "score_gap"}])
 def test_pretraining_has_no_scores_to_follow(tmp_path: Path, mixing: dict[str, Any]) -> None:
     """What follows scores is for the steps that have labels."""

@@ -1,5 +1,6 @@
 """A damaged folder, and one from another version, say what is wrong and what to do; they never just answer."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def test_a_download_that_broke_off(form: str, file: str, message: str, share: fl
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ArtifactError, match=message):
         load_predictor(tmp_path / form)
+
+
+def test_code_of_a_tokenizer_is_refused_without_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers asks at the terminal where nothing was said, and a job waits there."""
+    folder = _copy("onnx", tmp_path)
+    path = folder / "tokenizer_config.json"
+    strange = {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": [None, "code.Strange"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **strange}))
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Strange: pass\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    with pytest.raises(ArtifactError, match="expected a tokenizer or image processor that loads"):
+        load_predictor(folder)
+    assert not asked
+    assert not ran.exists()
 
 
 def test_a_flipped_bit_of_a_graph(tmp_path: Path):

@@ -23,6 +23,7 @@ from tests.tiny import FEELING_LABELS, TAG_LABELS, tiny_encoder, tiny_text_rows,
 from tests.unit.trainers.test_multitask import gradients
 
 ARGUMENTS = (
+    "normalize_losses",
     "mixing",
     "mixing_weights",
     "measure_interference",
@@ -268,6 +269,15 @@ def test_rows_are_drawn_by_the_tasks_they_were_made_for(tmp_path: Path) -> None:
     assert [group.name for group in trainer.train_groups] == ["mood+strength", "tags"]
     trainer.get_train_dataloader()
     assert list(trainer.mixing_sampler.shares) == [3, 1]  # batches; equal weights would give 2 and 2
+
+
+def test_a_guests_open_labels_say_nothing_of_its_loss(tmp_path: Path) -> None:
+    """The loss of an uninformed guess is the variance of the labels, which a guest's rows have not."""
+    teacher = teacher_model()
+    trainer = build(student_of(teacher, 2), teacher, tmp_path, every_task=True, normalize_losses="none")
+    assert trainer.train_groups[-1].guests == ("mood", "strength")
+    variance = torch.tensor(tiny_text_rows(8)["intensity"]).var(correction=0)
+    assert trainer.chance_losses["strength"] == pytest.approx(float(variance))
 
 
 def test_pairs_teach_tasks_about_pairs_only(tmp_path: Path) -> None:
