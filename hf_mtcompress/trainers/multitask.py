@@ -258,6 +258,8 @@ class MultiTaskTrainer(Trainer):
             for name in group.own_tasks
         }
 
+    # ---- what is refused before training ----
+
     def _check_evaluations(self) -> None:
         """What follows validation scores needs some while it trains.
 
@@ -357,6 +359,8 @@ class MultiTaskTrainer(Trainer):
                 "weights, found a frozen one; leave them out"
             )
 
+    # ---- what lives while training runs ----
+
     def _set_up_penalty(self) -> WeightPenalty | None:
         """What pulls weights towards 0, if anything does.
 
@@ -441,6 +445,8 @@ class MultiTaskTrainer(Trainer):
                 settings = {key: value for key, value in group.items() if key != "params"}
                 optimizer.add_param_group({**settings, "params": own, "lr": rate})
         return optimizer
+
+    # ---- batches ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of one source of rows each, mixed as `args.mixing` says."""
