@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, WORK, share_work, write_text
-from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig
+from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig, about
 from hf_mtcompress.config.load import dump_recipe, load_recipe
 from hf_mtcompress.config.overrides import without_local_paths
 from hf_mtcompress.config.sections import near
@@ -347,16 +347,18 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
         tasks[name] = dataclasses.replace(recipe.tasks[name], data=sources.configs[name])
         if single:
             tasks[name] = dataclasses.replace(tasks[name], weight=1.0)
+    own = about(recipe, names)
     part = dataclasses.replace(
         recipe,
         tasks=tasks,
-        mixing=MixingConfig(cap=recipe.mixing.cap) if single else _mixing_of(recipe.mixing, names),
+        # A task that stops early would have another budget than its rivals.
+        mixing=MixingConfig(cap=recipe.mixing.cap) if single else dataclasses.replace(own.mixing, task_patience=None),
         fusion=FusionConfig() if single else recipe.fusion,
-        branches={} if single else _branches_of(recipe, names),
+        branches={} if single else own.branches,
         reference=None,
         budget=None,
     )
-    own = Sources(
+    rows = Sources(
         tasks={
             name: dataclasses.replace(task_of(name, tasks[name]), labels=sources.tasks[name].labels) for name in names
         },
@@ -367,29 +369,11 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
     limit = merged_training(_finetune_step(recipe), recipe.training).max_steps
     steps = None
     if limit is not None:
-        share = sum(_counted_rows(own, recipe.mixing.cap)) / sum(_counted_rows(sources, recipe.mixing.cap))
+        share = sum(_counted_rows(rows, recipe.mixing.cap)) / sum(_counted_rows(sources, recipe.mixing.cap))
         steps = max(1, round(limit * share))
     if folder is None:
         folder = f"{ALONE}-{names[0]}" if single else "+".join(names)
-    return _Model(folder, part, own, processor, steps)
-
-
-def _branches_of(recipe: Recipe, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Branches with those of their tasks that are there."""
-    own = {branch: tuple(task for task in tasks if task in names) for branch, tasks in recipe.branches.items()}
-    return {branch: tasks for branch, tasks in own.items() if tasks}
-
-
-def _mixing_of(mixing: MixingConfig, names: Sequence[str]) -> MixingConfig:
-    """Without what it says of tasks that are not there."""
-    weights, targets = (
-        None if named is None else {name: value for name, value in named.items() if name in names}
-        for named in (mixing.weights, mixing.targets)
-    )
-    if mixing.strategy == "weights" and not any((weights or {}).values()):
-        return MixingConfig(cap=mixing.cap, batches=mixing.batches)
-    # A task that stops early would have another budget than its rivals.
-    return dataclasses.replace(mixing, weights=weights, targets=targets, task_patience=None)
+    return _Model(folder, part, rows, processor, steps)
 
 
 def _counted_rows(sources: Sources, cap: int | None) -> list[int]:

@@ -22,6 +22,7 @@ from hf_mtcompress.config import (
     TrimVocabularyStep,
     TrimWeightsStep,
     teachers_of,
+    without_auxiliary,
 )
 from hf_mtcompress.data.preprocessing import group_tasks
 from hf_mtcompress.data.sources import Sources, load_sources
@@ -53,9 +54,9 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
         RecipeError: data or encoder cannot be read.
     """
     sources = load_sources(recipe.tasks, recipe.seed)
-    train = sources.role("train")
-    groups = group_tasks(sources.tasks, train)
-    rows = sum(len(train[group[0]]) for group in groups)
+    groups = group_tasks(sources.tasks, sources.role("train"))
+    main = sources.of([name for name, task in sources.tasks.items() if task.role == "main"])
+    bare = without_auxiliary(recipe)
     shapes: dict[str | None, _Shape] = {None: _encoder_shape(recipe.encoder)}
     steps = []
     for step, source in zip(recipe.steps, step_sources, strict=True):
@@ -74,7 +75,7 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
                 "parameters": round(shape.parameters),
                 "estimated_mb": round(shape.megabytes(step), 1),
                 **({"tokens": shape.tokens} if isinstance(step, TrimVocabularyStep) else {}),
-                **_training_size(step, recipe, rows),
+                **_training_size(step, recipe, _training_rows(main if step.name in bare else sources)),
             }
         )
     return {
@@ -82,6 +83,11 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
         "groups": [list(group) for group in groups],
         "steps": steps,
     }
+
+
+def _training_rows(sources: Sources) -> int:
+    train = sources.role("train")
+    return sum(len(train[group[0]]) for group in group_tasks(sources.tasks, train))
 
 
 class _Shape:

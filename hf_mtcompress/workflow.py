@@ -160,12 +160,13 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     fingerprint = step_fingerprint(step, source, done, bench)
     folder = bench.step_folder(name)
     work = bench.output / WORK / f"{name}-{fingerprint[:8]}"
+    within = bench.for_step(step)
     found = read_step(folder / STEP_RECORD)
     if found is not None and found.fingerprint == fingerprint:
         logger.warning("%s: done already, skipped", name)
         if isinstance(step, QuantizeStep):
             # The limits of a gate do not change what was made: they are held against it again.
-            pass_gate(step, done[str(source)], found, bench, work)
+            pass_gate(step, done[str(source)], found, within, work)
             found.settings = _plain(step)
             shutil.rmtree(work, ignore_errors=True)
         return found
@@ -173,7 +174,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     work.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with whole_folder(folder) as scratch:
-        outcome = run_step(step, source, bench, scratch, work)
+        outcome = run_step(step, source, within, scratch, work)
         record = StepRecord(
             name=name,
             kind=step.kind,
@@ -196,8 +197,8 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             artefact.size = measure_size(scratch / made.folder)
             artefact.scores["validation"] = score_folder(bench, scratch / made.folder, "validation")
         if isinstance(step, QuantizeStep):
-            pass_gate(step, done[str(source)], record, bench, work)
-        save_probes(scratch, probe_batch(bench, outcome.processor), outcome.probes)
+            pass_gate(step, done[str(source)], record, within, work)
+        save_probes(scratch, probe_batch(within, outcome.processor), outcome.probes)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))
     shutil.rmtree(work, ignore_errors=True)
@@ -505,7 +506,7 @@ def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] =
     source = dict(zip(steps, step_sources(recipe), strict=True))[name]
     bench = Bench(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     prepare_output(output)
-    return steps_ask_teacher(step, source, bench, part)
+    return steps_ask_teacher(step, source, bench.for_step(step), part)
 
 
 def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:

@@ -15,6 +15,8 @@ from hf_mtcompress.config.recipe import (
     BudgetConfig,
     PublishConfig,
     Recipe,
+    about,
+    without_auxiliary,
 )
 from hf_mtcompress.config.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
 from hf_mtcompress.config.search import SearchConfig
@@ -94,5 +96,7 @@ __all__ = [
     "TrimVocabularyStep",
     "TrimWeightsStep",
     "WeightSchedule",
+    "about",
     "teachers_of",
+    "without_auxiliary",
 ]

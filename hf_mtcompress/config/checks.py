@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.config.data import DataConfig
-from hf_mtcompress.config.recipe import BenchmarkConfig, BudgetConfig, PublishConfig, Recipe
+from hf_mtcompress.config.recipe import BenchmarkConfig, BudgetConfig, PublishConfig, Recipe, about, without_auxiliary
 from hf_mtcompress.config.schedules import GradualSchedule, OneShotSchedule
 from hf_mtcompress.config.search import SEARCH_FORMS, SearchConfig
 from hf_mtcompress.config.sections import WRITTEN_AS, Problems, join, near
@@ -447,6 +447,8 @@ def _check_recover(
     for key, value in (("name", section.name), ("from", section.source)):
         if value is not None:
             problems.add(join(recover, key), "recovery belongs to its step; remove the key")
+    if section.drop_auxiliary:
+        problems.add(join(recover, "drop_auxiliary"), "recovery trains the cut model itself; remove the key")
     if isinstance(section, DistillStep):
         if section.student is not None:
             problems.add(join(recover, "student"), "recovery trains the cut model itself; remove the key")
@@ -606,12 +608,27 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
             f"compares the tasks' gradients where all of them read the encoder, found {found}; compare them in a "
             "recipe without these",
         )
+    main = [name for name, task in recipe.tasks.items() if task.role == "main"]
+    whole = without_auxiliary(recipe) if not about(recipe, main).branches and not set(deep) & set(main) else set()
     for step in recipe.steps:
+        if step.name in whole:
+            continue
         student = step.student if isinstance(step, DistillStep | PretrainStep) else None
         layers = student is not None and student.layers is not None
         in_torch = isinstance(step, QuantizeStep) and step.backend in ("bitsandbytes", "torchao")
         if isinstance(step, PruneStep) or layers or in_torch:
             problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")
+
+
+def check_dropped(recipe: Recipe, problems: Problems) -> None:
+    """A step can drop auxiliary tasks where there are some, and main ones to keep."""
+    missing = sorted({"auxiliary", "main"} - {task.role for task in recipe.tasks.values()})
+    for step in recipe.steps:
+        if missing and isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary:
+            problems.add(
+                f"steps.{step.name}.drop_auxiliary",
+                f"expected tasks of role main and auxiliary, found none of role {missing[0]}; remove the key",
+            )
 
 
 def _places(recipe: Recipe, deep: Sequence[str]) -> str:

@@ -1,10 +1,12 @@
 """A recipe: encoder, tasks and the ordered steps, as one frozen object."""
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_mtcompress.config.search import SearchConfig
-from hf_mtcompress.config.steps import StepConfig
+from hf_mtcompress.config.steps import FLOAT_STEPS, DistillStep, FinetuneStep, PretrainStep, StepConfig, teachers_of
 from hf_mtcompress.config.tasks import TaskConfig
 from hf_mtcompress.config.training import EncoderConfig, FusionConfig, MixingConfig, TrainingConfig
 
@@ -93,3 +95,37 @@ class Recipe:
     """How latency is measured at the end."""
     publish: PublishConfig | None = None
     """Where the result is pushed, on request."""
+
+
+def about(recipe: Recipe, names: Collection[str]) -> Recipe:
+    """A recipe whose branches and mixing say nothing of other tasks than these; its tasks are as they were."""
+    branches = {branch: tuple(task for task in tasks if task in names) for branch, tasks in recipe.branches.items()}
+    weights, targets = (
+        None if named is None else {name: value for name, value in named.items() if name in names}
+        for named in (recipe.mixing.weights, recipe.mixing.targets)
+    )
+    mixing = dataclasses.replace(recipe.mixing, weights=weights, targets=targets)
+    if mixing.strategy == "weights" and not any((weights or {}).values()):
+        mixing = dataclasses.replace(mixing, strategy="proportional", weights=None)
+    return dataclasses.replace(
+        recipe, branches={branch: tasks for branch, tasks in branches.items() if tasks}, mixing=mixing
+    )
+
+
+def without_auxiliary(recipe: Recipe) -> set[str]:
+    """Names of the steps that work on main tasks alone: the model or the teachers they build on dropped the others."""
+    bare: set[str] = set()
+    dropped: set[str] = set()
+    latest: str | None = None
+    for step in recipe.steps:
+        name = str(step.name)
+        fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
+        source = None if fresh else step.source or latest
+        places = teachers_of(step) if source is None else (source,)
+        if places and dropped.issuperset(places):
+            bare.add(name)
+        if name in bare or (isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary):
+            dropped.add(name)
+        if step.kind in FLOAT_STEPS:
+            latest = name
+    return bare

@@ -84,6 +84,9 @@ class FinetuneStep(TrainingConfig):
     """The finetune, distill or prune step to start from; default: the latest of them, else the recipe's encoder."""
     adapters: AdapterConfig | None = None
     """Freeze the encoder and give each task an adapter of its own, trained with its head; `{}` takes the defaults."""
+    drop_auxiliary: bool = False
+    """Take auxiliary tasks out of the model once it is trained, with branches and encoders that only they read; steps
+    that build on it have the main tasks alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +125,9 @@ class DistillStep(TrainingConfig):
     """Whether rows of a task's `unlabelled` source are trained on too; the teacher labels them."""
     every_task: bool = False
     """Let the teacher answer every task on every text that the task can read, not only on the task's own rows."""
+    drop_auxiliary: bool = False
+    """Take auxiliary tasks out of the model once it is trained, with branches and encoders that only they read; steps
+    that build on it have the main tasks alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

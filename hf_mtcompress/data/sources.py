@@ -1,9 +1,10 @@
 """From the `tasks` section of a recipe to tasks with labels and rows."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from datasets import Dataset, concatenate_datasets
 from pyarrow import ArrowInvalid, ArrowNotImplementedError
@@ -30,6 +31,8 @@ from hf_mtcompress.data.preprocessing import require_column
 from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -52,6 +55,16 @@ class Sources:
     def role(self, role: Role) -> dict[str, Dataset]:
         """The rows that play a role, by task; tasks without such a split are left out."""
         return {name: splits[role] for name, splits in self.splits.items() if role in splits}
+
+    def of(self, names: Collection[str]) -> "Sources":
+        """These tasks alone, with their rows."""
+
+        def kept(values: dict[str, Value]) -> dict[str, Value]:
+            return {name: value for name, value in values.items() if name in names}
+
+        return Sources(
+            kept(self.tasks), kept(self.splits), kept(self.fingerprints), kept(self.configs), kept(self.unlabelled)
+        )
 
     def revision(self, name: str) -> str | None:
         """Commit of the Hub data set of one task."""

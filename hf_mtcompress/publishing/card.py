@@ -23,6 +23,7 @@ from hf_mtcompress.publishing.facts import (
     parent_of,
     reference_artefact,
     short_precision,
+    tasks_of,
     vocabulary_of,
 )
 from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
@@ -168,8 +169,9 @@ class _Page:
         model_type = record.encoder.get("model_type")
         encoder = f"{n.text(str(model_type))} encoder" if model_type else "encoder"
         encoder += f" of {n.plain(layers[0])} layers" if layers else ""
-        names = ", ".join(f"`{name}`" for name in record.tasks)
-        heads = f"one head for each of {n.plain(len(record.tasks))} tasks" if len(record.tasks) > 1 else "one task head"
+        tasks = tasks_of(record, self.step)
+        names = ", ".join(f"`{name}`" for name in tasks)
+        heads = f"one head for each of {n.plain(len(tasks))} tasks" if len(tasks) > 1 else "one task head"
         sentence = f"One {encoder} with {heads} ({names})"
         sentence += f", {_join(made)}. " if made else ". "
         return sentence + " ".join(self._claims())
@@ -241,7 +243,7 @@ class _Page:
         """What the model answers."""
         n = self.n
         rows = [["task", "kind", "answers", "metric", "role", "data", "rows (train / validation / test)"]]
-        for name, task in self.record.tasks.items():
+        for name, task in tasks_of(self.record, self.step).items():
             answers = "a number" if task.labels is None else f"{n.plain(len(task.labels))} labels"
             if task.problem_type == "multi_label_classification":
                 answers += ", any number of them"
@@ -263,7 +265,7 @@ class _Page:
         """The label names by task, in order."""
         return {
             name: ", ".join(f"`{self.n.text(label)}`" for label in task.labels)
-            for name, task in self.record.tasks.items()
+            for name, task in tasks_of(self.record, self.step).items()
             if task.labels
         }
 

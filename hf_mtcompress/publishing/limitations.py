@@ -9,6 +9,7 @@ from hf_mtcompress.publishing.facts import (
     final_scores,
     is_vanilla_shape,
     reference_artefact,
+    tasks_of,
 )
 from hf_mtcompress.publishing.figures import Figures
 from hf_mtcompress.publishing.repository import repository_layout
@@ -80,6 +81,7 @@ class Limitations:
 
     def _quality_limits(self) -> list[str]:
         n, facts, scores, comparison = self.n, [], self.scores, self.comparison
+        tasks = tasks_of(self.record, self.step)
         if scores is None:
             return ["The delivered form was not scored; see the steps it was made from."]
         if scores.split != "test" and "test" not in self.artefact.scores:
@@ -95,16 +97,20 @@ class Limitations:
             facts += [
                 f"`{name}`: what is kept is undefined, because {n.text(why)}."
                 for name, why in comparison.undefined.items()
+                if name in tasks
             ]
         few = [f"`{name}` ({n.count(score.rows)})" for name, score in scores.tasks.items() if score.rows < FEW_ROWS]
         if few:
             facts.append(f"Few rows were scored, so small differences mean little: {', '.join(few)}.")
-        missing = [f"`{name}`" for name in self.record.tasks if name not in scores.tasks]
+        missing = [f"`{name}`" for name in tasks if name not in scores.tasks]
         if missing:
             facts.append(f"Not scored: {', '.join(missing)}.")
-        auxiliary = [f"`{name}`" for name, task in self.record.tasks.items() if task.role == "auxiliary"]
+        auxiliary = [f"`{name}`" for name, task in tasks.items() if task.role == "auxiliary"]
         if auxiliary:
             facts.append(f"Trained as a help to the others and not counted in averages: {', '.join(auxiliary)}.")
+        dropped = [f"`{name}`" for name in self.record.tasks if name not in tasks]
+        if dropped:
+            facts.append(f"Trained as a help to the others and then taken out of the model: {', '.join(dropped)}.")
         return facts
 
     def _reload_limits(self) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_mtcompress.publishing.facts import ancestors, delivered_artefact, delivered_step, final_scores
+from hf_mtcompress.publishing.facts import ancestors, delivered_artefact, delivered_step, final_scores, tasks_of
 from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.records import RunRecord
 
@@ -44,15 +44,16 @@ def metadata_of(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
     delivered = delivered_step(record)
     chain = ancestors(record, delivered)
     tags = [LIBRARY_TAG]
-    if len(record.tasks) > 1:
+    tasks = tasks_of(record, delivered)
+    if len(tasks) > 1:
         tags.append("multi-task")
     tags += [tag for kind, tag in KIND_TAGS.items() if any(step.kind == kind for step in chain)]
     forms = [artefact.form for _, artefact in repository_layout(record).values()]
     tags += [form for form in ("onnx", "openvino", "bitsandbytes", "torchao") if form in forms]
-    pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in record.tasks.values() if task.kind in PIPELINES))
+    pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in tasks.values() if task.kind in PIPELINES))
     datasets = [task.dataset_id for task in record.tasks.values() if task.dataset_id]
     base = base_model(record)
-    metrics = [hub_metric(task.metric) for task in record.tasks.values()]
+    metrics = [hub_metric(task.metric) for task in tasks.values()]
     language = list(publish.get("language") or [])
     extra = {}
     if base is not None:

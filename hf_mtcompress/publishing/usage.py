@@ -2,7 +2,7 @@
 
 import json
 
-from hf_mtcompress.publishing.facts import artefacts_of, delivered_artefact, is_vanilla_shape
+from hf_mtcompress.publishing.facts import artefacts_of, delivered_artefact, delivered_step, is_vanilla_shape, tasks_of
 from hf_mtcompress.publishing.figures import Figures
 from hf_mtcompress.publishing.metadata import PIPELINES
 from hf_mtcompress.publishing.repository import repository_layout
@@ -78,7 +78,7 @@ class Usage:
         return None
 
     def _example(self) -> str:
-        kinds = {task.kind for task in self.record.tasks.values()}
+        kinds = {task.kind for task in tasks_of(self.record, delivered_step(self.record)).values()}
         return '"picture.png"' if kinds == {"image-classification"} else '"Put your own text here."'
 
     def snippets(self) -> list[tuple[str, str]]:
@@ -113,10 +113,12 @@ model = AutoModel.from_pretrained({_quoted(source)})  # logits_<task> for every 
 
     def _vanilla_snippet(self) -> tuple[str, str] | None:
         found = self._place("vanilla")
-        tasks = [(name, task) for name, task in self.record.tasks.items() if task.kind in PIPELINES]
-        if found is None or not tasks:
+        if found is None:
             return None
         place, step, _ = found
+        tasks = [(name, task) for name, task in tasks_of(self.record, step).items() if task.kind in PIPELINES]
+        if not tasks:
+            return None
         name, task = tasks[0]
         plain = is_vanilla_shape(self.record, step)
         auto, tag = AUTO_CLASSES[task.kind], PIPELINES[task.kind]

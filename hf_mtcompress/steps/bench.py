@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_mtcompress.config import EncoderConfig, Recipe
+from hf_mtcompress.config import EncoderConfig, Recipe, StepConfig, about, without_auxiliary
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.data.sources import Sources
@@ -49,6 +49,8 @@ class Bench:
         """The float model that a step saved."""
         model = MultiTaskModel.from_pretrained(self.step_folder(name))
         for task in self.sources.tasks.values():
+            if task.name not in model.tasks:
+                continue
             # The saved task has no columns; those of this recipe are put back for training.
             model.tasks[task.name] = dataclasses.replace(
                 task,
@@ -70,6 +72,13 @@ class Bench:
             return self.processor
         found = read_processor(self.step_folder(name))
         return self.processor if same_tokenizer(found, self.processor) else found
+
+    def for_step(self, step: StepConfig) -> "Bench":
+        """The bench with the tasks that a step can have: an earlier step may have dropped auxiliary ones."""
+        if step.name not in without_auxiliary(self.recipe):
+            return self
+        names = [name for name, task in self.sources.tasks.items() if task.role == "main"]
+        return dataclasses.replace(self, recipe=about(self.recipe, names), sources=self.sources.of(names))
 
     @property
     def max_length(self) -> int | None:
@@ -196,7 +205,9 @@ def probe_batch(bench: Bench, processor: Any) -> dict[str, np.ndarray]:
 
 
 def _probe_inputs(bench: Bench) -> tuple[Task, list[list[Any]]]:
-    task = next(iter(bench.sources.tasks.values()))
+    # A main task: auxiliary ones may be dropped on the way.
+    tasks = list(bench.sources.tasks.values())
+    task = next((task for task in tasks if task.role == "main"), tasks[0])
     rows: Dataset = next(iter(bench.sources.splits[task.name].values()))
     rows = rows.select(range(min(_PROBE_ROWS, len(rows))))
     return task, [list(rows[column]) for column in task.input_columns]

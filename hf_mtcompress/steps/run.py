@@ -21,6 +21,7 @@ from hf_mtcompress.config import (
     StepConfig,
     TrimVocabularyStep,
     TrimWeightsStep,
+    without_auxiliary,
 )
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import MissingExtraError, RecipeError
@@ -73,12 +74,13 @@ def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
             require_extra(extra)
         except MissingExtraError as error:
             problems.append(str(error))
+    bare = without_auxiliary(recipe)
     problems += [
         f"steps.{step.name}: a plain transformers folder needs a stock head, but task '{name}' has head '{task.head}'"
         for step in recipe.steps
         if isinstance(step, ExportStep) and {"vanilla", "transformers_js"}.intersection(step.formats)
         for name, task in tasks.items()
-        if task.head != "stock"
+        if task.head != "stock" and not (task.role == "auxiliary" and step.name in bare)
     ]
     if problems:
         raise RecipeError(problems)

@@ -48,6 +48,7 @@ from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pre
 from hf_mtcompress.steps.training import (
     Fit,
     MarkComplete,
+    drop_auxiliary,
     fit_of,
     merged_training,
     save_trained,
@@ -112,7 +113,10 @@ def teach_step(
 ) -> StepOutcome:
     """Train a student on what its teachers answer or hold."""
     faculty, start = _teacher_and_student(step, source, bench)
-    return save_trained(start, bench, folder, train_taught(step, start, faculty, bench, work))
+    fit = train_taught(step, start, faculty, bench, work)
+    if isinstance(step, DistillStep) and step.drop_auxiliary:
+        drop_auxiliary(start.model)
+    return save_trained(start, bench, folder, fit)
 
 
 def ask_teacher(
@@ -259,7 +263,8 @@ def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
     trusted = all(place in steps for place in models)
     match step.teachers:
         case dict() as by_task:
-            return Faculty({task: models[place] for task, place in by_task.items()}, processors, trusted)
+            own = {task: models[place] for task, place in by_task.items() if task in bench.sources.tasks}
+            return Faculty(own, processors, trusted)
         case tuple() as averaged:
             return Faculty([(models[item.path], item.weight) for item in averaged], processors, trusted)
         case _:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_mtcompress.config import FinetuneStep, Recipe, TrainingConfig
 from hf_mtcompress.errors import RecipeError, TrainingError
+from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, start_of, structure_of
 from hf_mtcompress.trainers.arguments import MultiTaskTrainingArguments
@@ -32,7 +33,16 @@ def finetune_step(step: FinetuneStep, source: str | None, bench: Bench, folder: 
     start = start_of(source, bench)
     if step.adapters is not None:
         start.model.add_adapters(**dataclasses.asdict(step.adapters))
-    return save_trained(start, bench, folder, train_finetune(step, start, bench, work))
+    fit = train_finetune(step, start, bench, work)
+    if step.drop_auxiliary:
+        drop_auxiliary(start.model)
+    return save_trained(start, bench, folder, fit)
+
+
+def drop_auxiliary(model: MultiTaskModel) -> None:
+    """Take the auxiliary tasks out of a model."""
+    for name in [name for name, task in model.tasks.items() if task.role == "auxiliary"]:
+        model.remove_task(name)
 
 
 @dataclass(frozen=True)

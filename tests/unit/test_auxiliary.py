@@ -1,0 +1,176 @@
+"""Auxiliary tasks that a step drops: what is saved, what later steps have, and what is refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_mtcompress.artifacts import CARD
+from hf_mtcompress.config import about, without_auxiliary
+from hf_mtcompress.config.load import load_recipe, parse_recipe
+from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.planning import describe_plan
+from hf_mtcompress.workflow import run, step_sources
+from tests.tiny_recipe import write_tiny_recipe
+
+TEXT = {"kind": "sequence-classification", "data": {"path": "org/rows"}, "text": "text", "label": "label"}
+RECIPE: dict[str, Any] = {
+    "name": "helped",
+    "encoder": {"path": "org/encoder"},
+    "tasks": {"mood": TEXT, "helper": {**TEXT, "data": "mood", "role": "auxiliary"}},
+    "steps": [{"kind": "finetune", "name": "teacher", "drop_auxiliary": True}],
+}
+
+
+def recipe_of(*steps: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    return copy.deepcopy({**RECIPE, **sections, "steps": list(steps) or RECIPE["steps"]})
+
+
+# ---- from recipe to card ----
+
+
+def test_a_dropped_task_helps_and_is_gone(tmp_path: Path) -> None:
+    """Its branch goes with it, so that what follows compresses one whole encoder; nothing after it knows the task."""
+    steps = [
+        {"kind": "finetune", "name": "both", "epochs": 1},
+        {"kind": "finetune", "name": "teacher", "epochs": 1, "drop_auxiliary": True},
+        {"kind": "prune", "name": "pruned", "heads": 0.5, "importance": "magnitude", "recover": {"kind": "finetune"}},
+        {"kind": "quantize", "name": "int8", "backend": "onnxruntime", "bits": 8, "retention": 0.01, "keep": True},
+    ]
+    path = write_tiny_recipe(
+        tmp_path,
+        steps=steps,
+        branches={"side": ["strength"]},
+        branch_layers=1,
+        reference="both",
+        # The tasks share rows, so their weights add up.
+        mixing={"strategy": "weights", "weights": {"mood": 1, "strength": 1}},
+        training={"batch_size": 8, "epochs": 1, "learning_rate": 2.0e-3, "arguments": {"disable_tqdm": True}},
+    )
+    changed = ["tasks.strength.role=auxiliary"]
+    recipe = load_recipe(path, changed)
+    assert without_auxiliary(recipe) == {"pruned", "int8"}
+    record = run(recipe, tmp_path / "out")
+    saved = {
+        name: json.loads((tmp_path / "out" / name / "config.json").read_text())
+        for name in ("both", "teacher", "pruned")
+    }
+    assert {name: [task["name"] for task in config["tasks"]] for name, config in saved.items()} == {
+        "both": ["mood", "strength"],
+        **{name: ["mood"] for name in ("teacher", "pruned")},
+    }
+    assert list(saved["both"]["branches"]) == ["side"]
+    assert saved["teacher"]["branches"] == {}
+    artefacts = {artefact.folder: artefact for step in record.steps for artefact in step.artefacts}
+    assert [name for name, artefact in artefacts.items() if not (artefact.reload or {}).get("passed")] == []
+    assert {name: list(artefact.scores["test"].tasks) for name, artefact in artefacts.items()} == {
+        "both": ["mood", "strength"],
+        **{name: ["mood"] for name in ("teacher", "pruned", "int8")},
+    }
+    assert all(artefact.scores["test"].average is not None for artefact in artefacts.values())
+
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "with one task head (`mood`)" in card
+    assert "Trained as a help to the others and then taken out of the model: `strength`." in card
+    assert "`strength`: what is kept is undefined" not in card
+    assert "Not scored" not in card
+
+    # A second call finds everything done, the gate held again with the tasks that are there.
+    assert [step.seconds for step in run(load_recipe(path, changed), tmp_path / "out").steps] == [
+        step.seconds for step in record.steps
+    ]
+
+
+def test_the_plan_counts_rows_of_the_tasks_that_are_left(tmp_path: Path) -> None:
+    steps = [
+        {"kind": "finetune", "name": "teacher", "epochs": 1, "drop_auxiliary": True},
+        {"kind": "finetune", "name": "longer", "epochs": 1},
+    ]
+    path = write_tiny_recipe(tmp_path, steps=steps, reference="teacher")
+    # Rows of its own: 48 and 24 in batches of 8.
+    files = {role: str(tmp_path / name) for role, name in (("train", "test.jsonl"), ("validation", "validation.jsonl"))}
+    data = json.dumps({"path": "json", "data_files": files})
+    recipe = load_recipe(path, ["tasks.strength.role=auxiliary", f"tasks.strength.data={data}"])
+    plan = describe_plan(recipe, step_sources(recipe))
+    assert [step["optimizer_steps"] for step in plan["steps"]] == [9, 6]
+
+
+# ---- who knows the task ----
+
+
+@pytest.mark.parametrize(
+    ("steps", "bare"),
+    [
+        ([{"kind": "finetune", "name": "b"}], {"b"}),
+        ([{"kind": "distill", "name": "b", "teacher": "a", "student": {"layers": 1}}], {"b"}),
+        ([{"kind": "distill", "name": "b", "teacher": "org/large", "student": {"layers": 1}}], set()),
+        (
+            [
+                {"kind": "distill", "name": "b", "teacher": "a", "student": {"layers": 1}},
+                {"kind": "export", "name": "c", "from": "b"},
+            ],
+            {"b", "c"},
+        ),
+    ],
+)
+def test_steps_without_auxiliary_tasks(steps: list[dict[str, Any]], bare: set[str]) -> None:
+    recipe = parse_recipe(recipe_of({"kind": "finetune", "name": "a", "drop_auxiliary": True}, *steps))
+    assert without_auxiliary(recipe) == bare
+
+
+def test_a_step_from_before_still_has_them() -> None:
+    recipe = parse_recipe(
+        recipe_of(
+            {"kind": "finetune", "name": "a"},
+            {"kind": "finetune", "name": "b", "drop_auxiliary": True},
+            {"kind": "finetune", "name": "c", "from": "a"},
+            {"kind": "distill", "name": "d", "teachers": {"mood": "b", "helper": "a"}, "student": {"layers": 1}},
+        )
+    )
+    assert without_auxiliary(recipe) == set()
+
+
+def test_a_recipe_about_some_tasks() -> None:
+    recipe = parse_recipe(
+        recipe_of(
+            branches={"side": ["helper"]},
+            mixing={"strategy": "weights", "weights": {"mood": 0, "helper": 1}},
+        )
+    )
+    found = about(recipe, ["mood"])
+    assert found.branches == {}
+    assert (found.mixing.strategy, found.mixing.weights) == ("proportional", None)
+    assert about(recipe, ["mood", "helper"]) == recipe
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("role", ["main", "auxiliary"])
+def test_there_is_nothing_to_drop_or_to_keep(role: str) -> None:
+    recipe = recipe_of()
+    for task in recipe["tasks"].values():
+        task["role"] = role
+    missing = {"main": "auxiliary", "auxiliary": "main"}[role]
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(recipe)
+    assert f"steps.teacher.drop_auxiliary: expected tasks of role main and auxiliary, found none of role {missing}" in (
+        str(caught.value)
+    )
+
+
+def test_a_recovery_drops_nothing() -> None:
+    prune = {"kind": "prune", "heads": 0.5, "recover": {"kind": "finetune", "drop_auxiliary": True}}
+    with pytest.raises(RecipeError, match=r"recover.drop_auxiliary: recovery trains the cut model itself"):
+        parse_recipe(recipe_of({"kind": "finetune"}, prune))
+
+
+@pytest.mark.parametrize(
+    ("drop", "branches"), [(False, {"side": ["helper"]}), (True, {"side": ["mood"]})], ids=["kept", "main"]
+)
+def test_branches_that_are_left_stand_in_the_way_of_pruning(drop: bool, branches: dict[str, list[str]]) -> None:
+    steps = ({"kind": "finetune", "drop_auxiliary": drop}, {"kind": "prune", "heads": 0.5})
+    with pytest.raises(RecipeError, match="works on models whose tasks read one whole encoder, found branches side"):
+        parse_recipe(recipe_of(*steps, branches=branches))
