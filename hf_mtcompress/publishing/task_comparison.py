@@ -103,7 +103,7 @@ def draw_differences(record: TaskComparisonRecord, path: Path) -> Path | None:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    height = 1.8 + len(tasks) * max(0.45, 0.22 * len(arms))
+    height = 1.8 + len(tasks) * max(0.45, 0.14 * len(arms))
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -119,7 +119,7 @@ def draw_differences(record: TaskComparisonRecord, path: Path) -> Path | None:
         axes.scatter(
             list(points.values()),
             [tasks.index(task) + shift for task in points],
-            s=60,
+            s=40 if len(arms) > 4 else 60,
             color=colour,
             marker=MARKERS[number % len(MARKERS)],
             edgecolor="white",
@@ -134,7 +134,7 @@ def draw_differences(record: TaskComparisonRecord, path: Path) -> Path | None:
     axes.set_xlabel(_axis(record))
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.7, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=min(len(arms), 4), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(len(arms), 4), frameon=False, fontsize=8)
     figure.suptitle(f"{record.name}: with other tasks, against alone", fontsize=12, x=0.02, ha="left")
     figure.savefig(path, metadata={"Software": "hf_mtcompress"})
     return path
