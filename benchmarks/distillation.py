@@ -17,6 +17,9 @@ were better for plain students and others alike:
   relations        labels, answers and the relations of its queries, keys and values
   two-phase        relations first, without labels, then labels and answers (a third of the steps, then two thirds)
   born-again       labels and the answers of one teacher for each task, each trained alone
+  alone            these teachers themselves, one model for each task
+  in-one, in-one-annealed: born-again with all layers of the pretrained encoder, trained as the teachers were; annealed
+                   goes from their answers to the labels (Clark et al. 2019, "BAM! Born-Again Multi-Task Networks")
   plain-even, every-task-even: rows of small data sets are drawn more often, by the root of their number
 
 Resumable: what is finished keeps its small JSON below benchmarks/results and is not repeated; several processes with
@@ -36,8 +39,9 @@ from multitask_text import FOLDERS, RECIPE
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import STEP_RECORD, share_work, whole_folder, write_text
+from hf_mtcompress.config import Recipe
 from hf_mtcompress.config.load import load_recipe
-from hf_mtcompress.data.sources import Sources, load_sources, task_of
+from hf_mtcompress.data.sources import load_sources, task_of
 from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.steps.bench import Bench, load_processor
@@ -52,7 +56,7 @@ ANSWERS: list[Any] = ["logits"]
 
 
 def steps_of(
-    arm: str, student: dict[str, Any], epochs: float, cache: Path, alone: dict[str, str]
+    arm: str, student: dict[str, Any], epochs: float, cache: Path, alone: dict[str, str], encoder: str
 ) -> list[dict[str, Any]]:
     """The steps of an arm; the last one makes what is scored."""
     student = {"student": student}
@@ -83,6 +87,10 @@ def steps_of(
         case "born-again":
             step = {**common, "kind": "distill", "name": arm, "teachers": alone, "criteria": ANSWERS}
             return [start, {key: value for key, value in step.items() if key != "teacher"}]
+        case "in-one" | "in-one-annealed":
+            step = {"kind": "distill", "name": arm, "teachers": alone, "criteria": ANSWERS, "epochs": epochs}
+            step |= {"teacher_cache": str(cache), "student": {"path": encoder}, "learning_rate": None}
+            return [step | ({"label_weight": {"from": 0, "to": 1}} if arm.endswith("-annealed") else {})]
         case _:
             raise ValueError(arm)
 
@@ -106,6 +114,8 @@ def labelled_pictures(source: Path, target: Path) -> Path:
     return target
 
 
+BORN_AGAIN = ("born-again", "alone", "in-one", "in-one-annealed")
+"""Arms that need a teacher of its own for each task."""
 LAYERS = {"text": 3, "vision": 6}
 ARMS = (
     "plain",
@@ -115,6 +125,9 @@ ARMS = (
     "relations",
     "two-phase",
     "born-again",
+    "alone",
+    "in-one",
+    "in-one-annealed",
     "plain-even",
     "every-task-even",
 )
@@ -175,29 +188,56 @@ class Benchmark:
         alone = [(f"alone-{task}", seed) for _, seed in teachers for task in self.sources.tasks]
         for jobs, work in (
             (teachers, self.one),
-            (alone if "born-again" in self.options.arms else [], self.alone),
+            (alone if set(BORN_AGAIN) & set(self.options.arms) else [], self.alone),
             (arms, self.one),
         ):
             share_work(work, jobs, [self.work / f"{arm}-{seed}.lock" for arm, seed in jobs])
 
     def alone(self, job: tuple[str, int]) -> None:
-        """Train the teacher of one task, unless the arm that needs it is done."""
-        (name, seed), folder = job, self.work / f"seed-{job[1]}"
+        """Train the teacher of one task, unless the arms that need it are done."""
+        name, seed = job
         task = name.removeprefix("alone-")
-        if (self.results / "born-again" / f"seed-{seed}.json").exists():
+        wanted = [arm for arm in BORN_AGAIN if arm in self.options.arms]
+        if all((self.results / arm / f"seed-{seed}.json").exists() for arm in wanted):
             return
-        step = {"kind": "finetune", "name": name, "epochs": self.epochs}
+        recipe, bench = self.of_one_task(task, seed)
+        do_step(recipe.steps[0], None, {}, bench)
+
+    def of_one_task(self, task: str, seed: int) -> tuple[Recipe, Bench]:
+        """The recipe of the teacher of one task, and its rows."""
+        step = {"kind": "finetune", "name": f"alone-{task}", "epochs": self.epochs}
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([step])}"])
         own = dataclasses.replace(recipe.tasks[task], data=self.sources.configs[task])
         recipe = dataclasses.replace(recipe, seed=seed, tasks={task: own})
         labels = self.sources.tasks[task].labels
-        sources = Sources(
-            tasks={task: dataclasses.replace(task_of(task, own), labels=labels)},
-            splits={task: self.sources.splits[task]},
-            fingerprints={task: self.sources.fingerprints[task]},
-            configs={task: self.sources.configs[task]},
+        sources = dataclasses.replace(
+            self.sources.of([task]), tasks={task: dataclasses.replace(task_of(task, own), labels=labels)}
         )
-        do_step(recipe.steps[0], None, {}, Bench(recipe, folder, sources, self.processor))
+        return recipe, Bench(recipe, self.work / f"seed-{seed}", sources, self.processor)
+
+    def teachers_scored(self, seed: int) -> dict[str, Any]:
+        """What the teachers of one task each reach, as the facts of an arm."""
+        scores: dict[str, Any] = {"test": {}, "validation": {}}
+        records, rows, rate = [], {}, None
+        for task in self.sources.tasks:
+            recipe, bench = self.of_one_task(task, seed)
+            records.append(do_step(recipe.steps[0], None, {}, bench))
+            found = {
+                "test": score_folder(bench, bench.step_folder(f"alone-{task}"), "test"),
+                "validation": records[-1].artefacts[0].scores["validation"],
+            }
+            for split, score in found.items():
+                scores[split][task] = score.tasks[task].metrics[str(self.sources.tasks[task].metric)]
+            rows[task], rate = found["test"].tasks[task].rows, recipe.training.learning_rate
+        return {
+            "optimizer_steps": sum((record.training or {})["steps"] for record in records),
+            "seconds": sum(record.seconds for record in records),
+            "average": sum(scores["test"].values()) / len(rows),
+            "validation_average": sum(scores["validation"].values()) / len(rows),
+            "learning_rate": rate,
+            "scores": scores["test"],
+            "rows": rows,
+        }
 
     def one(self, job: tuple[str, int]) -> None:
         """Train and score one arm in one seed."""
@@ -206,11 +246,15 @@ class Benchmark:
         folder = self.work / f"seed-{seed}"
         if target.exists() and (arm != "teacher" or (folder / "teacher" / STEP_RECORD).exists()):
             return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if arm == "alone":
+            write_text(target, json.dumps({"arm": arm, "seed": seed, **self.teachers_scored(seed)}, indent=2) + "\n")
+            return
         teacher = {"kind": "finetune", "name": "teacher", "epochs": self.epochs}
         alone = {task: str(folder / f"alone-{task}") for task in self.sources.tasks}
         cache = self.work / "cache"
         student = {"layers": self.options.layers, "choose": self.options.choose}
-        steps = [] if arm == "teacher" else steps_of(arm, student, self.epochs, cache, alone)
+        steps = [] if arm == "teacher" else steps_of(arm, student, self.epochs, cache, alone, self.options.encoder)
         # The step that only copies layers keeps its rate of nothing.
         steps = [{"learning_rate": self.options.student_rate, **step} for step in steps]
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
@@ -221,12 +265,13 @@ class Benchmark:
         for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
             done[str(step.name)] = do_step(step, source, done, bench)
         last = str(recipe.steps[-1].name)
+        cut = bool(steps) and not arm.startswith("in-one")
         scores = score_folder(bench, folder / last, "test")
         facts = {
             "arm": arm,
             "seed": seed,
-            "layers": self.options.layers if steps else None,
-            "choose": self.options.choose if steps else None,
+            "layers": self.options.layers if cut else None,
+            "choose": self.options.choose if cut else None,
             "optimizer_steps": sum(
                 (done[str(step.name)].training or {})["steps"]
                 for step in recipe.steps[bool(steps) :]
@@ -238,13 +283,12 @@ class Benchmark:
             ],
             "average": scores.average,
             "validation_average": done[last].artefacts[0].scores["validation"].average,
-            "learning_rate": self.options.student_rate if steps else recipe.training.learning_rate,
+            "learning_rate": recipe.steps[-1].learning_rate or recipe.training.learning_rate,
             "scores": {
                 name: found.metrics[str(self.sources.tasks[name].metric)] for name, found in scores.tasks.items()
             },
             "rows": {name: found.rows for name, found in scores.tasks.items()},
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, json.dumps(facts, indent=2) + "\n")
         for step in recipe.steps[bool(steps) :] if arm != "teacher" else ():
             shutil.rmtree(folder / str(step.name))
@@ -256,29 +300,38 @@ class Benchmark:
             facts = json.loads(file.read_text(encoding="utf-8"))
             found.setdefault(facts["arm"], {})[facts["seed"]] = facts
         lines = [
-            "| arm | seeds | average | kept | kept, worst task | against plain | seconds |",
-            "| --- |" + " ---: |" * 6,
+            "| arm | seeds | average | kept | kept, worst task | against plain | against alone | seconds |",
+            "| --- |" + " ---: |" * 7,
         ]
         for arm, seeds in found.items():
             shared = [seed for seed in seeds if seed in found.get("teacher", {})]
             kept = [_retention(seeds[seed]["scores"], found["teacher"][seed]["scores"]) for seed in shared]
-            both = [seed for seed in seeds if seed in found.get("plain", {}) and arm not in ("plain", "teacher")]
-            against = "-"
-            if len(both) > 1:
-                difference = paired_difference(
-                    [seeds[seed]["average"] for seed in both], [found["plain"][seed]["average"] for seed in both]
-                )
-                low, high = difference.low or 0.0, difference.high or 0.0
-                against = f"{100 * difference.mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+            against = [
+                "-" if arm == "teacher" and other == "plain" else _against(seeds, found.get(other, {}))
+                for other in ("plain", "alone")
+            ]
             average = sum(facts["average"] for facts in seeds.values()) / len(seeds)
             seconds = sum(facts["seconds"] for facts in seeds.values()) / len(seeds)
             mean = sum(share for share, _ in kept) / len(kept) if kept else float("nan")
             worst = min((share for _, share in kept), default=float("nan"))
             lines.append(
-                f"| {arm} | {len(seeds)} | {average:.4f} | {100 * mean:.1f} % | {100 * worst:.1f} % | {against} | "
+                f"| {arm} | {len(seeds)} | {average:.4f} | {100 * mean:.1f} % | {100 * worst:.1f} % | "
+                f"{' | '.join(against)} | "
                 f"{seconds:.0f} |"
             )
         return "\n".join(lines)
+
+
+def _against(seeds: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> str:
+    """Difference of averages in points over the seeds that both have, with its interval."""
+    both = [seed for seed in seeds if seed in others]
+    if len(both) < 2 or seeds is others:
+        return "-"
+    difference = paired_difference(
+        [seeds[seed]["average"] for seed in both], [others[seed]["average"] for seed in both]
+    )
+    low, high = difference.low or 0.0, difference.high or 0.0
+    return f"{100 * difference.mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def _retention(student: dict[str, float], teacher: dict[str, float]) -> tuple[float, float]:
