@@ -61,8 +61,9 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
     steps = []
     for step, source in zip(recipe.steps, step_sources, strict=True):
         start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
+        own = main if step.name in bare else sources
         if isinstance(step, TrimVocabularyStep):
-            shape = start.with_tokens(min(start.tokens, _tokens_left(step, recipe, sources)))
+            shape = start.with_tokens(min(start.tokens, _tokens_left(step, recipe, own)))
         else:
             shape = start.after(step, recipe.encoder)
         shapes[step.name] = shape
@@ -75,7 +76,7 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
                 "parameters": round(shape.parameters),
                 "estimated_mb": round(shape.megabytes(step), 1),
                 **({"tokens": shape.tokens} if isinstance(step, TrimVocabularyStep) else {}),
-                **_training_size(step, recipe, _training_rows(main if step.name in bare else sources)),
+                **_training_size(step, recipe, _training_rows(own)),
             }
         )
     return {

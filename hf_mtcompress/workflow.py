@@ -275,6 +275,9 @@ def _chosen(section: Any) -> dict[str, Any]:
         default = item.default_factory() if callable(item.default_factory) else item.default
         if value != default:
             chosen[item.name] = _plain(value)
+            if item.name == "recover":
+                # Not a key of a recovery, and later than some that are done.
+                chosen[item.name].pop("drop_auxiliary", None)
     return chosen
 
 
@@ -458,7 +461,9 @@ def group_tasks_of(folder: Path, *, encoders: int | None = None, parameters: int
         RecipeError: both limits, or one that allows no encoder.
     """
     record = load_record(folder)
-    step = next((step for step in reversed(record.steps) if step.interference is not None), None)
+    measured = [step for step in reversed(record.steps) if step.interference is not None]
+    # A later step may have fewer tasks.
+    step = max(measured, key=lambda step: len((step.interference or {})["tasks"]), default=None)
     if step is None or step.interference is None:
         raise ArtifactError(
             f"expected a run that measured how its tasks get along, found none of its steps in {folder.name} did; run "

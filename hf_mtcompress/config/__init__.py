@@ -16,6 +16,7 @@ from hf_mtcompress.config.recipe import (
     PublishConfig,
     Recipe,
     about,
+    dropping,
     without_auxiliary,
 )
 from hf_mtcompress.config.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
@@ -97,6 +98,7 @@ __all__ = [
     "TrimWeightsStep",
     "WeightSchedule",
     "about",
+    "dropping",
     "teachers_of",
     "without_auxiliary",
 ]

@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.config.data import DataConfig
-from hf_mtcompress.config.recipe import BenchmarkConfig, BudgetConfig, PublishConfig, Recipe, about, without_auxiliary
+from hf_mtcompress.config.recipe import (
+    BenchmarkConfig,
+    BudgetConfig,
+    PublishConfig,
+    Recipe,
+    about,
+    dropping,
+    without_auxiliary,
+)
 from hf_mtcompress.config.schedules import GradualSchedule, OneShotSchedule
 from hf_mtcompress.config.search import SEARCH_FORMS, SearchConfig
 from hf_mtcompress.config.sections import WRITTEN_AS, Problems, join, near
@@ -608,8 +616,7 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
             f"compares the tasks' gradients where all of them read the encoder, found {found}; compare them in a "
             "recipe without these",
         )
-    main = [name for name, task in recipe.tasks.items() if task.role == "main"]
-    whole = without_auxiliary(recipe) if not about(recipe, main).branches and not set(deep) & set(main) else set()
+    whole = _whole_again(recipe)
     for step in recipe.steps:
         if step.name in whole:
             continue
@@ -620,15 +627,45 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
             problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")
 
 
+def _whole_again(recipe: Recipe) -> set[str]:
+    """Names of the steps before which all tasks that read a branch or a lower layer were dropped."""
+    main = [name for name, task in recipe.tasks.items() if task.role == "main"]
+    left = about(recipe, main).branches or any(recipe.tasks[name].layer is not None for name in main)
+    return set() if left else without_auxiliary(recipe)
+
+
 def check_dropped(recipe: Recipe, problems: Problems) -> None:
-    """A step can drop auxiliary tasks where there are some, and main ones to keep."""
+    """A step can drop auxiliary tasks where there are some, and main ones to keep; afterwards nobody answers them."""
     missing = sorted({"auxiliary", "main"} - {task.role for task in recipe.tasks.values()})
+    bare, dropped = without_auxiliary(recipe), dropping(recipe)
     for step in recipe.steps:
-        if missing and isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary:
-            problems.add(
-                f"steps.{step.name}.drop_auxiliary",
-                f"expected tasks of role main and auxiliary, found none of role {missing[0]}; remove the key",
-            )
+        path = f"steps.{step.name}"
+        if isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary:
+            place = join(path, "drop_auxiliary")
+            if missing:
+                words = f"expected tasks of role main and auxiliary, found none of role {missing[0]}; remove the key"
+                problems.add(place, words)
+            elif step.name in bare:
+                problems.add(place, "expected auxiliary tasks to drop, but a step before did that; remove the key")
+        recover = getattr(step, "recover", None)
+        taught = recover if isinstance(recover, DistillStep) else step
+        if isinstance(taught, DistillStep) and step.name not in bare and not missing:
+            lacking = [teacher for teacher in _answering(taught, recipe) if teacher in dropped]
+            if lacking:
+                problems.add(
+                    path,
+                    f"expected teachers that answer the auxiliary tasks of the model, found '{lacking[0]}', which "
+                    "dropped them; teach with a step from before that, or start from one that dropped them",
+                )
+
+
+def _answering(step: DistillStep, recipe: Recipe) -> list[str]:
+    """The teachers that are asked about auxiliary tasks, or whose layers a student has."""
+    if not isinstance(step.teachers, dict):
+        return list(teachers_of(step))
+    asked = [place for task, place in step.teachers.items() if recipe.tasks[task].role == "auxiliary"]
+    made = step.student is not None and step.student.path is None
+    return [*asked, *(list(teachers_of(step))[:1] if made else [])]
 
 
 def _places(recipe: Recipe, deep: Sequence[str]) -> str:
@@ -646,7 +683,7 @@ def check_adapters(recipe: Recipe, problems: Problems) -> None:
         match step:
             case FinetuneStep():
                 if step.adapters is not None:
-                    _check_new_adapters(recipe, source in adapted, join(path, "adapters"), problems)
+                    _check_new_adapters(recipe, step, source in adapted, problems)
                 if step.adapters is not None or source in adapted:
                     adapted.add(step.name)
             case DistillStep() | PretrainStep():
@@ -690,11 +727,12 @@ def _check_recovered_adapters(
         _check_distilled_adapters(recover, False, taught, join(path, "recover"), problems)
 
 
-def _check_new_adapters(recipe: Recipe, already: bool, path: str, problems: Problems) -> None:
+def _check_new_adapters(recipe: Recipe, step: FinetuneStep, already: bool, problems: Problems) -> None:
+    path = f"steps.{step.name}.adapters"
     if already:
         problems.add(path, "the model that is trained on has adapters already; remove the key to train these on")
     deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
-    if recipe.branches or deep:
+    if (recipe.branches or deep) and step.name not in _whole_again(recipe):
         problems.add(path, f"need tasks that read one whole encoder, found {_places(recipe, deep)}")
     for key in _gradient_settings(recipe):
         problems.add(

@@ -98,7 +98,7 @@ class Recipe:
 
 
 def about(recipe: Recipe, names: Collection[str]) -> Recipe:
-    """A recipe whose branches and mixing say nothing of other tasks than these; its tasks are as they were."""
+    """A recipe whose branches, mixing and fusion say nothing of other tasks than these; its tasks are as they were."""
     branches = {branch: tuple(task for task in tasks if task in names) for branch, tasks in recipe.branches.items()}
     weights, targets = (
         None if named is None else {name: value for name, value in named.items() if name in names}
@@ -107,25 +107,35 @@ def about(recipe: Recipe, names: Collection[str]) -> Recipe:
     mixing = dataclasses.replace(recipe.mixing, weights=weights, targets=targets)
     if mixing.strategy == "weights" and not any((weights or {}).values()):
         mixing = dataclasses.replace(mixing, strategy="proportional", weights=None)
-    return dataclasses.replace(
-        recipe, branches={branch: tasks for branch, tasks in branches.items() if tasks}, mixing=mixing
-    )
+    fusion = recipe.fusion if len(names) > 1 else FusionConfig(normalize=recipe.fusion.normalize)
+    branches = {branch: tasks for branch, tasks in branches.items() if tasks}
+    return dataclasses.replace(recipe, branches=branches, mixing=mixing, fusion=fusion)
 
 
 def without_auxiliary(recipe: Recipe) -> set[str]:
     """Names of the steps that work on main tasks alone: the model or the teachers they build on dropped the others."""
-    bare: set[str] = set()
-    dropped: set[str] = set()
+    return _main_alone(recipe)[0]
+
+
+def dropping(recipe: Recipe) -> set[str]:
+    """Names of the steps that leave a model of main tasks alone, where there were others."""
+    return _main_alone(recipe)[1]
+
+
+def _main_alone(recipe: Recipe) -> tuple[set[str], set[str]]:
+    """Names of the steps that begin so, and of those that end so."""
+    begin: set[str] = set()
+    end: set[str] = set()
     latest: str | None = None
     for step in recipe.steps:
         name = str(step.name)
         fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
         source = None if fresh else step.source or latest
         places = teachers_of(step) if source is None else (source,)
-        if places and dropped.issuperset(places):
-            bare.add(name)
-        if name in bare or (isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary):
-            dropped.add(name)
+        if places and end.issuperset(places):
+            begin.add(name)
+        if name in begin or (isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary):
+            end.add(name)
         if step.kind in FLOAT_STEPS:
             latest = name
-    return bare
+    return begin, end

@@ -154,7 +154,7 @@ class PretrainStep(TrainingConfig):
     ] = (RelationsCriterionConfig(),)
     """What the student imitates: words (relations, hidden, embedding, feature_map), or sections with more."""
     data: DataConfig | None = None
-    """Rows to train on, their train split; default: the training rows and `unlabelled` rows of all tasks."""
+    """Rows to train on, their train split; default: the training rows and `unlabelled` rows of the tasks."""
     column: str = "text"
     """Column of `data` with the texts or images."""
     teacher_cache: bool | str = False
@@ -248,7 +248,7 @@ class TrimVocabularyStep:
     size: int | None = None
     """At most so many tokens, the most frequent ones."""
     corpus: DataConfig | None = None
-    """Texts whose tokens are kept, their train split; default: training and validation texts of all tasks."""
+    """Texts whose tokens are kept, their train split; default: training and validation texts of the tasks."""
     column: str = "text"
     """Column of `corpus` with the texts."""
 
@@ -295,7 +295,7 @@ class CalibrationConfig:
     """`percentile` leaves out the rarest numbers, `entropy` takes the range that changes the distribution least,
     `minmax` takes all."""
     rows: int = 256
-    """Training rows, over all tasks."""
+    """Training rows, over the tasks of the step."""
     percentile: float = 99.99
     """With `percentile`: the share of the numbers inside the range, in percent."""
 
@@ -314,7 +314,7 @@ class MixedConfig:
     """Size of the graph in megabytes (10^6 bytes): answers of main tasks are kept as close to float as it allows.
     Default: a small graph that reaches the step's `retention` on the validation rows, found by halving among 40."""
     rows: int = 256
-    """Training rows that answers are compared on, over all tasks."""
+    """Training rows that answers are compared on, over the tasks of the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

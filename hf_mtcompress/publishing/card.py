@@ -240,17 +240,19 @@ class _Page:
     # ---- tasks and quality ----
 
     def tasks(self) -> list[list[str]]:
-        """What the model answers."""
+        """What the model answers, and what helped to train it."""
         n = self.n
         rows = [["task", "kind", "answers", "metric", "role", "data", "rows (train / validation / test)"]]
-        for name, task in tasks_of(self.record, self.step).items():
+        kept = tasks_of(self.record, self.step)
+        for name, task in self.record.tasks.items():
             answers = "a number" if task.labels is None else f"{n.plain(len(task.labels))} labels"
             if task.problem_type == "multi_label_classification":
                 answers += ", any number of them"
             counts = " / ".join(
                 n.count(task.rows[role]) if role in task.rows else "none" for role in ("train", "validation", "test")
             )
-            rows.append([f"`{name}`", task.kind, answers, task.metric, task.role, self._data(task), counts])
+            role = task.role if name in kept else f"{task.role}, dropped"
+            rows.append([f"`{name}`", task.kind, answers, task.metric, role, self._data(task), counts])
         return rows
 
     def _data(self, task: TaskRecord) -> str:
@@ -320,7 +322,7 @@ class _Page:
                     self.n.text(artefact.precision),
                     scores.split,
                 ]
-                rows.append([*cells, self.n.score(scores.average), *task_scores(self.record, artefact, self.n)])
+                rows.append([*cells, self.n.score(scores.average), *task_scores(self.record, step, artefact, self.n)])
         return rows if len(rows) > 2 else []
 
     # ---- steps ----

@@ -110,7 +110,7 @@ class Limitations:
             facts.append(f"Trained as a help to the others and not counted in averages: {', '.join(auxiliary)}.")
         dropped = [f"`{name}`" for name in self.record.tasks if name not in tasks]
         if dropped:
-            facts.append(f"Trained as a help to the others and then taken out of the model: {', '.join(dropped)}.")
+            facts.append(f"Helped in the training and are not answered by this model: {', '.join(dropped)}.")
         return facts
 
     def _reload_limits(self) -> list[str]:

@@ -13,11 +13,13 @@ from hf_mtcompress.publishing.facts import (
     batch_sizes,
     comparison_of,
     delivered_artefact,
+    delivered_step,
     final_scores,
     interfering_steps,
     latency_of,
     reference_artefact,
     short_precision,
+    tasks_of,
 )
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
@@ -201,7 +203,9 @@ def _draw_tasks(axes: "Axes", record: RunRecord) -> None:
     if reference is not None and reference.folder != delivered.folder:
         pair.insert(0, (record.reference, reference, REFERENCE_COLOUR))
     names = [
-        name for name in record.tasks if any(_score(record, artefact, name) is not None for _, artefact, _ in pair)
+        name
+        for name in tasks_of(record, delivered_step(record))
+        if any(_score(record, artefact, name) is not None for _, artefact, _ in pair)
     ]
     if not names:
         axes.set_axis_off()

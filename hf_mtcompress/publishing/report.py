@@ -16,6 +16,7 @@ from hf_mtcompress.publishing.facts import (
     parent_of,
     scheduled_prunings,
     short_precision,
+    tasks_of,
     trimmed_steps,
     vocabulary_cuts,
 )
@@ -109,7 +110,7 @@ def report_table(record: RunRecord) -> str:
             figures.parameters(artefact.size.parameters if artefact.size else None),
             figures.megabytes(artefact.size.weights_bytes if artefact.size else None),
             *(_ratio(artefact, size, figures) for size in sizes),
-            *task_scores(record, artefact, figures),
+            *task_scores(record, step, artefact, figures),
         ]
         for step in record.steps
         for number, artefact in enumerate(step.artefacts)
@@ -149,14 +150,14 @@ def _ratio(artefact: Artefact, batch_size: int, figures: Figures) -> str:
     return figures.percent(latency.ratio_minimum if latency else None)
 
 
-def task_scores(record: RunRecord, artefact: Artefact, figures: Figures) -> list[str]:
-    """The primary metric of every task of the run, in order."""
-    scores = final_scores(artefact)
-    values = [
-        scores.tasks[name].metrics.get(task.metric) if scores is not None and name in scores.tasks else None
-        for name, task in record.tasks.items()
-    ]
-    return [figures.score(value) for value in values]
+def task_scores(record: RunRecord, step: StepRecord, artefact: Artefact, figures: Figures) -> list[str]:
+    """The primary metric of every task of the run, in order; `dropped` where the model of the step has it no longer."""
+    scores, kept = final_scores(artefact), tasks_of(record, step)
+    cells = []
+    for name, task in record.tasks.items():
+        value = scores.tasks[name].metrics.get(task.metric) if scores is not None and name in scores.tasks else None
+        cells.append(figures.score(value) if name in kept else "dropped")
+    return cells
 
 
 def budget_lines(record: RunRecord, figures: Figures) -> list[str]:

@@ -255,16 +255,20 @@ def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
     """Load every teacher of a step once."""
     steps = [other.name for other in bench.recipe.steps]
     where = f"steps.{step.name}.{'teachers' if step.teachers else 'teacher'}"
-    models = {place: load_teacher(place, bench, where) for place in teachers_of(step)}
+    by_task = step.teachers if isinstance(step.teachers, dict) else {}
+    # Auxiliary tasks may have been dropped; a name that is none is refused where the teachers are asked.
+    dropped = [task for task in by_task if task in bench.recipe.tasks and task not in bench.sources.tasks]
+    by_task = {task: place for task, place in by_task.items() if task not in dropped}
+    places = dict.fromkeys(by_task.values()) or teachers_of(step)
+    models = {place: load_teacher(place, bench, where) for place in places}
     processors = {
         id(model): bench.processor_of(place) if place in steps else _own_processor(place, bench)
         for place, model in models.items()
     }
     trusted = all(place in steps for place in models)
     match step.teachers:
-        case dict() as by_task:
-            own = {task: models[place] for task, place in by_task.items() if task in bench.sources.tasks}
-            return Faculty(own, processors, trusted)
+        case dict():
+            return Faculty({task: models[place] for task, place in by_task.items()}, processors, trusted)
         case tuple() as averaged:
             return Faculty([(models[item.path], item.weight) for item in averaged], processors, trusted)
         case _:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from hf_mtcompress.artifacts import CARD
-from hf_mtcompress.config import about, without_auxiliary
+from hf_mtcompress.config import FusionConfig, about, without_auxiliary
 from hf_mtcompress.config.load import load_recipe, parse_recipe
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.planning import describe_plan
-from hf_mtcompress.workflow import run, step_sources
+from hf_mtcompress.publishing.picture import draw_comparison
+from hf_mtcompress.workflow import _chosen, run, step_sources
 from tests.tiny_recipe import write_tiny_recipe
 
 TEXT = {"kind": "sequence-classification", "data": {"path": "org/rows"}, "text": "text", "label": "label"}
@@ -31,7 +33,7 @@ def recipe_of(*steps: dict[str, Any], **sections: Any) -> dict[str, Any]:
 # ---- from recipe to card ----
 
 
-def test_a_dropped_task_helps_and_is_gone(tmp_path: Path) -> None:
+def test_a_dropped_task_helps_and_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its branch goes with it, so that what follows compresses one whole encoder; nothing after it knows the task."""
     steps = [
         {"kind": "finetune", "name": "both", "epochs": 1},
@@ -73,9 +75,16 @@ def test_a_dropped_task_helps_and_is_gone(tmp_path: Path) -> None:
 
     card = (tmp_path / "out" / CARD).read_text()
     assert "with one task head (`mood`)" in card
-    assert "Trained as a help to the others and then taken out of the model: `strength`." in card
+    assert "Helped in the training and are not answered by this model: `strength`." in card
+    assert "| auxiliary, dropped |" in card
     assert "`strength`: what is kept is undefined" not in card
     assert "Not scored" not in card
+    assert sum(line.endswith("| dropped |") for line in card.splitlines()) == 3
+    # The picture has bars of what the model answers, and none of height 0 for what it does not.
+    texts = []
+    monkeypatch.setattr(Axes, "set_yticks", lambda axes, places, labels=(), **kwargs: texts.append(list(labels)))
+    draw_comparison(record, tmp_path / "picture.png")
+    assert [name.splitlines()[0] for name in texts[-1]] == ["mood"]
 
     # A second call finds everything done, the gate held again with the tasks that are there.
     assert [step.seconds for step in run(load_recipe(path, changed), tmp_path / "out").steps] == [
@@ -126,7 +135,7 @@ def test_a_step_from_before_still_has_them() -> None:
             {"kind": "finetune", "name": "a"},
             {"kind": "finetune", "name": "b", "drop_auxiliary": True},
             {"kind": "finetune", "name": "c", "from": "a"},
-            {"kind": "distill", "name": "d", "teachers": {"mood": "b", "helper": "a"}, "student": {"layers": 1}},
+            {"kind": "distill", "name": "d", "teachers": {"helper": "a", "mood": "b"}, "student": {"layers": 1}},
         )
     )
     assert without_auxiliary(recipe) == set()
@@ -145,6 +154,23 @@ def test_a_recipe_about_some_tasks() -> None:
     assert about(recipe, ["mood", "helper"]) == recipe
 
 
+def test_one_task_that_is_left_is_fused_with_nothing() -> None:
+    """Settings that need several tasks would stop the step after the one that dropped them."""
+    fusion = {"combination": "upgrad", "measure_every": 5, "normalize": "none"}
+    recipe = parse_recipe(recipe_of(fusion=fusion, mixing={"batches": "mixed"}))
+    assert about(recipe, ["mood"]).fusion == FusionConfig(normalize="none")
+    assert about(recipe, ["mood", "helper"]).fusion == recipe.fusion
+
+
+def test_finished_recoveries_stay_finished() -> None:
+    """The key is no part of a recovery, so it is no part of the digest that says what is done."""
+    step = parse_recipe(
+        recipe_of({"kind": "finetune"}, {"kind": "prune", "heads": 0.5, "recover": {"kind": "finetune"}})
+    )
+    assert "drop_auxiliary" not in str(_chosen(step.steps[1]))
+    assert _chosen(parse_recipe(recipe_of()).steps[0])["drop_auxiliary"] is True
+
+
 # ---- what is refused ----
 
 
@@ -159,6 +185,39 @@ def test_there_is_nothing_to_drop_or_to_keep(role: str) -> None:
     assert f"steps.teacher.drop_auxiliary: expected tasks of role main and auxiliary, found none of role {missing}" in (
         str(caught.value)
     )
+
+
+def test_nothing_is_dropped_twice() -> None:
+    second = {"kind": "finetune", "name": "again", "drop_auxiliary": True}
+    with pytest.raises(RecipeError, match=r"steps.again.drop_auxiliary: expected auxiliary tasks to drop, but a step"):
+        parse_recipe(recipe_of(*RECIPE["steps"], second))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"kind": "distill", "name": "x", "from": "both", "teacher": "main"},
+        {"kind": "prune", "name": "x", "from": "both", "heads": 0.5, "recover": {"kind": "distill", "teacher": "main"}},
+        {"kind": "distill", "name": "x", "teachers": [{"path": "both"}, {"path": "main"}], "student": {"layers": 1}},
+        {"kind": "distill", "name": "x", "teachers": {"mood": "both", "helper": "main"}, "student": {"layers": 1}},
+        {"kind": "distill", "name": "x", "teachers": {"mood": "main", "helper": "both"}, "student": {"layers": 1}},
+    ],
+    ids=["trained on", "recovery", "averaged", "asked about it", "whose layers it has"],
+)
+def test_teachers_that_dropped_what_they_are_asked(step: dict[str, Any]) -> None:
+    first = ({"kind": "finetune", "name": "both"}, {"kind": "finetune", "name": "main", "drop_auxiliary": True})
+    with pytest.raises(
+        RecipeError, match=r"steps\.x: expected teachers that answer the auxiliary tasks of the model, fou"
+    ):
+        parse_recipe(recipe_of(*first, step))
+
+
+def test_adapters_after_a_branch_was_dropped() -> None:
+    adapted = {"kind": "finetune", "name": "adapted", "adapters": {}}
+    parse_recipe(recipe_of(*RECIPE["steps"], adapted, branches={"side": ["helper"]}))
+    kept = {"kind": "finetune", "name": "teacher"}
+    with pytest.raises(RecipeError, match=r"steps\.adapted.adapters: need tasks that read one whole encoder"):
+        parse_recipe(recipe_of(kept, adapted, branches={"side": ["helper"]}))
 
 
 def test_a_recovery_drops_nothing() -> None:
