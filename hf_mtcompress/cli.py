@@ -110,10 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
 
     group = verb(
-        "group-tasks", "say which tasks should share an encoder, from the gradients that a run measured", _group_tasks
+        "group-tasks", "say which tasks should share an encoder, from gradients of a trained model", _group_tasks
     )
-    group.add_argument("run", metavar="RUN", type=Path, help="folder of a run with fusion.measure_every")
+    group.add_argument(
+        "run", metavar="RUN", type=Path, help="folder of a run, with its data where its recipe finds them"
+    )
     group.add_argument("--encoders", type=int, help="at most so many (default: 2)")
+    group.add_argument("--rows", type=int, default=200, help="validation rows of each source, at most (default: 200)")
     group.add_argument("--parameters", type=int, help="at most so many in all encoders, instead of --encoders")
     group.add_argument("--json", action="store_true", help="as JSON")
 
@@ -239,7 +242,7 @@ def _ask_teacher(options: argparse.Namespace) -> str:
 def _group_tasks(options: argparse.Namespace) -> str:
     from hf_mtcompress.workflow import group_tasks_of
 
-    grouping = group_tasks_of(options.run, encoders=options.encoders, parameters=options.parameters)
+    grouping = group_tasks_of(options.run, encoders=options.encoders, parameters=options.parameters, rows=options.rows)
     if options.json:
         return json.dumps(dataclasses.asdict(grouping), indent=2)
     lines = [f"{name}: {affinity:+.3f}" for name, affinity in grouping.affinity.items()]

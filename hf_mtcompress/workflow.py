@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
@@ -46,12 +47,13 @@ from hf_mtcompress.config import (
     TrimWeightsStep,
     teachers_of,
 )
-from hf_mtcompress.config.load import dump_recipe
+from hf_mtcompress.config.load import dump_recipe, load_recipe
 from hf_mtcompress.config.sections import near
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
+from hf_mtcompress.evaluation.affinity import held_out_cosines
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
 from hf_mtcompress.evaluation.compare import check_budget, compare
 from hf_mtcompress.exporting.webpage import write_webpage
@@ -62,15 +64,15 @@ from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.grouping import Grouping, best_grouping, encoders_within
 from hf_mtcompress.planning import describe_plan
 from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, SENSITIVITY_PICTURE, render_card
-from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
+from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact, tasks_of
 from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.publishing.sensitivity import draw_sensitivity
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
-from hf_mtcompress.steps.bench import Bench, load_processor, probe_batch, probe_samples
+from hf_mtcompress.steps.bench import Bench, load_processor, probe_batch, probe_samples, start_of
 from hf_mtcompress.steps.gate import pass_gate
-from hf_mtcompress.steps.rows import texts_to_keep
+from hf_mtcompress.steps.rows import texts_to_keep, validation_rows
 from hf_mtcompress.steps.run import check_steps_fit, run_step
 from hf_mtcompress.steps.scoring import read_step, score_folder, task_record
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
@@ -448,27 +450,28 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return describe_plan(recipe, step_sources(recipe))
 
 
-def group_tasks_of(folder: Path, *, encoders: int | None = None, parameters: int | None = None) -> Grouping:
-    """The grouping of a run's tasks into encoders, from the last step that measured their gradients.
+def group_tasks_of(
+    folder: Path, *, encoders: int | None = None, parameters: int | None = None, rows: int = 200
+) -> Grouping:
+    """The grouping of a run's tasks into encoders, from gradients of its trained model on validation rows.
 
     Args:
-        folder: of the run.
+        folder: of the run, whose last finetune or distill step with the most tasks is asked.
         encoders: at most so many; default 2.
         parameters: at most so many in all encoders together, instead of `encoders`.
+        rows: at most so many of each source of rows.
 
     Raises:
-        ArtifactError: there is no run, or none of its steps measured gradients.
+        ArtifactError: there is no run, or no such step in it.
         RecipeError: both limits, or one that allows no encoder.
+        DataError: a task has no validation rows.
+        UnsupportedEncoderError: tasks do not share a whole encoder.
     """
     record = load_record(folder)
-    measured = [step for step in reversed(record.steps) if step.interference is not None]
-    # A later step may have fewer tasks.
-    step = max(measured, key=lambda step: len((step.interference or {})["tasks"]), default=None)
-    if step is None or step.interference is None:
-        raise ArtifactError(
-            f"expected a run that measured how its tasks get along, found none of its steps in {folder.name} did; run "
-            "its recipe with fusion.measure_every=10"
-        )
+    trained = [step for step in reversed(record.steps) if step.kind in ("finetune", "distill")]
+    step = max(trained, key=lambda step: len(tasks_of(record, step)), default=None)
+    if step is None:
+        raise ArtifactError(f"expected a run with a finetune or distill step, found none in {folder.name}; run one")
     if encoders is not None and parameters is not None:
         raise RecipeError("expected --encoders or --parameters, found both; give one")
     try:
@@ -480,9 +483,15 @@ def group_tasks_of(folder: Path, *, encoders: int | None = None, parameters: int
                     "--encoders instead"
                 )
             encoders = encoders_within(parameters, size.encoder_parameters)
-        return best_grouping(
-            step.interference["tasks"], step.interference["cosine"], 2 if encoders is None else encoders
+        recipe = load_recipe(folder / RECIPE)
+        bench = Bench(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+        start = start_of(step.name, bench)
+        if torch.accelerator.is_available():
+            torch.nn.Module.to(start.model, torch.accelerator.current_accelerator())
+        cosines = held_out_cosines(
+            start.model, validation_rows(bench, rows), start.processor, max_length=recipe.encoder.max_length
         )
+        return best_grouping(list(start.model.tasks), cosines.tolist(), 2 if encoders is None else encoders)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 

@@ -111,7 +111,7 @@ def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     assert "--jsn" in capsys.readouterr().err
 
 
-def test_a_run_that_measured_no_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_tasks_cannot_be_grouped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected the folder of a run" in refused(capsys, "group-tasks", str(tmp_path))
 
 
@@ -143,8 +143,12 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert main(["group-tasks", str(output), "--encoders", "2", "--json"]) == 0
     grouping = json.loads(capsys.readouterr().out)
     assert sorted(name for group in grouping["groups"] for name in group) == ["mood", "strength"]
+    assert main(["group-tasks", str(output), "--rows", "8"]) == 0
+    assert "to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped=" in capsys.readouterr().out
     assert main(["group-tasks", str(output), "--parameters", "10"]) == 2
     assert "expected room for at least one encoder" in capsys.readouterr().err
+    assert main(["group-tasks", str(output), "--parameters", "10", "--encoders", "2"]) == 2
+    assert "expected --encoders or --parameters, found both" in capsys.readouterr().err
     assert "How the tasks get along" in (output / "README.md").read_text(encoding="utf-8")
     assert (output / "assets" / "interference.png").exists()
 
