@@ -8,8 +8,8 @@ share the work: on two cores, two of them with OMP_NUM_THREADS=1 take less time 
 
 small: at most 1,000 training and 500 test rows a task, drawn with the recipe's seed. full: all rows.
 
---encoders N trains all tasks together once more in seed 1, in `--work`, compares their gradients on validation rows, and
-adds the grouping into at most N encoders that follows as the arm `automatic`; `--groups` adds others by hand.
+--encoders N trains all tasks together once more in seed 1, in `--work`, compares their gradients on validation rows,
+and adds the grouping into at most N encoders that follows as the arm `automatic`; `--groups` adds others by hand.
 """
 
 import argparse
