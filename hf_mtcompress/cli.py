@@ -239,6 +239,9 @@ def _ask_teacher(options: argparse.Namespace) -> str:
     return f"{there} of {wanted} files of answers are there"
 
 
+_SHOWN_PAIRS = 5
+
+
 def _group_tasks(options: argparse.Namespace) -> str:
     from hf_mtcompress.workflow import group_tasks_of
 
@@ -246,6 +249,9 @@ def _group_tasks(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps(dataclasses.asdict(grouping), indent=2)
     lines = [f"{name}: {affinity:+.3f}" for name, affinity in grouping.affinity.items()]
+    pairs = [(cosine, f"{one} + {two}: {cosine:+.3f}") for cosine, one, two in grouping.pairs()]
+    close = [line for cosine, line in pairs if cosine > 0][:_SHOWN_PAIRS]
+    apart = [line for cosine, line in reversed(pairs) if cosine < 0][:_SHOWN_PAIRS]
     return "\n".join(
         [
             f"{len(grouping.groups)} encoders, expected affinity {grouping.expected:+.3f}"
@@ -253,6 +259,8 @@ def _group_tasks(options: argparse.Namespace) -> str:
             *(f"  {' + '.join(group)}" for group in grouping.groups),
             "mean affinity of a task's companions to it:",
             *(f"  {line}" for line in lines),
+            *(["cosines of pairs that agree most:", *(f"  {line}" for line in close)] if close else []),
+            *(["of pairs that pull apart most:", *(f"  {line}" for line in apart)] if apart else []),
             f"to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped={grouping.text}",
         ]
     )

@@ -29,17 +29,28 @@ class Grouping:
         affinity: by task: mean affinity of the others in its group to it; 0 for a task that is alone.
         expected: mean of these over all tasks.
         exact: whether all groupings were tried.
+        matrix: how much each task (row) helps each (column), as it was given, in the order of `affinity`.
     """
 
     groups: tuple[tuple[str, ...], ...]
     affinity: dict[str, float]
     expected: float
     exact: bool
+    matrix: tuple[tuple[float, ...], ...]
 
     @property
     def text(self) -> str:
         """As `compare-tasks --group NAME=...` takes it."""
         return "/".join("+".join(group) for group in self.groups)
+
+    def pairs(self) -> list[tuple[float, str, str]]:
+        """Mean help of two tasks to each other, and their names, from the closest to those that are furthest apart."""
+        names = list(self.affinity)
+        found = [
+            ((self.matrix[one][two] + self.matrix[two][one]) / 2, names[one], names[two])
+            for one, two in combinations(range(len(names)), 2)
+        ]
+        return sorted(found, key=lambda pair: -pair[0])
 
 
 def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int) -> Grouping:
@@ -72,6 +83,7 @@ def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int) -> Grou
         {name: by_task[name] for name in tasks},
         _expected(best, helps),
         exact,
+        tuple(map(tuple, helps)),
     )
 
 

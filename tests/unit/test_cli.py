@@ -144,7 +144,9 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     grouping = json.loads(capsys.readouterr().out)
     assert sorted(name for group in grouping["groups"] for name in group) == ["mood", "strength"]
     assert main(["group-tasks", str(output), "--rows", "8"]) == 0
-    assert "to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped=" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped=" in text
+    assert re.search(r"of pairs that (agree|pull apart) most:\n  mood \+ strength: [+-]0\.\d{3}", text)
     assert main(["group-tasks", str(output), "--parameters", "10"]) == 2
     assert "expected room for at least one encoder" in capsys.readouterr().err
     assert main(["group-tasks", str(output), "--parameters", "10", "--encoders", "2"]) == 2

@@ -18,6 +18,11 @@ def test_planted_groups_are_found() -> None:
     assert found.affinity == pytest.approx({"a": 0.7, "b": 0.8, "c": 0.6, "d": 0.9})
     assert found.expected == pytest.approx(0.75)
     assert found.exact
+    assert found.matrix == tuple(map(tuple, PLANTED))
+    pairs = found.pairs()
+    assert len(pairs) == 6
+    assert pairs[0] in [(pytest.approx(0.75), "a", "b"), (pytest.approx(0.75), "c", "d")]
+    assert pairs[-1] == (pytest.approx(-0.55), "b", "d")
 
 
 def test_one_encoder_holds_all_and_more_encoders_never_expect_less() -> None:
