@@ -42,6 +42,7 @@ ARMS = {
     "equal": EQUAL,
     "scaled": f"{EQUAL},fusion.normalize=chance",
     "branches": "branches={words: [slots, pos]},branch_layers=2",
+    "tone": "branches={tone: [emotion, stance, sst2]},branch_layers=2",
     "one-source": "mixing.batches=one_source",
     "product": f"{EQUAL},fusion.kind=product",
     "uncertainty": f"{EQUAL},fusion.kind=uncertainty",
