@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 
 
+_SHOWN_PAIRS = 5
+"""Of tasks that agree, and of those that pull apart."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     parser = _parser()
@@ -237,9 +241,6 @@ def _ask_teacher(options: argparse.Namespace) -> str:
 
     there, wanted = ask_teacher(recipe, _output(options, recipe), options.step, (number - 1, of))
     return f"{there} of {wanted} files of answers are there"
-
-
-_SHOWN_PAIRS = 5
 
 
 def _group_tasks(options: argparse.Namespace) -> str:

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, WORK, share_work, write_text
-from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig, about
+from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig, restricted
 from hf_mtcompress.config.load import dump_recipe, load_recipe
 from hf_mtcompress.config.overrides import without_local_paths
 from hf_mtcompress.config.sections import near
@@ -347,7 +347,7 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
         tasks[name] = dataclasses.replace(recipe.tasks[name], data=sources.configs[name])
         if single:
             tasks[name] = dataclasses.replace(tasks[name], weight=1.0)
-    own = about(recipe, names)
+    own = restricted(recipe, names)
     part = dataclasses.replace(
         recipe,
         tasks=tasks,
@@ -358,13 +358,10 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
         reference=None,
         budget=None,
     )
-    rows = Sources(
-        tasks={
-            name: dataclasses.replace(task_of(name, tasks[name]), labels=sources.tasks[name].labels) for name in names
-        },
-        splits={name: sources.splits[name] for name in names},
-        fingerprints={name: sources.fingerprints[name] for name in names},
-        configs={name: sources.configs[name] for name in names},
+    labels = {name: sources.tasks[name].labels for name in names}
+    rows = dataclasses.replace(
+        sources.of(names),
+        tasks={name: dataclasses.replace(task_of(name, tasks[name]), labels=labels[name]) for name in names},
     )
     limit = merged_training(_finetune_step(recipe), recipe.training).max_steps
     steps = None

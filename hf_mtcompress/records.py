@@ -112,6 +112,8 @@ class StepRecord:
     settings: dict[str, Any]
     seconds: float
     artefacts: list[Artefact]
+    tasks: list[str] | None = None
+    """Those that the model answers, since a step may drop auxiliary ones; None in older records: all."""
     structure: dict[str, Any] | None = None
     """Layers, heads per layer and feed-forward width per layer after the step."""
     training: dict[str, Any] | None = None

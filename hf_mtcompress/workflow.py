@@ -45,6 +45,7 @@ from hf_mtcompress.config import (
     StepConfig,
     TrimVocabularyStep,
     TrimWeightsStep,
+    dropping,
     teachers_of,
 )
 from hf_mtcompress.config.load import dump_recipe, load_recipe
@@ -162,7 +163,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
     fingerprint = step_fingerprint(step, source, done, bench)
     folder = bench.step_folder(name)
     work = bench.output / WORK / f"{name}-{fingerprint[:8]}"
-    within = bench.for_step(step)
+    within, main_alone = bench.for_step(step), name in dropping(bench.recipe)
     found = read_step(folder / STEP_RECORD)
     if found is not None and found.fingerprint == fingerprint:
         logger.warning("%s: done already, skipped", name)
@@ -184,6 +185,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], b
             fingerprint=fingerprint,
             settings=_plain(step),
             seconds=0.0,
+            tasks=[task.name for task in bench.sources.tasks.values() if task.role == "main" or not main_alone],
             artefacts=[
                 dataclasses.replace(artefact, folder=_join(name, artefact.folder)) for artefact in outcome.artefacts
             ],
@@ -474,6 +476,8 @@ def group_tasks_of(
         raise ArtifactError(f"expected a run with a finetune or distill step, found none in {folder.name}; run one")
     if encoders is not None and parameters is not None:
         raise RecipeError("expected --encoders or --parameters, found both; give one")
+    if rows < 1:
+        raise RecipeError(f"--rows: expected at least 1 validation row of each source, found {rows}")
     try:
         if parameters is not None:
             size = step.artefacts[0].size
@@ -483,17 +487,19 @@ def group_tasks_of(
                     "--encoders instead"
                 )
             encoders = encoders_within(parameters, size.encoder_parameters)
-        recipe = load_recipe(folder / RECIPE)
-        bench = Bench(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
-        start = start_of(step.name, bench)
-        if torch.accelerator.is_available():
-            torch.nn.Module.to(start.model, torch.accelerator.current_accelerator())
-        cosines = held_out_cosines(
-            start.model, validation_rows(bench, rows), start.processor, max_length=recipe.encoder.max_length
-        )
-        return best_grouping(list(start.model.tasks), cosines.tolist(), 2 if encoders is None else encoders)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    encoders = 2 if encoders is None else encoders
+    if encoders < 1:
+        raise RecipeError(f"--encoders: expected at least 1, found {encoders}")
+    recipe = load_recipe(folder / RECIPE)
+    bench = Bench(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    start = start_of(step.name, bench)
+    if torch.accelerator.is_available():
+        torch.nn.Module.to(start.model, torch.accelerator.current_accelerator())
+    chosen = validation_rows(bench, rows)
+    cosines = held_out_cosines(start.model, chosen, start.processor, max_length=recipe.encoder.max_length)
+    return best_grouping(list(start.model.tasks), cosines.tolist(), encoders)
 
 
 def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:

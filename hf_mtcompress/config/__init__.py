@@ -15,8 +15,8 @@ from hf_mtcompress.config.recipe import (
     BudgetConfig,
     PublishConfig,
     Recipe,
-    about,
     dropping,
+    restricted,
     without_auxiliary,
 )
 from hf_mtcompress.config.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
@@ -97,8 +97,8 @@ __all__ = [
     "TrimVocabularyStep",
     "TrimWeightsStep",
     "WeightSchedule",
-    "about",
     "dropping",
+    "restricted",
     "teachers_of",
     "without_auxiliary",
 ]

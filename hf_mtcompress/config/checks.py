@@ -12,8 +12,8 @@ from hf_mtcompress.config.recipe import (
     BudgetConfig,
     PublishConfig,
     Recipe,
-    about,
     dropping,
+    restricted,
     without_auxiliary,
 )
 from hf_mtcompress.config.schedules import GradualSchedule, OneShotSchedule
@@ -630,7 +630,7 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
 def _whole_again(recipe: Recipe) -> set[str]:
     """Names of the steps before which all tasks that read a branch or a lower layer were dropped."""
     main = [name for name, task in recipe.tasks.items() if task.role == "main"]
-    left = about(recipe, main).branches or any(recipe.tasks[name].layer is not None for name in main)
+    left = restricted(recipe, main).branches or any(recipe.tasks[name].layer is not None for name in main)
     return set() if left else without_auxiliary(recipe)
 
 
@@ -663,7 +663,8 @@ def _answering(step: DistillStep, recipe: Recipe) -> list[str]:
     """The teachers that are asked about auxiliary tasks, or whose layers a student has."""
     if not isinstance(step.teachers, dict):
         return list(teachers_of(step))
-    asked = [place for task, place in step.teachers.items() if recipe.tasks[task].role == "auxiliary"]
+    auxiliary = [name for name, task in recipe.tasks.items() if task.role == "auxiliary"]
+    asked = [place for task, place in step.teachers.items() if task in auxiliary]
     made = step.student is not None and step.student.path is None
     return [*asked, *(list(teachers_of(step))[:1] if made else [])]
 

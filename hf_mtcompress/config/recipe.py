@@ -97,7 +97,7 @@ class Recipe:
     """Where the result is pushed, on request."""
 
 
-def about(recipe: Recipe, names: Collection[str]) -> Recipe:
+def restricted(recipe: Recipe, names: Collection[str]) -> Recipe:
     """A recipe whose branches, mixing and fusion say nothing of other tasks than these; its tasks are as they were."""
     branches = {branch: tuple(task for task in tasks if task in names) for branch, tasks in recipe.branches.items()}
     weights, targets = (

@@ -97,20 +97,7 @@ def ancestors(record: RunRecord, step: StepRecord) -> list[StepRecord]:
 
 def tasks_of(record: RunRecord, step: StepRecord) -> dict[str, TaskRecord]:
     """The tasks that the model of a step answers: auxiliary ones may have been dropped on the way."""
-    dropped = _dropped(record, step)
-    return {name: task for name, task in record.tasks.items() if not (dropped and task.role == "auxiliary")}
-
-
-def _dropped(record: RunRecord, step: StepRecord) -> bool:
-    if step.settings.get("drop_auxiliary"):
-        return True
-    above = step_named(record, step.source)
-    if above is not None:
-        return _dropped(record, above)
-    several = step.settings.get("teachers")
-    names = list(several.values()) if isinstance(several, dict) else [item["path"] for item in several or ()]
-    teachers = [step_named(record, name) for name in names or [step.settings.get("teacher")]]
-    return all(teacher is not None and _dropped(record, teacher) for teacher in teachers)
+    return {name: task for name, task in record.tasks.items() if step.tasks is None or name in step.tasks}
 
 
 def root_artefact(record: RunRecord) -> tuple[StepRecord, Artefact] | None:

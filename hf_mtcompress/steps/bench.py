@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_mtcompress.config import EncoderConfig, Recipe, StepConfig, about, without_auxiliary
+from hf_mtcompress.config import EncoderConfig, Recipe, StepConfig, restricted, without_auxiliary
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.data.sources import Sources
@@ -78,7 +78,7 @@ class Bench:
         if step.name not in without_auxiliary(self.recipe):
             return self
         names = [name for name, task in self.sources.tasks.items() if task.role == "main"]
-        return dataclasses.replace(self, recipe=about(self.recipe, names), sources=self.sources.of(names))
+        return dataclasses.replace(self, recipe=restricted(self.recipe, names), sources=self.sources.of(names))
 
     @property
     def max_length(self) -> int | None:

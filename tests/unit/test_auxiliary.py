@@ -9,12 +9,12 @@ import pytest
 from matplotlib.axes import Axes
 
 from hf_mtcompress.artifacts import CARD
-from hf_mtcompress.config import FusionConfig, about, without_auxiliary
+from hf_mtcompress.config import FusionConfig, restricted, without_auxiliary
 from hf_mtcompress.config.load import load_recipe, parse_recipe
-from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.errors import RecipeError, UnsupportedEncoderError
 from hf_mtcompress.planning import describe_plan
 from hf_mtcompress.publishing.picture import draw_comparison
-from hf_mtcompress.workflow import _chosen, run, step_sources
+from hf_mtcompress.workflow import _chosen, group_tasks_of, run, step_sources
 from tests.tiny_recipe import write_tiny_recipe
 
 TEXT = {"kind": "sequence-classification", "data": {"path": "org/rows"}, "text": "text", "label": "label"}
@@ -55,6 +55,7 @@ def test_a_dropped_task_helps_and_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     recipe = load_recipe(path, changed)
     assert without_auxiliary(recipe) == {"pruned", "int8"}
     record = run(recipe, tmp_path / "out")
+    assert [step.tasks for step in record.steps] == [["mood", "strength"], ["mood"], ["mood"], ["mood"]]
     saved = {
         name: json.loads((tmp_path / "out" / name / "config.json").read_text())
         for name in ("both", "teacher", "pruned")
@@ -85,6 +86,10 @@ def test_a_dropped_task_helps_and_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Axes, "set_yticks", lambda axes, places, labels=(), **kwargs: texts.append(list(labels)))
     draw_comparison(record, tmp_path / "picture.png")
     assert [name.splitlines()[0] for name in texts[-1]] == ["mood"]
+
+    # Tasks are grouped by a step that has them all, which here do not share a whole encoder.
+    with pytest.raises(UnsupportedEncoderError, match=r"found the branches \['side'\]"):
+        group_tasks_of(tmp_path / "out")
 
     # A second call finds everything done, the gate held again with the tasks that are there.
     assert [step.seconds for step in run(load_recipe(path, changed), tmp_path / "out").steps] == [
@@ -148,18 +153,18 @@ def test_a_recipe_about_some_tasks() -> None:
             mixing={"strategy": "weights", "weights": {"mood": 0, "helper": 1}},
         )
     )
-    found = about(recipe, ["mood"])
+    found = restricted(recipe, ["mood"])
     assert found.branches == {}
     assert (found.mixing.strategy, found.mixing.weights) == ("proportional", None)
-    assert about(recipe, ["mood", "helper"]) == recipe
+    assert restricted(recipe, ["mood", "helper"]) == recipe
 
 
 def test_one_task_that_is_left_is_fused_with_nothing() -> None:
     """Settings that need several tasks would stop the step after the one that dropped them."""
     fusion = {"combination": "upgrad", "measure_every": 5, "normalize": "none"}
     recipe = parse_recipe(recipe_of(fusion=fusion, mixing={"batches": "mixed"}))
-    assert about(recipe, ["mood"]).fusion == FusionConfig(normalize="none")
-    assert about(recipe, ["mood", "helper"]).fusion == recipe.fusion
+    assert restricted(recipe, ["mood"]).fusion == FusionConfig(normalize="none")
+    assert restricted(recipe, ["mood", "helper"]).fusion == recipe.fusion
 
 
 def test_finished_recoveries_stay_finished() -> None:
@@ -210,6 +215,12 @@ def test_teachers_that_dropped_what_they_are_asked(step: dict[str, Any]) -> None
         RecipeError, match=r"steps\.x: expected teachers that answer the auxiliary tasks of the model, fou"
     ):
         parse_recipe(recipe_of(*first, step))
+
+
+def test_a_teacher_for_a_task_that_is_none_is_left_to_its_own_message() -> None:
+    first = ({"kind": "finetune", "name": "both"}, {"kind": "finetune", "name": "main", "drop_auxiliary": True})
+    teachers = {"mood": "main", "helper": "both", "helpr": "both"}
+    parse_recipe(recipe_of(*first, {"kind": "distill", "name": "x", "from": "both", "teachers": teachers}))
 
 
 def test_adapters_after_a_branch_was_dropped() -> None:
