@@ -8,8 +8,9 @@ share the work: on two cores, two of them with OMP_NUM_THREADS=1 take less time 
 
 small: at most 1,000 training and 500 test rows a task, drawn with the recipe's seed. full: all rows.
 
---encoders N trains all tasks together for half an epoch in seed 1, in `--work`, compares their gradients on validation
-rows, and adds the grouping into at most N encoders that follows as the arm `automatic`; `--groups` adds others by hand.
+--encoders N trains all tasks together for 500 steps in seed 1, in `--work`, compares their gradients on validation rows
+20 times, and adds the grouping into at most N encoders that follows as the arm `automatic`; `--groups` adds others by
+hand.
 """
 
 import argparse
@@ -56,7 +57,8 @@ TEMPERATURE = {"temperature": "mixing.strategy=temperature"}
 def grouping_of(overrides: list[str], encoders: int, work: Path, results: Path) -> str:
     """The tasks in at most so many encoders, as their gradients say, in the form that `--group` takes."""
     folder = work / f"{results.name}-begun"
-    run(load_recipe(RECIPE, [*overrides, "steps.model.epochs=0.5"]), folder)
+    looks = ["steps.model.max_steps=500", "fusion.measure_every=25", "fusion.measure_on=validation"]
+    run(load_recipe(RECIPE, [*overrides, *looks]), folder)
     found = group_tasks_of(folder, encoders=encoders)
     results.mkdir(parents=True, exist_ok=True)
     facts = {"encoders": encoders, **dataclasses.asdict(found), "environment": environment_facts()}

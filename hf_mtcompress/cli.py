@@ -262,6 +262,10 @@ def _group_tasks(options: argparse.Namespace) -> str:
             *(f"  {line}" for line in lines),
             *(["cosines of pairs that agree most:", *(f"  {line}" for line in close)] if close else []),
             *(["of pairs that pull apart most:", *(f"  {line}" for line in apart)] if apart else []),
+            f"from {grouping.looks} looks at gradients on validation rows"
+            if grouping.looks > 1
+            else "from one look, which is mostly chance: train the first 500 steps with fusion.measure_every=25 "
+            "fusion.measure_on=validation",
             f"to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped={grouping.text}",
         ]
     )

@@ -455,13 +455,16 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def group_tasks_of(
     folder: Path, *, encoders: int | None = None, parameters: int | None = None, rows: int = 200
 ) -> Grouping:
-    """The grouping of a run's tasks into encoders, from gradients of its trained model on validation rows.
+    """The grouping of a run's tasks into encoders, from gradients on validation rows.
+
+    Looks that the run took in training (`fusion.measure_every` with `measure_on: validation`) are what it goes by;
+    without any, one look at its trained model is taken, which is mostly chance.
 
     Args:
         folder: of the run, whose last finetune or distill step with the most tasks is asked.
         encoders: at most so many; default 2.
         parameters: at most so many in all encoders together, instead of `encoders`.
-        rows: at most so many of each source of rows.
+        rows: of a look at the trained model: at most so many of each source of rows.
 
     Raises:
         ArtifactError: there is no run, or no such step in it.
@@ -492,6 +495,9 @@ def group_tasks_of(
     encoders = 2 if encoders is None else encoders
     if encoders < 1:
         raise RecipeError(f"--encoders: expected at least 1, found {encoders}")
+    report = step.interference or {}
+    if report.get("rows") == "validation":
+        return best_grouping(report["tasks"], report["cosine"], encoders, report["steps"])
     recipe = load_recipe(folder / RECIPE)
     bench = Bench(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     start = start_of(step.name, bench)

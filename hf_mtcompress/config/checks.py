@@ -528,6 +528,10 @@ def check_mixing(mixing: MixingConfig, fusion: FusionConfig, tasks: Sequence[str
         if getattr(fusion, key) is not None and key not in FUSION_OPTIONS.get(fusion.kind, ()):
             owners = " and ".join(kind for kind, options in FUSION_OPTIONS.items() if key in options)
             problems.add(f"fusion.{key}", f"used by {owners} only, found kind: {fusion.kind}")
+    if fusion.measure_on == "validation" and fusion.measure_every is None:
+        problems.add(
+            "fusion.measure_on", "says where to look, found no measure_every; say after how many steps, as in 25"
+        )
 
 
 def check_search(

@@ -68,6 +68,9 @@ class FusionConfig:
     layers (a backward pass for each task)."""
     measure_every: int | None = None
     """Compare the tasks' gradients every so many optimizer steps, for the report on how they get along."""
+    measure_on: Literal["train", "validation"] = "train"
+    """On which rows: a batch of each source, where `scope` says; or 100 validation rows of each, at all layers, which
+    is dearer and what `group-tasks` goes by."""
     normalize: Literal["chance", "none"] = "chance"
     """`chance` divides a loss by what an uninformed guess costs: log(labels), or the variance of a regression label."""
 

@@ -1,17 +1,19 @@
 """Whether tasks want the same of the encoder that they share: cosines of gradients on rows that nobody trained on.
 
 Gradients of training batches say little of that: most of a small batch's gradient is chance, and towards the end all
-of it is about the few rows that are not fitted yet.
+of it is about the few rows that are not fitted yet. One look says little either: looks 25 steps apart hardly agree,
+means of ten do (`measure_on` of `MultiTaskTrainingArguments`).
 
 References:
     Fifty et al. 2021, "Efficiently Identifying Task Groupings for Multi-Task Learning". Deviation: to first order, by
-    cosines of gradients of whole held-out splits at the end of training, instead of by looking a step ahead on training
-    batches all along.
+    cosines of gradients of held-out rows, instead of by looking a step ahead on training batches.
     Charikar, Chen and Farach-Colton 2002, "Finding Frequent Items in Data Streams": the sketch that gradients of any
     length are kept in.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_mtcompress.data.collator import MultiTaskCollator
-from hf_mtcompress.data.preprocessing import encode_groups
+from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.losses.gradients import cosine_matrix, gramian
 from hf_mtcompress.model.adapters import refuse_adapters
@@ -30,6 +32,19 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 
 SKETCH = 2**18
 """Numbers that a gradient is kept in; cosines are off by about 1 / sqrt(SKETCH) = 0.002."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a task wants of the encoder, on rows that it was not trained on.
+
+    Attributes:
+        gradient: (SKETCH,), sketch of the gradient of the mean loss with respect to all layers of the encoder.
+        loss: the mean loss over labelled items.
+    """
+
+    gradient: Tensor
+    loss: float
 
 
 def held_out_cosines(
@@ -44,7 +59,7 @@ def held_out_cosines(
     """Cosines between the gradients of the tasks' losses with respect to all layers of the encoder.
 
     Args:
-        model: trained on the tasks; left as it was, without gradients.
+        model: trained on the tasks; left as it was.
         datasets: rows by task, raw or encoded, that were not trained on; a few hundred of each are enough.
         processor: tokenizer or image processor.
         max_length: in tokens, None for the tokenizer's own limit (at most 512).
@@ -67,60 +82,88 @@ def held_out_cosines(
             f"expected validation rows of every task, found none of {', '.join(missing)}; add the split, or leave the "
             "task out"
         )
-    training, trained = model.training, [weight for weight in model.parameters() if weight.requires_grad]
-    model.eval().requires_grad_(False)
-    weights = list(_layers(model).requires_grad_(True).parameters())
     own = {name: datasets[name] for name in model.tasks}
     groups = encode_groups(model.tasks, own, processor, max_length, "validation")
     collator = MultiTaskCollator(model.tasks, processor if isinstance(processor, PreTrainedTokenizerBase) else None)
-    found: dict[str, Tensor] = {}
-    with tqdm(total=len(own), desc="comparing gradients", unit="task", disable=not progress) as bar:
-        for group in groups:
-            for name in group.tasks:
-                found[name] = _gradient(model, name, group.dataset, collator, batch_size, weights)
-                bar.update()
-    model.zero_grad()
-    model.train(training).requires_grad_(False)
-    for weight in trained:
+    found = held_out_gradients(model, groups, collator, batch_size=batch_size, progress=progress)
+    for name in model.tasks:
+        if name not in found:
+            raise DataError(
+                f"task '{name}': expected validation rows with a label, found none among {len(datasets[name])}"
+            )
+    return cosine_matrix(gramian({name: found[name].gradient for name in model.tasks}))
+
+
+def held_out_gradients(
+    model: MultiTaskModel, groups: Sequence[EncodedGroup], collator: Any, *, batch_size: int, progress: bool = False
+) -> dict[str, HeldOut]:
+    """By task with a label in some row: what it wants of the encoder.
+
+    Neither weights nor their `grad` are touched, so that training can go on from there.
+
+    Args:
+        model: trained on the tasks; left as it was.
+        groups: rows that were not trained on.
+        collator: makes a batch of them.
+        batch_size: rows of a backward pass.
+        progress: show a bar.
+    """
+    training, weights = model.training, list(_layers(model).parameters())
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    model.eval()
+    for weight in frozen:
         weight.requires_grad_(True)
-    return cosine_matrix(gramian({name: found[name] for name in model.tasks}))
+    found: dict[str, HeldOut] = {}
+    try:
+        tasks = [(group, name) for group in groups for name in group.own_tasks]
+        for group, name in tqdm(tasks, desc="comparing gradients", unit="task", disable=not progress):
+            wanted = _held_out(model, name, group.dataset, collator, batch_size, weights)
+            if wanted is not None:
+                found[name] = wanted
+    finally:
+        model.train(training)
+        for weight in frozen:
+            weight.requires_grad_(False)
+    return found
 
 
 def _layers(model: MultiTaskModel) -> nn.ModuleList:
     return nn.ModuleList(layer.module for layer in find_anatomy(model.encoder).layers)
 
 
-def _gradient(
+def _held_out(
     model: MultiTaskModel,
     name: str,
     rows: Dataset,
-    collator: MultiTaskCollator,
+    collator: Any,
     batch_size: int,
     weights: Sequence[nn.Parameter],
-) -> Tensor:
-    """Sketch of the gradient of one task's loss over all its rows."""
-    task, labelled = model.tasks[name], 0.0
-    model.zero_grad()
+) -> HeldOut | None:
+    """What one task wants, over all its rows; None without a label."""
+    task, labelled, loss = model.tasks[name], 0.0, 0.0
+    total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     for start in range(0, len(rows), batch_size):
         batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
         batch = {key: value.to(model.device) for key, value in batch.items()}
         labels = batch[task.label_name]
         inputs = {key: value for key, value in batch.items() if not key.startswith(("labels_", "rows_"))}
         labelled += float(task.item_count(labels))
-        task.loss_sum(model(**inputs, tasks=[name])[task.logits_name], labels).backward()
-    if not labelled:
-        raise DataError(f"task '{name}': expected validation rows with a label, found none among {len(rows)}")
-    return _sketch(weights)
+        summed = task.loss_sum(model(**inputs, tasks=[name])[task.logits_name], labels)
+        loss += float(summed.detach())
+        # Not `backward`: it would add to gradients of a step, and wake hooks that wait for those.
+        parts = torch.autograd.grad(summed, weights, allow_unused=True)
+        for sums, part in zip(total, parts, strict=True):
+            if part is not None:
+                sums += part
+    return HeldOut(_sketch(total) / labelled, loss / labelled) if labelled else None
 
 
-def _sketch(weights: Sequence[nn.Parameter]) -> Tensor:
+def _sketch(gradient: Sequence[Tensor]) -> Tensor:
     """Every number of the gradient, with a random sign, added to a random place; the same for all tasks."""
     found = torch.zeros(SKETCH)
-    for number, weight in enumerate(weights):
-        if weight.grad is None:
-            continue
+    for number, part in enumerate(gradient):
         generator = torch.Generator().manual_seed(number)
-        places = torch.randint(SKETCH, (weight.numel(),), generator=generator)
-        signs = torch.randint(2, (weight.numel(),), generator=generator) * 2 - 1
-        found.index_add_(0, places, weight.grad.flatten().float().cpu() * signs)
+        places = torch.randint(SKETCH, (part.numel(),), generator=generator)
+        signs = torch.randint(2, (part.numel(),), generator=generator) * 2 - 1
+        found.index_add_(0, places, part.flatten().cpu() * signs)
     return found

@@ -30,6 +30,7 @@ class Grouping:
         expected: mean of these over all tasks.
         exact: whether all groupings were tried.
         matrix: how much each task (row) helps each (column), as it was given, in the order of `affinity`.
+        looks: how many looks at the gradients the matrix is the mean of.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -37,6 +38,7 @@ class Grouping:
     expected: float
     exact: bool
     matrix: tuple[tuple[float, ...], ...]
+    looks: int = 1
 
     @property
     def text(self) -> str:
@@ -53,13 +55,14 @@ class Grouping:
         return sorted(found, key=lambda pair: -pair[0])
 
 
-def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int) -> Grouping:
+def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int, looks: int = 1) -> Grouping:
     """The grouping into at most `encoders` groups with the highest mean affinity, and among equals the fewest groups.
 
     Args:
         tasks: names.
         affinity: (K, K); row i, column j: how much training task i helps task j, at most 1; None counts as 0.
         encoders: at least 1.
+        looks: how many looks at the gradients `affinity` is the mean of, to be told with the result.
 
     Raises:
         ValueError: no task, a matrix of another size, or no encoder.
@@ -84,6 +87,7 @@ def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int) -> Grou
         _expected(best, helps),
         exact,
         tuple(map(tuple, helps)),
+        looks,
     )
 
 

@@ -195,20 +195,21 @@ def _add(sums: dict[str, list[float]], key: str, values: Sequence[float]) -> Non
         found[index] += value
 
 
-def interference_report(log: GradientLog, scope: str | None = None) -> dict[str, Any]:
+def interference_report(log: GradientLog, scope: str | None = None, rows: str = "train") -> dict[str, Any]:
     """What a log says, in numbers and in words: the `interference` of a step's record.
 
     Args:
         log: what was logged.
         scope: with respect to what the gradients were taken, in words such as `the last layer of the encoder`.
+        rows: `train` or `validation`, of which they were taken.
 
     Returns:
-        `steps`, `skipped` and `scope`; `tasks`, which name the rows and columns of the matrices; `cosine` (mean over
-        the steps in which both had labels), `conflict` (share of those with a negative cosine) and `affinity` (what a
-        step along the row's gradient does to the column's loss, as a share of what a step along the column's own does),
-        null where two tasks never met; `norms` (mean length) and `losses` (mean of the last quarter, divided by that of
-        an uninformed guess) by task; `norm_ratio`, largest / smallest length; `pairs`, most conflicts first, with the
-        mean cosines of the first and last quarter; `findings`, sentences; and the `thresholds` behind them.
+        `steps`, `skipped`, `scope` and `rows`; `tasks`, which name rows and columns of the matrices; `cosine` (mean
+        over the steps in which both had labels), `conflict` (share of those with a negative cosine) and `affinity`
+        (what a step along the row's gradient does to the column's loss, as a share of what a step along the column's
+        own does), null where two tasks never met; `norms` (mean length) and `losses` (mean of the last quarter, divided
+        by that of an uninformed guess) by task; `norm_ratio`, largest / smallest length; `pairs`, most conflicts first,
+        with the mean cosines of the first and last quarter; `findings`, sentences; and the `thresholds` behind them.
     """
     names = log.tasks
     pairs = [pair for one, two in combinations(names, 2) if (pair := _pair(log, one, two)) is not None]
@@ -219,6 +220,7 @@ def interference_report(log: GradientLog, scope: str | None = None) -> dict[str,
         "steps": log.steps,
         "skipped": log.skipped,
         "scope": scope,
+        "rows": rows,
         "tasks": names,
         "cosine": _matrix(log, 1.0, lambda sums, _: sums[1] / sums[0]),
         "conflict": _matrix(log, 0.0, lambda sums, _: sums[2] / sums[0]),

@@ -418,6 +418,7 @@ class _Page:
                 "table": self._cosines(step.interference),
                 "findings": [self.n.text(finding) for finding in step.interference["findings"]],
                 "scope": self.n.text(step.interference["scope"] or "the shared part"),
+                "rows": step.interference.get("rows", "train"),  # older records have it of these only
                 "judged": self._judged(step.interference["thresholds"]),
             }
             for step in interfering_steps(self.record)

@@ -191,6 +191,7 @@ def _mixing_arguments(recipe: Recipe) -> dict[str, Any]:
         "gradient_combination": fusion.combination,
         "surgery_scope": fusion.scope,
         "measure_interference": fusion.measure_every,
+        "measure_on": fusion.measure_on,
     }
 
 

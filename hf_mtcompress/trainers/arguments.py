@@ -73,8 +73,15 @@ class MultiTaskTrainingArguments(TrainingArguments):
     measure_interference: int | None = field(
         default=None,
         metadata={
-            "help": "Compare the tasks' gradients, where surgery_scope says, every so many optimizer steps on a batch "
-            "of each source; `trainer.interference()` reports them."
+            "help": "Compare the tasks' gradients every so many optimizer steps; `trainer.interference()` reports them."
+        },
+    )
+    measure_on: str = field(
+        default="train",
+        metadata={
+            "help": "Where measure_interference compares them: train (a batch of each source, where surgery_scope "
+            "says) or validation (100 rows of each source of eval_dataset, at all layers of the encoder: dearer, and "
+            "what grouping tasks goes by)."
         },
     )
     head_learning_rate: float | None = field(

@@ -1,5 +1,6 @@
 """A Trainer for several tasks on one shared encoder; with a stock model it is `transformers.Trainer`."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from hf_mtcompress.data.preprocessing import (
 )
 from hf_mtcompress.data.streaming import STREAM_STRATEGIES, MixedStream
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
+from hf_mtcompress.evaluation.affinity import held_out_gradients
 from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
 from hf_mtcompress.losses.gradients import gramian
 from hf_mtcompress.losses.interference import GradientLog, interference_report
@@ -44,6 +46,9 @@ ItemCounts = dict[str, Tensor]
 """Labelled items by task over one accumulation window and all ranks."""
 
 logger = logging.getLogger(__name__)
+
+LOOK_ROWS = 100
+"""Validation rows of each source that `measure_on="validation"` takes for a look."""
 
 STATE_FILE = "multi_task_state.json"
 """Beside the optimizer's state in a checkpoint: what fusion and mixing learned."""
@@ -261,13 +266,18 @@ class MultiTaskTrainer(Trainer):
     # ---- what is refused before training ----
 
     def _check_evaluations(self) -> None:
-        """What follows validation scores needs some while it trains.
+        """What follows validation scores, or looks at validation rows, needs some while it trains.
 
         Raises:
-            TrainingError: `mixing="score_gap"` or `task_patience` without evaluations.
+            TrainingError: `mixing="score_gap"` or `task_patience` without evaluations; `measure_on="validation"`
+                without rows.
         """
         found = "mixing='score_gap'" if self.mixing_strategy == "score_gap" else None
         found = found or ("task_patience" if getattr(self.args, "task_patience", None) is not None else None)
+        if self._measures_on == "validation" and self.train_sources and not self.eval_groups:
+            raise TrainingError(
+                "expected validation rows for measure_on='validation', found none; pass an eval_dataset, or say 'train'"
+            )
         if found and self.train_sources and self.args.eval_strategy == "no":
             raise TrainingError(
                 f"expected validation scores for {found}, which follows them, found eval_strategy='no'; say 'epoch' or "
@@ -300,8 +310,9 @@ class MultiTaskTrainer(Trainer):
                     "expected dispatch_batches left out with streams, since every process reads its own",
                 ),
                 (
-                    getattr(self.args, "measure_interference", None),
-                    "expected no measure_interference with streams, whose rows cannot be drawn at will",
+                    self._measures_on == "train",
+                    "expected measure_on='validation' for measure_interference with streams, whose rows cannot be "
+                    "drawn at will",
                 ),
             )
             if wrong
@@ -671,8 +682,45 @@ class MultiTaskTrainer(Trainer):
         if every and self.state.global_step % every == 0:
             self._measure_interference()
 
+    @property
+    def _measures_on(self) -> str | None:
+        """On which rows the tasks' gradients are compared, if they are at all."""
+        measured = getattr(self.args, "measure_interference", None)
+        if not measured:
+            return None
+        on = getattr(self.args, "measure_on", "train")
+        if on not in ("train", "validation"):
+            raise TrainingError(f"measure_on: expected train or validation, found '{on}'")
+        return on
+
     def _measure_interference(self) -> None:
-        """Compare the tasks' gradients on a batch of each source, without dropout, and leave everything as it was."""
+        """Compare the tasks' gradients, without dropout, and leave everything as it was."""
+        if self._measures_on == "validation":
+            self._measure_on_validation()
+        else:
+            self._measure_on_train()
+
+    def _measure_on_validation(self) -> None:
+        """On some validation rows of each source, at all layers of the encoder."""
+        core: Any = self.accelerator.unwrap_model(self.model)
+        step, groups = self.state.global_step, []
+        for number, group in enumerate(self.eval_groups):
+            generator = np.random.default_rng([self.args.seed, step, number])
+            rows = generator.choice(len(group.dataset), min(LOOK_ROWS, len(group.dataset)), False)
+            groups.append(dataclasses.replace(group, dataset=group.dataset.select(rows)))
+        found = held_out_gradients(core, groups, self.data_collator, batch_size=self.args.train_batch_size)
+        vectors = {
+            name: self.fusion.weight(name, torch.tensor(wanted.loss)) * wanted.gradient
+            for name, wanted in found.items()
+        }
+        shares = {
+            name: wanted.loss / self.chance_losses[name] for name, wanted in found.items() if name in self.chance_losses
+        }
+        if vectors:
+            self.gradient_log.add(step, list(vectors), gramian(vectors).tolist(), shares)
+
+    def _measure_on_train(self) -> None:
+        """On a batch of each source, where `surgery_scope` says."""
         core: Any = self.accelerator.unwrap_model(self.model)
         gradients = SharedGradients(core, getattr(self.args, "surgery_scope", "features"))
         training = core.training
@@ -704,8 +752,9 @@ class MultiTaskTrainer(Trainer):
         """How the tasks get along, from what `measure_interference` compared; None where nothing was measured."""
         if not self.multi_task or not self.gradient_log.steps:
             return None
-        scope = SCOPE_WORDS[getattr(self.args, "surgery_scope", "features")]
-        return interference_report(self.gradient_log, scope)
+        on = self._measures_on or "train"
+        scope = SCOPE_WORDS["full" if on == "validation" else getattr(self.args, "surgery_scope", "features")]
+        return interference_report(self.gradient_log, scope, on)
 
     def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over processes, in one go. All ranks call it with the same names."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hf_mtcompress.cli import main
+from hf_mtcompress.workflow import load_record
 from hf_mtcompress.workflow import run as _run  # noqa: F401  # imported before capture, since its import may warn
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -145,6 +146,7 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert sorted(name for group in grouping["groups"] for name in group) == ["mood", "strength"]
     assert main(["group-tasks", str(output), "--rows", "8"]) == 0
     text = capsys.readouterr().out
+    assert "from one look, which is mostly chance: train the first 500 steps with fusion.measure_every=25" in text
     assert "to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped=" in text
     assert re.search(r"of pairs that (agree|pull apart) most:\n  mood \+ strength: [+-]0\.\d{3}", text)
     assert main(["group-tasks", str(output), "--parameters", "10"]) == 2
@@ -163,6 +165,25 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert "model.safetensors" in listed
     assert "nothing was sent to someone/tiny" in listed
     assert "probes" not in listed
+
+
+def test_looks_of_a_run_group_its_tasks(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean over looks in training, without a look at the model, which has gone here."""
+    change(recipe, fusion={"measure_every": 2, "measure_on": "validation"})
+    output = tmp_path / "out"
+    assert main(["run", str(recipe), "--output", str(output)]) == 0
+    report = load_record(output).steps[0].interference
+    assert report is not None
+    assert report["steps"] >= 3
+    assert "gradients of all layers of the encoder on validation rows" in (output / "README.md").read_text("utf-8")
+    (output / "teacher" / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["group-tasks", str(output), "--json"]) == 0
+    grouping = json.loads(capsys.readouterr().out)
+    assert grouping["looks"] == report["steps"]
+    assert grouping["matrix"][0][1] == report["cosine"][0][1] != 0
+    assert main(["group-tasks", str(output)]) == 0
+    assert f"from {report['steps']} looks at gradients on validation rows" in capsys.readouterr().out
 
 
 def test_a_missing_extra_is_said_before_anything_is_trained(

@@ -497,6 +497,11 @@ def test_gradients_are_not_compared_across_branches(fusion: dict[str, Any], key:
     assert found.endswith("compare them in a recipe without these")
 
 
+def test_where_to_look_needs_when():
+    (found,) = problems(small() | {"fusion": {"measure_on": "validation"}})
+    assert found.startswith("fusion.measure_on: says where to look, found no measure_every")
+
+
 def test_rows_are_not_shared_in_a_chain():
     recipe = small()
     mood = recipe["tasks"]["mood"]

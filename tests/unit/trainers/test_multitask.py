@@ -174,6 +174,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"task_patience": 1},
     {"gradient_combination": "pcgrad", "gradient_accumulation_steps": 2},
     {"measure_interference": 3},
+    {"measure_interference": 3, "measure_on": "validation"},
 ]
 
 

@@ -107,13 +107,23 @@ def test_a_resumed_run_on_streams_equals_an_uninterrupted_one(tmp_path: Path) ->
         assert torch.equal(value, stopped.model.state_dict()[name]), name
 
 
+def test_gradients_are_compared_on_validation_rows(tmp_path: Path) -> None:
+    trainer = build(tmp_path, measure_interference=2, measure_on="validation")
+    trainer.train()
+    report = trainer.interference()
+    assert report is not None
+    assert report["steps"] == trainer.state.max_steps // 2
+    assert report["cosine"][0][2] is not None
+    assert report["norms"]["strength"] is None  # no validation rows of it
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"mixing": "proportional"}, "expected mixing among .*uniform.* found 'proportional'"),
         ({"batches": "mixed"}, "expected batches='one_source' with streams"),
         ({"dataloader_num_workers": 2}, "expected dataloader_num_workers=0 with streams"),
-        ({"measure_interference": 5}, "expected no measure_interference with streams"),
+        ({"measure_interference": 5}, "expected measure_on='validation' for measure_interference with streams"),
     ],
 )
 def test_settings_that_need_a_number_of_rows_are_refused(

@@ -212,8 +212,9 @@ def planted(folder: Path, **settings: Any) -> MultiTaskTrainer:
     model.heads["task_copy"].load_state_dict(model.heads["task_strength"].state_dict())
     return MultiTaskTrainer(
         model=model,
-        args=arguments(folder, per_device_train_batch_size=16, learning_rate=2e-3, **settings),
+        args=arguments(folder, **{"per_device_train_batch_size": 16, "learning_rate": 2e-3, **settings}),
         train_dataset=rows,
+        eval_dataset=rows.select(range(40, 96)),
         processing_class=tiny_tokenizer(),
     )
 
@@ -234,9 +235,59 @@ def test_the_report_sees_a_duplicate_and_labels_drawn_at_random(tmp_path: Path, 
     assert any("copy" in finding and "strength" in finding for finding in report["findings"])
 
 
-def test_measuring_changes_nothing(tmp_path: Path) -> None:
+def test_looks_at_validation_rows_see_a_duplicate(tmp_path: Path) -> None:
+    """Rows of each source drawn anew for each look, at all layers; as long as the tasks' weights make them."""
+    found = {}
+    for weight in (1.0, 3.0):
+        trainer = planted(
+            tmp_path,
+            num_train_epochs=8,
+            measure_interference=4,
+            measure_on="validation",
+            learning_rate=0.0,
+            fusion_options={"weights": {"noise": weight}},
+        )
+        trainer.train()
+        report = trainer.interference()
+        assert report is not None
+        assert (report["steps"], report["rows"], report["scope"]) == (12, "validation", "all layers of the encoder")
+        assert report["tasks"] == ["strength", "copy", "noise"]
+        assert report["cosine"][0][1] == pytest.approx(1.0, abs=1e-5)
+        assert abs(report["cosine"][0][2]) < 0.5
+        # Heads that know nothing, weights that stay: losses of a guess.
+        assert report["losses"]["noise"] == pytest.approx(1.0, abs=0.1)
+        found[weight] = report["norms"]
+    assert found[3.0]["noise"] == pytest.approx(3 * found[1.0]["noise"], rel=1e-4)
+    assert found[3.0]["strength"] == pytest.approx(found[1.0]["strength"], rel=1e-4)
+
+
+def test_looks_at_validation_rows_need_some(tmp_path: Path) -> None:
+    trainer = planted(tmp_path)
+    with pytest.raises(TrainingError, match=r"expected validation rows for measure_on='validation', found none"):
+        MultiTaskTrainer(
+            model=trainer.model,
+            args=arguments(tmp_path, measure_interference=2, measure_on="validation"),
+            train_dataset=trainer.train_rows,
+            processing_class=tiny_tokenizer(),
+        )
+    with pytest.raises(TrainingError, match=r"measure_on: expected train or validation, found 'test'"):
+        planted(tmp_path, measure_interference=2, measure_on="test")
+
+
+@pytest.mark.parametrize("rows", ["train", "validation"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_measuring_changes_nothing(tmp_path: Path, rows: str, accumulated: int) -> None:
     """Watching must not disturb: the same weights with and without, dropout included."""
-    plain, watched = (planted(tmp_path, num_train_epochs=1, measure_interference=every) for every in (None, 2))
+    plain, watched = (
+        planted(
+            tmp_path,
+            num_train_epochs=accumulated,
+            measure_interference=every,
+            measure_on=rows,
+            gradient_accumulation_steps=accumulated,
+        )
+        for every in (None, 2)
+    )
     for trainer in (plain, watched):
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
