@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="several models with some of the tasks each; repeatable",
     )
+    compare.add_argument(
+        "--encoders",
+        type=int,
+        help="add the arm 'grouped': tasks that lose much by sharing, on validation rows, get another encoder, up to "
+        "so many in all",
+    )
     compare.add_argument("--keep-models", action="store_true", help="keep the weights after scoring")
     compare.add_argument("--json", action="store_true", help="as JSON")
 
@@ -214,7 +220,12 @@ def _compare_tasks(options: argparse.Namespace) -> str:
     from hf_mtcompress.records import to_json
 
     comparison = load_comparison(
-        options.recipe, options.overrides, seeds=options.seeds, arms=options.arm, groups=options.group
+        options.recipe,
+        options.overrides,
+        seeds=options.seeds,
+        arms=options.arm,
+        groups=options.group,
+        encoders=options.encoders,
     )
     output = (options.output or Path("runs") / f"{comparison.recipe.name}-compare").absolute()
     record = compare_tasks(comparison, output, keep_models=options.keep_models)

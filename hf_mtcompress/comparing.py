@@ -1,7 +1,9 @@
 """Every task alone and all together on the same budget, over seeds: what sharing an encoder does to each task.
 
 plan: arms (together, alone:TASK, changed recipes, groups of tasks) -> the models they need, each once
-for each seed, for each model: skip if done, else train, score, delete the weights -> differences, compare.json, picture
+for each seed, for each model: skip if done, else train, score, delete the weights
+with `encoders`: groups by what sharing cost each task on validation rows -> their models, likewise
+differences, compare.json, picture
 Several processes with the same command share the trainings: each takes those that no other holds.
 
 A model is a recipe of one finetune step on some of the tasks, and is trained by the workflow's own `do_step`: it is
@@ -39,6 +41,7 @@ from hf_mtcompress.data.sources import Sources, load_sources, task_of
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.evaluation.statistics import CONFIDENCE, paired_difference, verdict
+from hf_mtcompress.losses.grouping import grouped_by_cost
 from hf_mtcompress.publishing.task_comparison import draw_differences
 from hf_mtcompress.records import (
     ArmModel,
@@ -57,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 TOGETHER = "together"
 ALONE = "alone"
+GROUPED = "grouped"
 AVERAGE = "average"
 _ARM_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _NEXT_SETTING = re.compile(r",(?=\s*[\w-]+(?:\.[\w-]+)*\s*=)")
@@ -81,6 +85,8 @@ class Comparison:
     seeds: tuple[int, ...]
     arms: tuple[Arm, ...]
     """Beside `together` and those alone."""
+    encoders: int | None = None
+    """Of the arm `grouped`, whose groups are found by what sharing costs; None for no such arm."""
 
 
 def load_comparison(
@@ -90,6 +96,7 @@ def load_comparison(
     seeds: int = 3,
     arms: Sequence[str] = (),
     groups: Sequence[str] = (),
+    encoders: int | None = None,
 ) -> Comparison:
     """Read a recipe and the arms that are wanted beside `together` and `alone:TASK`.
 
@@ -99,6 +106,8 @@ def load_comparison(
         seeds: how many; the first is the recipe's.
         arms: `NAME=a.b.c=value[,a.b.c=value]` each: all tasks with a changed recipe.
         groups: `NAME=task+task/task` each: one model for each part between slashes.
+        encoders: add the arm `grouped`: tasks that lose much by sharing, on validation rows, get another encoder, up to
+            so many in all.
 
     Raises:
         RecipeError: the recipe cannot be run, has no finetune step or nothing to compare, or an arm is wrong; all
@@ -115,11 +124,16 @@ def load_comparison(
         problems.append("training.arguments.max_steps: expected it as training.max_steps, of which models get a share")
     if len(recipe.tasks) < 2:
         problems.append(f"tasks: expected at least 2 tasks to compare, found {len(recipe.tasks)}; add another")
+    elif encoders is not None and not 2 <= encoders <= len(_main(recipe)):
+        problems.append(
+            f"--encoders: expected from 2 up to the {len(_main(recipe))} main tasks, found {encoders}; all in one and "
+            "each alone are compared anyway"
+        )
     elif not _main(recipe):
         problems.append("tasks: expected a task with role: main to score, found auxiliary ones only; change a role")
     if problems:
         raise RecipeError(problems)
-    names = [TOGETHER]
+    names = [TOGETHER, *([GROUPED] if encoders is not None else [])]
     found: list[Arm] = []
     for text in arms:
         name, settings = _name_of(text, "--arm NAME=a.b.c=value", names, problems)
@@ -131,7 +145,7 @@ def load_comparison(
             found.append(arm)
     if problems:
         raise RecipeError(problems)
-    return Comparison(recipe, tuple(range(recipe.seed, recipe.seed + seeds)), tuple(found))
+    return Comparison(recipe, tuple(range(recipe.seed, recipe.seed + seeds)), tuple(found), encoders)
 
 
 def _finetune_step(recipe: Recipe) -> FinetuneStep:
@@ -268,11 +282,31 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
     transformers_logging.set_verbosity_error()
     recipe = comparison.recipe
     sources = load_sources(recipe.tasks, recipe.seed)
+    if comparison.encoders is not None:
+        _check_rows_to_group_by(recipe, sources)
     arms = _models_of(comparison, sources)
-    models = list({model.folder: model for parts in arms.values() for model in parts}.values())
     prepare_output(output)
     write_text(output / RECIPE, dump_recipe(recipe))
-    trainings = [(seed, model) for seed in comparison.seeds for model in models]
+    done = _train_all(arms, comparison.seeds, output, keep_models)
+    if comparison.encoders is not None:
+        groups = _found_groups(recipe, sources, arms, done, comparison.encoders)
+        logger.warning("%s: %s", GROUPED, "/".join("+".join(group) for group in groups))
+        processor = load_processor(recipe)
+        arms[GROUPED] = [_model(None, recipe, sources, processor, group) for group in groups]
+        done |= _train_all({GROUPED: arms[GROUPED]}, comparison.seeds, output, keep_models)
+    record = _record(comparison, sources, arms, done)
+    with FileLock(output / WORK / f"{COMPARISON}.lock"):
+        write_text(output / COMPARISON, records.to_json(record))
+        draw_differences(record, output / COMPARISON_PICTURE)
+    return record
+
+
+def _train_all(
+    arms: Mapping[str, Sequence[_Model]], seeds: Sequence[int], output: Path, keep_models: bool
+) -> dict[str, list[StepRecord]]:
+    """By folder of a model: the records of all seeds, when all are there."""
+    models = list({model.folder: model for parts in arms.values() for model in parts}.values())
+    trainings = [(seed, model) for seed in seeds for model in models]
 
     def train(training: tuple[int, _Model]) -> StepRecord:
         seed, model = training
@@ -282,15 +316,54 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
 
     locks = [output / WORK / f"{model.folder}-seed-{seed}.lock" for seed, model in trainings]
     steps = share_work(train, trainings, locks)
-    done = {
+    return {
         model.folder: [step for step, (_, own) in zip(steps, trainings, strict=True) if own is model]
         for model in models
     }
-    record = _record(comparison, sources, arms, done)
-    with FileLock(output / WORK / f"{COMPARISON}.lock"):
-        write_text(output / COMPARISON, records.to_json(record))
-        draw_differences(record, output / COMPARISON_PICTURE)
-    return record
+
+
+def _check_rows_to_group_by(recipe: Recipe, sources: Sources) -> None:
+    """Groups are chosen on validation rows, so scores on these would flatter them."""
+    problems = [
+        f"--encoders: expected validation and test rows of task '{task}', found {', '.join(sources.splits[task])}; add "
+        "the split, or name groups with --group"
+        for task in _main(recipe)
+        if not {"validation", "test"} <= set(sources.splits[task])
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _found_groups(
+    recipe: Recipe,
+    sources: Sources,
+    arms: Mapping[str, Sequence[_Model]],
+    done: Mapping[str, Sequence[StepRecord]],
+    encoders: int,
+) -> list[tuple[str, ...]]:
+    """Main tasks by what sharing cost them on validation rows, mean over seeds; auxiliary ones help in each group.
+
+    Raises:
+        RecipeError: a task has no validation score.
+    """
+    costs: dict[str, float] = {}
+    for name in _main(recipe):
+        task = ComparedTask(metric=str(sources.tasks[name].metric), split="validation", rows=0)
+        alone, together = (
+            _mean([_score(step, name, task) for step in done[arms[arm][0].folder]])
+            for arm in (f"{ALONE}:{name}", TOGETHER)
+        )
+        if alone is None or together is None:
+            raise RecipeError(
+                f"--encoders: expected a validation score of task '{name}' in every seed, found none in some (a "
+                "correlation of constants, or no row with a label); name groups with --group"
+            )
+        costs[name] = alone - together
+    helpers = set(recipe.tasks) - set(costs)
+    return [
+        tuple(name for name in recipe.tasks if name in helpers or name in group)
+        for group in grouped_by_cost(costs, encoders)
+    ]
 
 
 def _models_of(comparison: Comparison, sources: Sources) -> dict[str, list[_Model]]:
@@ -424,6 +497,8 @@ def _record(
 ) -> TaskComparisonRecord:
     recipe = comparison.recipe
     settings = {arm.name: list(arm.settings) for arm in comparison.arms}
+    if comparison.encoders is not None:
+        settings[GROUPED] = [f"encoders={comparison.encoders}"]
     tasks = {name: _compared_task(name, sources, arms, done) for name in _main(recipe)}
     found = [_arm_record(name, settings.get(name, []), models, tasks, done) for name, models in arms.items()]
     first = done[TOGETHER][0].training or {}

@@ -1,6 +1,6 @@
-"""Which tasks should share an encoder: the grouping with the highest expected affinity, under a number of encoders.
+"""Which tasks should share an encoder, under a number of encoders: by how gradients agree, or by what sharing cost.
 
-Needs no torch: it works on the matrices of `interference_report`.
+Needs no torch: it works on the matrices of `interference_report`, and on scores.
 
 References:
     Standley et al. 2020, "Which Tasks Should Be Learned Together in Multi-task Learning?"; Fifty et al. 2021,
@@ -8,9 +8,12 @@ References:
     gradients), not by looking ahead, and every task is in one group only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+
+import numpy as np
+from sklearn.cluster import KMeans
 
 EXACT_UP_TO = 115_975
 """Groupings up to which all are tried: those of ten tasks into any number of encoders, or of 17 into two.
@@ -88,6 +91,33 @@ def best_grouping(tasks: Sequence[str], affinity: Matrix, encoders: int, looks: 
         exact,
         tuple(map(tuple, helps)),
         looks,
+    )
+
+
+def grouped_by_cost(costs: Mapping[str, float], encoders: int) -> tuple[tuple[str, ...], ...]:
+    """Tasks that lose much by sharing one encoder with all get another, with those that lose as much.
+
+    A cosine of gradients says what a small step does to a loss; this goes by what whole trainings did to scores. Costs
+    are clustered (k-means on a line), what a task gains counting as no cost.
+
+    Args:
+        costs: by task: score alone - score with all others; one scale for all.
+        encoders: at most so many.
+
+    Returns:
+        Names of the tasks of each encoder, those that lose least first; fewer groups where costs are equal.
+
+    Raises:
+        ValueError: no task, or no encoder.
+    """
+    if not costs or encoders < 1:
+        raise ValueError(f"expected at least 1 task and 1 encoder, found {len(costs)} and {encoders}")
+    lost = np.maximum(np.array(list(costs.values()), dtype=float), 0.0)
+    clusters = min(encoders, len(np.unique(lost)))
+    found = KMeans(clusters, n_init=20, random_state=0).fit(lost[:, None])
+    order = np.argsort(found.cluster_centers_[:, 0])
+    return tuple(
+        tuple(name for name, own in zip(costs, found.labels_, strict=True) if own == number) for number in order
     )
 
 

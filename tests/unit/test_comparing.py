@@ -200,6 +200,10 @@ def test_steps_are_shared_by_rows(tmp_path: Path) -> None:
         (["--group", "pair=mood+strength/tone+mood"], "expected task 'mood' in one group, found it 2 times"),
         (["--group", "pair=mood+strength+tone/helper"], "with a main one in each group, found helper"),
         (["steps.0={kind: distill, teacher: some/model, student: {path: encoder}}"], "expected a finetune step"),
+        (["--encoders", "1"], "--encoders: expected from 2 up to the 3 main tasks, found 1"),
+        (["--encoders", "4"], "--encoders: expected from 2 up to the 3 main tasks, found 4"),
+        (["--encoders", "2", "--group", "grouped=mood+strength/tone"], "there is an arm 'grouped' already"),
+        (["--encoders", "2"], "expected validation and test rows of task 'tone', found train, validation"),
         (["training.arguments={max_steps: 3}"], "expected it as training.max_steps"),
         (["fusion.knd=sum"], "did you mean 'kind'"),
     ],
@@ -215,6 +219,40 @@ def test_a_mistake_gets_one_clear_message_and_leaves_nothing(
     text = refused(capsys, str(finished[0]), "--output", str(output), *words)
     assert re.search(message, text), text
     assert not output.exists()
+
+
+def test_tasks_that_lose_by_sharing_get_another_encoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By validation scores, in the mean over seeds; the helper helps in both."""
+    recipe, output = write_recipe(tmp_path), tmp_path / "out"
+    whole = yaml.safe_load(recipe.read_text())
+    whole["tasks"]["tone"]["data"]["data_files"]["test"] = "test.jsonl"
+    recipe.write_text(yaml.safe_dump(whole, sort_keys=False))
+    words = ["compare-tasks", str(recipe), "--seeds", "2", "--output", str(output)]
+    assert main(words) == 0
+    for seed, lost in ((5, 0.5), (6, 0.3)):
+        for folder, change in (("together", {"tone": 0.9 - lost, "mood": 0.9, "strength": 0.85}), ("alone", {})):
+            for task in ("tone", "mood", "strength"):
+                file = output / (folder if folder == "together" else f"alone-{task}") / f"seed-{seed}" / "step.json"
+                step = json.loads(file.read_text())
+                metrics = step["artefacts"][0]["scores"]["validation"]["tasks"][task]["metrics"]
+                metrics["pearson" if task == "strength" else "accuracy"] = change.get(task, 0.9)
+                file.write_text(json.dumps(step))
+    capsys.readouterr()
+    caplog.clear()
+    assert main([*words, "--encoders", "2", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    grouped = arms_of(record)["grouped"]
+    assert [model["tasks"] for model in grouped["models"]] == [["mood", "strength", "helper"], ["tone", "helper"]]
+    assert grouped["settings"] == ["encoders=2"]
+    assert "grouped: mood+strength+helper/tone+helper" in caplog.text
+    assert {row["task"] for row in record["differences"] if row["arm"] == "grouped"} == {
+        "mood",
+        "strength",
+        "tone",
+        "average",
+    }
 
 
 def test_all_mistakes_of_the_arms_at_once(

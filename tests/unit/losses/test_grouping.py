@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_mtcompress.losses import grouping
-from hf_mtcompress.losses.grouping import best_grouping, encoders_within
+from hf_mtcompress.losses.grouping import best_grouping, encoders_within, grouped_by_cost
 
 PLANTED = [[1.0, 0.8, -0.5, -0.4], [0.7, 1.0, -0.6, -0.5], [-0.5, -0.4, 1.0, 0.9], [-0.3, -0.6, 0.6, 1.0]]
 
@@ -88,3 +88,29 @@ def test_encoders_within_a_number_of_parameters() -> None:
 def test_bad_input_is_refused(tasks: list[str], matrix: list[list[float]], encoders: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         best_grouping(tasks, matrix, encoders)
+
+
+COSTS = {"a": 0.027, "b": -0.037, "c": 0.026, "d": 0.011, "e": 0.0, "f": 0.022, "g": 0.011}
+
+
+def test_tasks_that_lose_as_much_are_together() -> None:
+    """What a task gains is no reason to set it apart, nor is the order that they come in."""
+    assert grouped_by_cost(COSTS, 1) == (tuple(COSTS),)
+    assert grouped_by_cost(COSTS, 2) == (("b", "d", "e", "g"), ("a", "c", "f"))
+    assert grouped_by_cost(COSTS, 3) == (("b", "e"), ("d", "g"), ("a", "c", "f"))
+    back = grouped_by_cost(dict(reversed(COSTS.items())), 2)
+    assert back == (("g", "e", "d", "b"), ("f", "c", "a"))
+    scaled = {name: 100 * cost for name, cost in COSTS.items()}
+    assert grouped_by_cost(scaled, 2) == grouped_by_cost(COSTS, 2)
+
+
+def test_equal_costs_make_fewer_groups() -> None:
+    assert grouped_by_cost({"a": -0.2, "b": -0.1}, 2) == (("a", "b"),)
+    assert grouped_by_cost({"a": 0.2, "b": -0.1}, 3) == (("b",), ("a",))
+    assert grouped_by_cost({"a": 0.2}, 3) == (("a",),)
+
+
+@pytest.mark.parametrize(("costs", "encoders"), [({}, 2), ({"a": 0.1}, 0)])
+def test_nothing_to_group_by_cost(costs: dict[str, float], encoders: int) -> None:
+    with pytest.raises(ValueError, match="expected at least 1 task and 1 encoder"):
+        grouped_by_cost(costs, encoders)
