@@ -11,6 +11,7 @@ References:
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -113,12 +114,11 @@ def grouped_by_cost(costs: Mapping[str, float], encoders: int) -> tuple[tuple[st
     if not costs or encoders < 1:
         raise ValueError(f"expected at least 1 task and 1 encoder, found {len(costs)} and {encoders}")
     lost = np.maximum(np.array(list(costs.values()), dtype=float), 0.0)
-    clusters = min(encoders, len(np.unique(lost)))
-    found = KMeans(clusters, n_init=20, random_state=0).fit(lost[:, None])
-    order = np.argsort(found.cluster_centers_[:, 0])
-    return tuple(
-        tuple(name for name, own in zip(costs, found.labels_, strict=True) if own == number) for number in order
-    )
+    starts: Any = 20  # `n_init` takes numbers, though it is annotated as a str
+    clusters = KMeans(min(encoders, len(np.unique(lost))), n_init=starts, random_state=0)
+    places = clusters.fit_predict(lost[:, None]).tolist()
+    order = np.argsort(clusters.cluster_centers_[:, 0]).tolist()
+    return tuple(tuple(name for name, own in zip(costs, places, strict=True) if own == number) for number in order)
 
 
 def encoders_within(parameters: int, per_encoder: int) -> int:
