@@ -8,9 +8,9 @@ share the work: on two cores, two of them with OMP_NUM_THREADS=1 take less time 
 
 small: at most 1,000 training and 500 test rows a task, drawn with the recipe's seed. full: all rows.
 
---encoders N trains all tasks together for 500 steps in seed 1, in `--work`, compares their gradients on validation rows
-20 times, and adds the grouping into at most N encoders that follows as the arm `automatic`; `--groups` adds others by
-hand.
+--encoders N adds two groupings into at most N encoders: `grouped`, by what sharing cost each task on validation rows,
+and `by-gradients`, for which all tasks are trained together for 500 steps in seed 1, in `--work`, and their gradients
+compared on validation rows 20 times. `--groups` adds others by hand.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument(
         "--groups", nargs="*", default=[], help="NAME=task+task/task: several models; see compare-tasks"
     )
-    parser.add_argument("--encoders", type=int, help="add the grouping into so many that gradients say")
+    parser.add_argument("--encoders", type=int, help="add groupings into so many, by cost and by gradients")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for the run of --encoders (default: runs)")
     options = parser.parse_args()
     arms = ARMS | (TEMPERATURE if options.size == "full" else {})
@@ -89,10 +89,12 @@ def main() -> int:
     overrides.append(f"encoder.path={options.encoder}")
     results = HERE / "results" / f"multitask_text_{options.size}"
     if options.encoders:
-        options.groups.append(f"automatic={grouping_of(overrides, options.encoders, options.work, results)}")
+        options.groups.append(f"by-gradients={grouping_of(overrides, options.encoders, options.work, results)}")
     arguments = ["compare-tasks", str(RECIPE), *overrides, "--seeds", str(options.seeds), "--output", str(results)]
     arguments += [word for name, settings in chosen.items() for word in ("--arm", f"{name}={settings}")]
     arguments += [word for group in options.groups for word in ("--group", group)]
+    if options.encoders:
+        arguments += ["--encoders", str(options.encoders)]
     return command(arguments)
 
 
