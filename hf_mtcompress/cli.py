@@ -277,7 +277,7 @@ def _group_tasks(options: argparse.Namespace) -> str:
             if grouping.looks > 1
             else "from one look, which is mostly chance: train the first 500 steps with fusion.measure_every=25 "
             "fusion.measure_on=validation",
-            f"to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped={grouping.text}",
+            f"to see what it brings: hf-mtcompress compare-tasks RECIPE --group by-gradients={grouping.text}",
         ]
     )
 

@@ -124,13 +124,13 @@ def load_comparison(
         problems.append("training.arguments.max_steps: expected it as training.max_steps, of which models get a share")
     if len(recipe.tasks) < 2:
         problems.append(f"tasks: expected at least 2 tasks to compare, found {len(recipe.tasks)}; add another")
-    elif encoders is not None and not 2 <= encoders <= len(_main(recipe)):
+    elif not _main(recipe):
+        problems.append("tasks: expected a task with role: main to score, found auxiliary ones only; change a role")
+    elif encoders is not None and not 2 <= encoders <= max(2, len(_main(recipe))):
         problems.append(
             f"--encoders: expected from 2 up to the {len(_main(recipe))} main tasks, found {encoders}; all in one and "
             "each alone are compared anyway"
         )
-    elif not _main(recipe):
-        problems.append("tasks: expected a task with role: main to score, found auxiliary ones only; change a role")
     if problems:
         raise RecipeError(problems)
     names = [TOGETHER, *([GROUPED] if encoders is not None else [])]
@@ -356,7 +356,8 @@ def _found_groups(
         if alone is None or together is None:
             raise RecipeError(
                 f"--encoders: expected a validation score of task '{name}' in every seed, found none in some (a "
-                "correlation of constants, or no row with a label); name groups with --group"
+                "correlation of constants, or no row with a label); the same command without --encoders writes down "
+                "what is trained, --group adds groups"
             )
         costs[name] = alone - together
     helpers = set(recipe.tasks) - set(costs)
@@ -497,8 +498,6 @@ def _record(
 ) -> TaskComparisonRecord:
     recipe = comparison.recipe
     settings = {arm.name: list(arm.settings) for arm in comparison.arms}
-    if comparison.encoders is not None:
-        settings[GROUPED] = [f"encoders={comparison.encoders}"]
     tasks = {name: _compared_task(name, sources, arms, done) for name in _main(recipe)}
     found = [_arm_record(name, settings.get(name, []), models, tasks, done) for name, models in arms.items()]
     first = done[TOGETHER][0].training or {}

@@ -53,7 +53,7 @@ from hf_mtcompress.config.sections import near
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
-from hf_mtcompress.errors import ArtifactError, PublishingError, RecipeError
+from hf_mtcompress.errors import ArtifactError, DataError, PublishingError, RecipeError
 from hf_mtcompress.evaluation.affinity import held_out_cosines
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
 from hf_mtcompress.evaluation.compare import check_budget, compare
@@ -461,7 +461,8 @@ def group_tasks_of(
     without any, one look at its trained model is taken, which is mostly chance.
 
     Args:
-        folder: of the run, whose last finetune or distill step with the most tasks is asked.
+        folder: of the run. Of its finetune and distill steps, the one with the most tasks is asked; among those, the
+            one with the most looks, else the last.
         encoders: at most so many; default 2.
         parameters: at most so many in all encoders together, instead of `encoders`.
         rows: of a look at the trained model: at most so many of each source of rows.
@@ -474,7 +475,7 @@ def group_tasks_of(
     """
     record = load_record(folder)
     trained = [step for step in reversed(record.steps) if step.kind in ("finetune", "distill")]
-    step = max(trained, key=lambda step: len(tasks_of(record, step)), default=None)
+    step = max(trained, key=lambda step: (len(tasks_of(record, step)), _looks(step)), default=None)
     if step is None:
         raise ArtifactError(f"expected a run with a finetune or distill step, found none in {folder.name}; run one")
     if encoders is not None and parameters is not None:
@@ -495,9 +496,8 @@ def group_tasks_of(
     encoders = 2 if encoders is None else encoders
     if encoders < 1:
         raise RecipeError(f"--encoders: expected at least 1, found {encoders}")
-    report = step.interference or {}
-    if report.get("rows") == "validation":
-        return best_grouping(report["tasks"], report["cosine"], encoders, report["steps"])
+    if _looks(step):
+        return _grouped_by_looks(step, list(tasks_of(record, step)), encoders)
     recipe = load_recipe(folder / RECIPE)
     bench = Bench(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     start = start_of(step.name, bench)
@@ -506,6 +506,26 @@ def group_tasks_of(
     chosen = validation_rows(bench, rows)
     cosines = held_out_cosines(start.model, chosen, start.processor, max_length=recipe.encoder.max_length)
     return best_grouping(list(start.model.tasks), cosines.tolist(), encoders)
+
+
+def _looks(step: StepRecord) -> int:
+    """How often a step compared gradients on validation rows."""
+    report = step.interference or {}
+    return int(report["steps"]) if report.get("rows") == "validation" else 0
+
+
+def _grouped_by_looks(step: StepRecord, names: Sequence[str], encoders: int) -> Grouping:
+    """From the mean cosines in a step's record, of the tasks that its model answers."""
+    report = step.interference or {}
+    unseen = [name for name in names if report["norms"].get(name) is None]
+    if unseen:
+        raise DataError(
+            f"step '{step.name}': expected validation rows with a label of every task, found none of "
+            f"{', '.join(unseen)} in {report['steps']} looks; add rows, or leave the task out"
+        )
+    places = [report["tasks"].index(name) for name in names]
+    cosines = [[report["cosine"][row][column] for column in places] for row in places]
+    return best_grouping(names, cosines, encoders, report["steps"])
 
 
 def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:

@@ -39,7 +39,7 @@ class HeldOut:
     """What a task wants of the encoder, on rows that it was not trained on.
 
     Attributes:
-        gradient: (SKETCH,), sketch of the gradient of the mean loss with respect to all layers of the encoder.
+        gradient: (SKETCH,), sketch of the gradient of the mean loss with respect to the layers of the encoder.
         loss: the mean loss over labelled items.
     """
 
@@ -97,7 +97,7 @@ def held_out_cosines(
 def held_out_gradients(
     model: MultiTaskModel, groups: Sequence[EncodedGroup], collator: Any, *, batch_size: int, progress: bool = False
 ) -> dict[str, HeldOut]:
-    """By task with a label in some row: what it wants of the encoder.
+    """By task with a label in some row: what it wants of the layers that are trained, or of all where none is.
 
     Neither weights nor their `grad` are touched, so that training can go on from there.
 
@@ -109,7 +109,9 @@ def held_out_gradients(
         progress: show a bar.
     """
     training, weights = model.training, list(_layers(model).parameters())
-    frozen = [weight for weight in weights if not weight.requires_grad]
+    trained = [weight for weight in weights if weight.requires_grad]
+    frozen = [] if trained else weights
+    weights = trained or weights
     model.eval()
     for weight in frozen:
         weight.requires_grad_(True)
@@ -160,10 +162,11 @@ def _held_out(
 
 def _sketch(gradient: Sequence[Tensor]) -> Tensor:
     """Every number of the gradient, with a random sign, added to a random place; the same for all tasks."""
-    found = torch.zeros(SKETCH)
+    device = gradient[0].device
+    found = torch.zeros(SKETCH, device=device)
     for number, part in enumerate(gradient):
-        generator = torch.Generator().manual_seed(number)
-        places = torch.randint(SKETCH, (part.numel(),), generator=generator)
-        signs = torch.randint(2, (part.numel(),), generator=generator) * 2 - 1
-        found.index_add_(0, places, part.flatten().cpu() * signs)
-    return found
+        generator = torch.Generator(device).manual_seed(number)
+        places = torch.randint(SKETCH, (part.numel(),), generator=generator, device=device)
+        signs = torch.randint(2, (part.numel(),), generator=generator, device=device) * 2 - 1
+        found.index_add_(0, places, part.flatten() * signs)
+    return found.cpu()

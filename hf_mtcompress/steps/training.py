@@ -121,7 +121,8 @@ def training_arguments(
         config: settings of the step.
         bench: what the run has.
         work: folder for checkpoints.
-        labelled: whether rows have labels; without them nothing can follow validation scores.
+        labelled: whether rows have labels; without them nothing can follow validation scores or
+            compare tasks.
 
     Raises:
         RecipeError: `arguments` holds a name or value that `TrainingArguments` refuses.
@@ -129,7 +130,8 @@ def training_arguments(
     best = config.keep != "last"
     mixing = {**_mixing_arguments(bench.recipe), **config.arguments}
     if not labelled:
-        mixing.pop("task_patience", None)
+        for key in ("task_patience", "measure_interference"):
+            mixing.pop(key, None)
         if mixing.get("mixing") == "score_gap":
             mixing["mixing"] = "proportional"
     # Some settings follow validation scores, whatever weights are kept.

@@ -827,7 +827,7 @@ class MultiTaskTrainer(Trainer):
             state = {
                 "fusion": self.fusion.state_dict(),
                 "mixing": {"history": [] if self.train_streams else self.mixing_sampler.history, "pulls": self._pulls},
-                "gradients": self.gradient_log.state_dict(),
+                "gradients": self.gradient_log.state_dict() | {"rows": self._measures_on},
                 "stopped": {"tasks": self.stopped_tasks, "best": self._best_scores},
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -843,7 +843,9 @@ class MultiTaskTrainer(Trainer):
             self._pulls = state["mixing"]["pulls"]
             self.stopped_tasks = state["stopped"]["tasks"]
             self._best_scores = {name: (best, waited) for name, (best, waited) in state["stopped"]["best"].items()}
-            self.gradient_log = GradientLog.from_state_dict(state["gradients"])
+            if state["gradients"].get("rows", self._measures_on) == self._measures_on:
+                # Otherwise it would be a mean over rows of two kinds.
+                self.gradient_log = GradientLog.from_state_dict(state["gradients"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

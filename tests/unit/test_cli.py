@@ -147,7 +147,7 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert main(["group-tasks", str(output), "--rows", "8"]) == 0
     text = capsys.readouterr().out
     assert "from one look, which is mostly chance: train the first 500 steps with fusion.measure_every=25" in text
-    assert "to see what it brings: hf-mtcompress compare-tasks RECIPE --group grouped=" in text
+    assert "to see what it brings: hf-mtcompress compare-tasks RECIPE --group by-gradients=" in text
     assert re.search(r"of pairs that (agree|pull apart) most:\n  mood \+ strength: [+-]0\.\d{3}", text)
     assert main(["group-tasks", str(output), "--parameters", "10"]) == 2
     assert "expected room for at least one encoder" in capsys.readouterr().err

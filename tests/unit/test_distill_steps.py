@@ -85,6 +85,22 @@ def test_pretraining_then_distilling_with_a_cache(tmp_path: Path) -> None:
     assert changed["general"].fingerprint == done["general"].fingerprint
 
 
+def test_gradients_are_looked_at_where_there_are_labels(tmp_path: Path) -> None:
+    """On validation rows, beside a teacher; a pretrain step has no tasks to compare."""
+    steps = [
+        TEACHER,
+        {"kind": "pretrain", "name": "general", "teacher": "teacher", "student": {"layers": 2}, **SHORT},
+        {"kind": "distill", "name": "student", "from": "general", "teacher": "teacher", **SHORT},
+    ]
+    looks = ["fusion.measure_every=1", "fusion.measure_on=validation"]
+    done = run_steps(tmp_path, steps, *looks)[1]
+    reports = {name: step.interference for name, step in done.items()}
+    assert reports["general"] is None
+    assert reports["student"]["rows"] == "validation"
+    assert reports["student"]["steps"] == 3
+    assert reports["student"]["cosine"][0][1] is not None
+
+
 @pytest.mark.parametrize("column", ["text", "sentence"])
 def test_pretraining_on_texts_of_its_own(tmp_path: Path, column: str) -> None:
     """A pretrained encoder teaches, which has none of the tasks; other texts are another step."""

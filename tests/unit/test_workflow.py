@@ -17,6 +17,8 @@ from hf_mtcompress.artifacts import CARD, RECORD
 from hf_mtcompress.cli import main
 from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.errors import DataError
+from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.records import RunRecord
@@ -79,6 +81,32 @@ def test_tasks_are_grouped_by_a_step_that_has_them_all(finished: tuple[Path, Pat
     grouping = group_tasks_of(finished[1], encoders=2)
     assert sorted(name for group in grouping.groups for name in group) == ["mood", "strength"]
     assert group_tasks_of(finished[1], encoders=2) == grouping
+
+
+def test_tasks_are_grouped_by_the_step_with_most_looks(finished: tuple[Path, Path, RunRecord], tmp_path: Path) -> None:
+    """And of its tasks by those that its model answers: a helper that was dropped is not grouped."""
+    log = GradientLog(["helper", "mood", "strength"])
+    looks: dict[str, Any] = {}
+    for name, cosine in (("teacher", -0.5), ("student", 0.5)):
+        for _ in range(1 if name == "student" else 3):
+            log.add(0, log.tasks, [[1.0, cosine, 1.0], [cosine, 1.0, cosine], [1.0, cosine, 1.0]])
+        looks[name] = interference_report(log, rows="validation")
+        log = GradientLog(log.tasks)
+    content = json.loads((finished[1] / "record.json").read_text())
+    for step in content["steps"]:
+        step["interference"] = looks.get(step["name"])
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    grouping = group_tasks_of(tmp_path, encoders=2)
+    assert grouping.groups == (("mood",), ("strength",))
+    assert (grouping.looks, grouping.matrix[0][1]) == (3, -0.5)
+    assert group_tasks_of(tmp_path, encoders=1).groups == (("mood", "strength"),)
+
+    for step in content["steps"]:
+        if step["interference"] is not None:
+            step["interference"]["norms"]["strength"] = None
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"'teacher': expected validation rows .* found none of strength in 3 looks"):
+        group_tasks_of(tmp_path, encoders=2)
 
 
 def test_steps_compress(finished: tuple[Path, Path, RunRecord]) -> None:

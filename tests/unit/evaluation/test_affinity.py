@@ -109,6 +109,20 @@ def test_a_model_is_left_as_it_was() -> None:
     assert set(trained.values()) == {True, False}
 
 
+def test_layers_that_are_not_trained_have_no_say() -> None:
+    """Unless none is trained."""
+    tasks = (of_texts("one", "good"), of_texts("two", "good"))
+    rows = dict.fromkeys(("one", "two"), two_sided())
+    model = model_of(*tasks, small_heads=False)
+    layers = [layer.module for layer in find_anatomy(model.encoder).layers]
+    all_layers = held_out_cosines(model, rows, tiny_tokenizer())
+    layers[0].requires_grad_(False)
+    last = held_out_cosines(model, rows, tiny_tokenizer())
+    assert not torch.allclose(all_layers, last, atol=1e-4)
+    model.freeze_encoder()
+    assert torch.allclose(held_out_cosines(model, rows, tiny_tokenizer()), all_layers, atol=1e-6)
+
+
 def test_pictures() -> None:
     tasks = [
         ImageClassification(name, image="image", label="label", labels=COLOUR_LABELS, head="linear", pooling="mean")

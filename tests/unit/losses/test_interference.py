@@ -237,6 +237,10 @@ def test_random_labels_beside_a_learnable_task():
     flagged = [finding for finding in report["findings"] if "has learnt nothing" in finding]
     assert len(flagged) == 1
     assert flagged[0].startswith("`noise` has learnt nothing: its loss is still ")
+    # A loss on rows that were not trained on does not say so.
+    of_others = interference_report(log, rows="validation")
+    assert of_others["losses"] == report["losses"]
+    assert not any("has learnt nothing" in finding for finding in of_others["findings"])
     assert any(finding.startswith("No two tasks agree") for finding in report["findings"])
     assert report["losses"]["learnable"] < 0.7
     assert abs(report["cosine"][0][1]) < 0.05

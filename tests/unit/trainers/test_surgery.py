@@ -11,8 +11,10 @@ from torch import Tensor
 
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, SequenceClassification
 from hf_mtcompress.errors import TrainingError
+from hf_mtcompress.evaluation.affinity import held_out_gradients
 from hf_mtcompress.losses.fusion import WeightedSum
 from hf_mtcompress.losses.gradients import COMBINATIONS
+from hf_mtcompress.trainers import multitask
 from tests.tiny import tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import arguments, build, tag_task, text_tasks
 
@@ -259,6 +261,30 @@ def test_looks_at_validation_rows_see_a_duplicate(tmp_path: Path) -> None:
         found[weight] = report["norms"]
     assert found[3.0]["noise"] == pytest.approx(3 * found[1.0]["noise"], rel=1e-4)
     assert found[3.0]["strength"] == pytest.approx(found[1.0]["strength"], rel=1e-4)
+
+
+def test_each_look_draws_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multitask, "LOOK_ROWS", 8)
+    seen: list[list[str]] = []
+
+    def watch(model: Any, groups: Any, *rest: Any, **options: Any) -> Any:
+        seen.append([str(ids) for ids in groups[0].dataset.with_format(None)["input_ids"]])
+        return held_out_gradients(model, groups, *rest, **options)
+
+    monkeypatch.setattr(multitask, "held_out_gradients", watch)
+    for _ in range(2):
+        planted(tmp_path, num_train_epochs=1, measure_interference=2, measure_on="validation").train()
+    assert [len(rows) for rows in seen] == [8] * 6
+    assert seen[0] != seen[1]
+    assert seen[:3] == seen[3:]
+
+
+def test_a_log_of_other_rows_is_not_taken_up(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "measure_interference": 1}
+    planted(tmp_path, **settings).train()
+    other = planted(tmp_path / "other", **settings, measure_on="validation")
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.gradient_log.steps == 2
 
 
 def test_looks_at_validation_rows_need_some(tmp_path: Path) -> None:
