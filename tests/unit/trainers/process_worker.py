@@ -71,7 +71,8 @@ def main(
             fusion="gradient_norm" if mixed else "sum",
             fusion_options={"share": 0.3} if mixed else None,
             gradient_combination="upgrad" if mixed or window else None,
-            measure_interference=2 if window else None,
+            measure_interference=2 if window or mixed else None,
+            measure_on="validation" if mixed else "train",
             l1_penalty=0.05 if distill else 0.0,
             l2_penalty=0.1 if distill else 0.0,
             dataloader_pin_memory=False,
@@ -97,6 +98,7 @@ def main(
                 key: value for key, value in metrics.items() if not key.endswith(("runtime", "per_second", "epoch"))
             },
             "losses": [row for row in losses if row],
+            "looks": trainer.interference(),
         }
         (folder / "result.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():

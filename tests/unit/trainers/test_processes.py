@@ -42,10 +42,10 @@ def train(
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, modes: tuple[str, ...]) -> None:
     """Counts are summed over ranks, heads without rows do not stop DDP, whether it looks for them or not.
 
-    Batches of one source and a plain sum; batches of several, which differ between ranks, learned weights and
-    gradient surgery; adapters on a frozen encoder, those of tasks without rows in a batch too; a teacher that both ask
-    before, and projections that run outside of the model's forward pass; heads and neurons that go while it trains; top
-    layers that only some tasks read; surgery between batches of one source.
+    Batches of one source and a plain sum; batches of several, which differ between ranks, learned weights, gradient
+    surgery and looks at validation rows; adapters on a frozen encoder, those of tasks without rows in a batch too; a
+    teacher that both ask before, and projections that run outside of the model's forward pass; heads and neurons that
+    go while it trains; top layers that only some tasks read; surgery between batches of one source.
     """
     one, alone = train(tmp_path / "one", [], 4, *modes)
     two, together = train(tmp_path / "two", TWO, 2, *modes)
@@ -57,3 +57,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, mode
     assert len(one["losses"]) == len(two["losses"]) > 3
     for ours, theirs in zip(two["losses"], one["losses"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+    assert (one["looks"] is None) == (not {"mixed", "window"} & set(modes))
+    if "mixed" in modes:  # looks at the same validation rows in every process
+        assert two["looks"]["steps"] == one["looks"]["steps"] > 2
+        for ours, theirs in zip(two["looks"]["cosine"], one["looks"]["cosine"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-3)
