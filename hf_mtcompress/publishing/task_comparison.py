@@ -11,6 +11,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
+def _look(number: int) -> tuple[str, str]:
+    """Colour and shape of an arm: the shapes move on by one when the colours begin again, so that 49 arms differ."""
+    shape = (number + number // len(COLOURS)) % len(MARKERS)
+    return COLOURS[number % len(COLOURS)], MARKERS[shape]
+
+
 def comparison_table(record: TaskComparisonRecord) -> str:
     """Differences and budgets as plain aligned text for the terminal."""
     header = ["task", "metric", "n", "arm", "alone", "in the arm", "difference", _interval_name(record), "verdict"]
@@ -109,7 +115,7 @@ def draw_differences(record: TaskComparisonRecord, path: Path) -> Path | None:
     axes = figure.subplots()
     for number, arm in enumerate(arms):
         shift = 0.6 * ((number + 0.5) / len(arms) - 0.5)
-        colour = COLOURS[number % len(COLOURS)]
+        colour, marker = _look(number)
         shown = {item.task: item.difference for item in record.differences if item.arm == arm}
         points = {task: value for task, value in shown.items() if value is not None}
         for item in (item for item in record.differences if item.arm == arm):
@@ -121,7 +127,7 @@ def draw_differences(record: TaskComparisonRecord, path: Path) -> Path | None:
             [tasks.index(task) + shift for task in points],
             s=40 if len(arms) > 4 else 60,
             color=colour,
-            marker=MARKERS[number % len(MARKERS)],
+            marker=marker,
             edgecolor="white",
             zorder=4,
             label=arm,

@@ -1,8 +1,11 @@
 """The table and the picture of a comparison say what the record says."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from hf_mtcompress.publishing.task_comparison import comparison_table, draw_differences
 from hf_mtcompress.records import ArmModel, ArmRecord, ComparedTask, TaskComparisonRecord, TaskDifference
@@ -115,3 +118,18 @@ def test_no_difference_draws_nothing(tmp_path: Path):
     record.differences[0].difference = None
     assert draw_differences(record, tmp_path / "compare.png") is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_two_arms_look_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nine arms were drawn with seven looks."""
+    record = make_record()
+    record.differences = [dataclasses.replace(record.differences[0], arm=f"arm-{number}") for number in range(16)]
+    looks, scatter = [], Axes.scatter
+
+    def watch(axes: Axes, *places: Any, color: str, marker: str, **options: Any) -> Any:
+        looks.append((color, marker))
+        return scatter(axes, *places, color=color, marker=marker, **options)
+
+    monkeypatch.setattr(Axes, "scatter", watch)
+    draw_differences(record, tmp_path / "compare.png")
+    assert len(looks) == len(set(looks)) == 16
