@@ -6,9 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_mtcompress.data.collator import MultiTaskCollator
+from hf_mtcompress.data.preprocessing import encode_groups
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.evaluation import affinity
-from hf_mtcompress.evaluation.affinity import held_out_cosines
+from hf_mtcompress.evaluation.affinity import held_out_cosines, held_out_gradients
 from hf_mtcompress.losses.grouping import best_grouping
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -84,10 +86,15 @@ def test_the_sketch_is_close_to_the_whole_gradients(batch_size: int, monkeypatch
         "size": torch.tensor(rows["length"]).float(),
     }
     weights = [weight for layer in find_anatomy(model.encoder).layers for weight in layer.module.parameters()]
+    groups = encode_groups(model.tasks, dict.fromkeys(("one", "size"), rows), tiny_tokenizer(), None, "validation")
+    wanted = held_out_gradients(model, groups, MultiTaskCollator(model.tasks, tiny_tokenizer()), batch_size=batch_size)
     gradients = []
     for name, values in labels.items():
         loss = model(**encoded, tasks=[name], **{f"labels_{name}": values}).loss
         gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]))
+        # Of the mean loss over items, in length too.
+        assert wanted[name].loss == pytest.approx(loss.item(), rel=1e-4)
+        assert wanted[name].gradient.norm().item() == pytest.approx(gradients[-1].norm().item(), rel=0.1)
     assert len(gradients[0]) > 5 * 2**12
     expected = torch.nn.functional.cosine_similarity(*gradients, dim=0)
     assert found[0, 1].item() == pytest.approx(expected.item(), abs=3 / 2**6)
