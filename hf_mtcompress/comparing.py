@@ -360,6 +360,8 @@ def _found_groups(
                 "what is trained, --group adds groups"
             )
         costs[name] = alone - together
+    shown = ", ".join(f"{name} {100 * cost:.1f}" for name, cost in sorted(costs.items(), key=lambda item: -item[1]))
+    logger.warning("what sharing cost on validation rows, in points: %s", shown)
     helpers = set(recipe.tasks) - set(costs)
     return [
         tuple(name for name in recipe.tasks if name in helpers or name in group)

@@ -251,6 +251,7 @@ def test_tasks_that_lose_by_sharing_get_another_encoder(
     grouped = arms_of(record)["grouped"]
     assert [model["tasks"] for model in grouped["models"]] == [["mood", "strength", "helper"], ["tone", "helper"]]
     assert grouped["settings"] == []
+    assert "what sharing cost on validation rows, in points: tone 35.0, strength 5.0, mood 0.0" in caplog.text
     assert "grouped: mood+strength+helper/tone+helper" in caplog.text
     assert {row["task"] for row in record["differences"] if row["arm"] == "grouped"} == {
         "mood",
