@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", help="names of arms; default: all")
     parser.add_argument(
-        "--groups", nargs="*", default=[], help="NAME=task+task/task: several models; see compare-tasks"
+        "--groups", nargs="*", default=[], help="NAME=task+task/task[,a.b.c=value]: several models; see compare-tasks"
     )
     parser.add_argument("--encoders", type=int, help="add groupings into so many, by cost and by gradients")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for the run of --encoders (default: runs)")

@@ -94,10 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument(
         "--group",
-        metavar="NAME=task+task/task",
+        metavar="NAME=task+task/task[,a.b.c=value]",
         action="append",
         default=[],
-        help="several models with some of the tasks each; repeatable",
+        help="several models with some of the tasks each, from a changed recipe if settings follow; repeatable",
     )
     compare.add_argument(
         "--encoders",

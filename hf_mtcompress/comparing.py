@@ -69,7 +69,7 @@ _NEXT_SETTING = re.compile(r",(?=\s*[\w-]+(?:\.[\w-]+)*\s*=)")
 
 @dataclass(frozen=True)
 class Arm:
-    """A changed recipe for all tasks, or (with `groups`) the recipe itself for several models with some tasks each."""
+    """A recipe, changed by `settings`, for all tasks or (with `groups`) for several models with some tasks each."""
 
     name: str
     recipe: Recipe
@@ -105,7 +105,8 @@ def load_comparison(
         overrides: `a.b.c=value` each, for all arms.
         seeds: how many; the first is the recipe's.
         arms: `NAME=a.b.c=value[,a.b.c=value]` each: all tasks with a changed recipe.
-        groups: `NAME=task+task/task` each: one model for each part between slashes.
+        groups: `NAME=task+task/task[,a.b.c=value]` each: one model for each part between slashes, with a changed recipe
+            if settings follow.
         encoders: add the arm `grouped`: tasks that lose much by sharing, on validation rows, get another encoder, up to
             so many in all.
 
@@ -137,11 +138,20 @@ def load_comparison(
     found: list[Arm] = []
     for text in arms:
         name, settings = _name_of(text, "--arm NAME=a.b.c=value", names, problems)
-        if name is not None and (arm := _changed(name, settings, path, overrides, recipe, problems)) is not None:
+        if (
+            name is not None
+            and (arm := _changed("--arm", name, settings, path, overrides, recipe, problems)) is not None
+        ):
             found.append(arm)
     for text in groups:
         name, parts = _name_of(text, "--group NAME=task+task/task", names, problems)
-        if name is not None and (arm := _grouped(name, parts, recipe, problems)) is not None:
+        if name is None:
+            continue
+        parts, *settings = _NEXT_SETTING.split(parts, maxsplit=1)
+        arm = Arm(name, recipe)
+        if settings:
+            arm = _changed("--group", name, settings[0], path, overrides, recipe, problems)
+        if arm is not None and (arm := _grouped(arm, parts, problems)) is not None:
             found.append(arm)
     if problems:
         raise RecipeError(problems)
@@ -176,32 +186,34 @@ def _name_of(text: str, form: str, names: list[str], problems: list[str]) -> tup
 
 
 def _changed(
-    name: str, text: str, path: Path, overrides: Sequence[str], recipe: Recipe, problems: list[str]
+    option: str, name: str, text: str, path: Path, overrides: Sequence[str], recipe: Recipe, problems: list[str]
 ) -> Arm | None:
     """An arm with other settings, scored on the same tasks."""
     settings = [setting.strip() for setting in _NEXT_SETTING.split(text)]
     try:
         changed = load_recipe(path, [*overrides, *settings])
     except RecipeError as error:
-        problems += [f"--arm {name}: {problem}" for problem in error.problems]
+        problems += [f"{option} {name}: {problem}" for problem in error.problems]
         return None
     before = len(problems)
     if changed.seed != recipe.seed:
-        problems.append(f"--arm {name}: expected the recipe's seed, found {changed.seed}; arms are paired by seed")
+        problems.append(f"{option} {name}: expected the recipe's seed, found {changed.seed}; arms are paired by seed")
     for task in _main(recipe):
         if task not in changed.tasks or changed.tasks[task].role != "main":
-            problems.append(f"--arm {name}: expected the main task '{task}' as in the recipe; do not change its role")
+            problems.append(
+                f"{option} {name}: expected the main task '{task}' as in the recipe; do not change its role"
+            )
             continue
         for key in ("kind", "label", "metric"):
             if getattr(changed.tasks[task], key) != getattr(recipe.tasks[task], key):
-                problems.append(f"--arm {name}: expected the {key} of task '{task}' as in the recipe, found another")
+                problems.append(f"{option} {name}: expected the {key} of task '{task}' as in the recipe, found another")
     if not any(isinstance(step, FinetuneStep) for step in changed.steps):
-        problems.append(f"--arm {name}: expected a finetune step, found none; do not replace it")
+        problems.append(f"{option} {name}: expected a finetune step, found none; do not replace it")
     elif "max_steps" in merged_training(_finetune_step(changed), changed.training).arguments:
-        problems.append(f"--arm {name}: expected training.max_steps, found max_steps among arguments")
+        problems.append(f"{option} {name}: expected training.max_steps, found max_steps among arguments")
     elif _essence(changed) == _essence(recipe):
         problems.append(
-            f"--arm {name}: '{text}' changes nothing in how the first finetune step trains; expected a setting of "
+            f"{option} {name}: '{text}' changes nothing in how the first finetune step trains; expected a setting of "
             "tasks, mixing, fusion, training, encoder or that step"
         )
     shown = tuple(_without_path(setting) for setting in settings)
@@ -219,8 +231,9 @@ def _without_path(setting: str) -> str:
     return f"{place.strip()}={without_local_paths(value.strip())}"
 
 
-def _grouped(name: str, text: str, recipe: Recipe, problems: list[str]) -> Arm | None:
-    """An arm of several models; every main task is in one of them."""
+def _grouped(arm: Arm, text: str, problems: list[str]) -> Arm | None:
+    """The arm as several models; every main task is in one of them."""
+    name, recipe = arm.name, arm.recipe
     parts = [tuple(word.strip() for word in part.split("+")) for part in text.split("/")]
     before = len(problems)
     given = [task for part in parts for task in part]
@@ -241,7 +254,7 @@ def _grouped(name: str, text: str, recipe: Recipe, problems: list[str]) -> Arm |
     if len(problems) > before:
         return None
     ordered = tuple(tuple(task for task in recipe.tasks if task in part) for part in parts)
-    return Arm(name, recipe, groups=ordered)
+    return dataclasses.replace(arm, groups=ordered)
 
 
 # ---- the models that the arms need ----
@@ -378,13 +391,18 @@ def _models_of(comparison: Comparison, sources: Sources) -> dict[str, list[_Mode
         arms[f"{ALONE}:{task}"] = [_model(None, recipe, sources, processor, (task,))]
     problems: list[str] = []
     for arm in comparison.arms:
-        if arm.groups:
-            arms[arm.name] = [_model(None, recipe, sources, processor, group) for group in arm.groups]
-            continue
         own = sources if arm.recipe.tasks == recipe.tasks else load_sources(arm.recipe.tasks, arm.recipe.seed)
         problems += _other_rows(arm, sources, own)
         other = processor if arm.recipe.encoder == recipe.encoder else load_processor(arm.recipe)
-        arms[arm.name] = [_model(arm.name, arm.recipe, own, other, tuple(arm.recipe.tasks))]
+        if not arm.groups:
+            arms[arm.name] = [_model(arm.name, arm.recipe, own, other, tuple(arm.recipe.tasks))]
+            continue
+        arms[arm.name] = []
+        for group in arm.groups:
+            model = _model(f"{arm.name}.{'+'.join(group)}", arm.recipe, own, other, group)
+            plain = _model(None, recipe, sources, processor, group)
+            # Settings may not touch every group. Trained twice, a difference of 0 would look like a result.
+            arms[arm.name].append(plain if (plain.recipe, plain.steps) == (model.recipe, model.steps) else model)
     if problems:
         raise RecipeError(problems)
     return arms

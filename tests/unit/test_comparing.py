@@ -168,6 +168,27 @@ def test_a_repeated_call_trains_only_what_is_new(
     assert re.match(r"mood +accuracy +24 +together +\d\.\d{4} +\d\.\d{4} +[+-]\d\.\d{4} +- +one seed", lines[2])
 
 
+def test_groups_with_other_settings_are_models_of_their_own(
+    finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The task alone has no fusion of losses, so it is not trained again."""
+    recipe, output, _ = finished
+    shutil.copytree(output, tmp_path / "out")
+    group = "best=mood+strength/tone,fusion.kind=product,tasks.strength.weight=0.5"
+    words = ["compare-tasks", str(recipe), "--seeds", "1", "--output", str(tmp_path / "out"), "--group", group]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    arm = arms_of(json.loads(capsys.readouterr().out))["best"]
+    assert arm["settings"] == ["fusion.kind=product", "tasks.strength.weight=0.5"]
+    assert [model["folder"] for model in arm["models"]] == ["best.mood+strength", "alone-tone"]
+    steps = [
+        json.loads((tmp_path / "out" / folder / "seed-5" / "step.json").read_text())
+        for folder in ("best.mood+strength", "mood+strength")
+    ]
+    assert steps[0]["fingerprint"] != steps[1]["fingerprint"]
+    assert arm["scores"]["strength"] != arms_of(finished[2])["pair"]["scores"]["strength"][:1]
+
+
 def test_steps_are_shared_by_rows(tmp_path: Path) -> None:
     """With max_steps, a task with a quarter of the rows would otherwise see them four times as often alone."""
     recipe = write_recipe(tmp_path)
@@ -199,6 +220,9 @@ def test_steps_are_shared_by_rows(tmp_path: Path) -> None:
         (["--group", "pair=mood+strength"], "expected every main task, found none of tone"),
         (["--group", "pair=mood+strength/tone+mood"], "expected task 'mood' in one group, found it 2 times"),
         (["--group", "pair=mood+strength+tone/helper"], "with a main one in each group, found helper"),
+        (["--group", "pair=mood+strength/tone,fusion.knd=product"], "--group pair: .*did you mean 'kind'"),
+        (["--group", "pair=mood+strength/tone,seed=1"], "--group pair: .*arms are paired by seed"),
+        (["--group", "pair=mood+strength/tne,fusion.kind=product"], "--group pair: there is no task 'tne'"),
         (["steps.0={kind: distill, teacher: some/model, student: {path: encoder}}"], "expected a finetune step"),
         (["--encoders", "1"], "--encoders: expected from 2 up to the 3 main tasks, found 1"),
         (
