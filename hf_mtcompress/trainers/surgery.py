@@ -21,7 +21,7 @@ SurgeryScope = Literal["features", "last_block", "full"]
 SCOPE_WORDS = {
     "features": "the output of the encoder",
     "last_block": "the last layer of the encoder",
-    "full": "all layers of the encoder",
+    "full": "the trained layers of the encoder",
 }
 _LEAST = 1e-3
 """Smallest weight, relative to an even one: a task that is cut off altogether could not train its head."""
