@@ -175,7 +175,9 @@ def test_looks_of_a_run_group_its_tasks(recipe: Path, tmp_path: Path, capsys: py
     report = load_record(output).steps[0].interference
     assert report is not None
     assert report["steps"] >= 3
-    assert "gradients of the trained layers of the encoder on validation rows" in (output / "README.md").read_text("utf-8")
+    assert "gradients of the trained layers of the encoder on validation rows" in (output / "README.md").read_text(
+        "utf-8"
+    )
     (output / "teacher" / "model.safetensors").unlink()
     capsys.readouterr()
     assert main(["group-tasks", str(output), "--json"]) == 0

@@ -252,7 +252,11 @@ def test_looks_at_validation_rows_see_a_duplicate(tmp_path: Path) -> None:
         trainer.train()
         report = trainer.interference()
         assert report is not None
-        assert (report["steps"], report["rows"], report["scope"]) == (12, "validation", "the trained layers of the encoder")
+        assert (report["steps"], report["rows"], report["scope"]) == (
+            12,
+            "validation",
+            "the trained layers of the encoder",
+        )
         assert report["tasks"] == ["strength", "copy", "noise"]
         assert report["cosine"][0][1] == pytest.approx(1.0, abs=1e-5)
         assert abs(report["cosine"][0][2]) < 0.5
