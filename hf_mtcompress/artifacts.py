@@ -118,6 +118,27 @@ _LOOK_AGAIN = 1.0
 """Seconds until a process that has nothing left to take looks whether the others are done."""
 
 
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Let nobody else run in a folder with a `.work` inside of the block; a killed process leaves nothing locked.
+
+    Raises:
+        ArtifactError: another process is at it.
+    """
+    lock = FileLock(folder / WORK / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtifactError(
+            f"expected nobody else at work in {folder}, found another process; wait for it, or choose another folder "
+            "with --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def share_work(work: Callable[[Item], Result], items: Sequence[Item], locks: Sequence[Path]) -> list[Result]:
     """Results of all items, divided among the processes that call this at the same time with the same locks.
 

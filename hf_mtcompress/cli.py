@@ -269,6 +269,7 @@ def _group_tasks(options: argparse.Namespace) -> str:
             f"{len(grouping.groups)} encoders, expected affinity {grouping.expected:+.3f}"
             + ("" if grouping.exact else " (searched, not all groupings tried)"),
             *(f"  {' + '.join(group)}" for group in grouping.groups),
+            *([f"  in each: {', '.join(grouping.helpers)} (auxiliary)"] if grouping.helpers else []),
             "mean affinity of a task's companions to it:",
             *(f"  {line}" for line in lines),
             *(["cosines of pairs that agree most:", *(f"  {line}" for line in close)] if close else []),

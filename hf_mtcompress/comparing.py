@@ -17,6 +17,7 @@ fusion of losses, since these only say how tasks stand to each other.
 
 import dataclasses
 import datetime
+import hashlib
 import logging
 import math
 import re
@@ -30,7 +31,16 @@ from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, STEP_RECORD, WORK, share_work, write_text
+from hf_mtcompress.artifacts import (
+    COMPARISON,
+    COMPARISON_PICTURE,
+    RECIPE,
+    RECORD,
+    STEP_RECORD,
+    WORK,
+    share_work,
+    write_text,
+)
 from hf_mtcompress.config import FinetuneStep, FusionConfig, MixingConfig, Recipe, Role, TaskConfig, restricted
 from hf_mtcompress.config.load import dump_recipe, load_recipe
 from hf_mtcompress.config.overrides import without_local_paths
@@ -39,7 +49,7 @@ from hf_mtcompress.data.load import content_fingerprint
 from hf_mtcompress.data.preprocessing import group_tasks
 from hf_mtcompress.data.sources import Sources, load_sources, task_of
 from hf_mtcompress.environment import environment_facts
-from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.evaluation.statistics import CONFIDENCE, paired_difference, verdict
 from hf_mtcompress.losses.grouping import grouped_by_cost
 from hf_mtcompress.publishing.task_comparison import draw_differences
@@ -62,6 +72,7 @@ TOGETHER = "together"
 ALONE = "alone"
 GROUPED = "grouped"
 AVERAGE = "average"
+_LONGEST_FOLDER = 120
 _ARM_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _NEXT_SETTING = re.compile(r",(?=\s*[\w-]+(?:\.[\w-]+)*\s*=)")
 """A comma before another `a.b.c=`; others belong to a value, as in `[a, b]`."""
@@ -125,8 +136,6 @@ def load_comparison(
         problems.append("training.arguments.max_steps: expected it as training.max_steps, of which models get a share")
     if len(recipe.tasks) < 2:
         problems.append(f"tasks: expected at least 2 tasks to compare, found {len(recipe.tasks)}; add another")
-    elif not _main(recipe):
-        problems.append("tasks: expected a task with role: main to score, found auxiliary ones only; change a role")
     elif encoders is not None and not 2 <= encoders <= max(2, len(_main(recipe))):
         problems.append(
             f"--encoders: expected from 2 up to the {len(_main(recipe))} main tasks, found {encoders}; all in one and "
@@ -290,7 +299,7 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
 
     Raises:
         RecipeError: the recipe or an arm does not fit its data or models.
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder cannot be written, or is that of a run.
     """
     transformers_logging.set_verbosity_error()
     recipe = comparison.recipe
@@ -298,6 +307,10 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
     if comparison.encoders is not None:
         _check_rows_to_group_by(recipe, sources)
     arms = _models_of(comparison, sources)
+    if (output / RECORD).exists():
+        raise ArtifactError(
+            f"expected a folder of its own for the comparison, found a run in {output}; choose another with --output"
+        )
     prepare_output(output)
     write_text(output / RECIPE, dump_recipe(recipe))
     done = _train_all(arms, comparison.seeds, output, keep_models)
@@ -306,6 +319,8 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
         logger.warning("%s: %s", GROUPED, "/".join("+".join(group) for group in groups))
         processor = load_processor(recipe)
         arms[GROUPED] = [_model(None, recipe, sources, processor, group) for group in groups]
+        if problems := _cannot_combine({GROUPED: arms[GROUPED]}):
+            raise RecipeError(problems)
         done |= _train_all({GROUPED: arms[GROUPED]}, comparison.seeds, output, keep_models)
     record = _record(comparison, sources, arms, done)
     with FileLock(output / WORK / f"{COMPARISON}.lock"):
@@ -397,15 +412,42 @@ def _models_of(comparison: Comparison, sources: Sources) -> dict[str, list[_Mode
         if not arm.groups:
             arms[arm.name] = [_model(arm.name, arm.recipe, own, other, tuple(arm.recipe.tasks))]
             continue
-        arms[arm.name] = []
-        for group in arm.groups:
-            model = _model(f"{arm.name}.{'+'.join(group)}", arm.recipe, own, other, group)
-            plain = _model(None, recipe, sources, processor, group)
-            # Settings may not touch every group. Trained twice, a difference of 0 would look like a result.
-            arms[arm.name].append(plain if (plain.recipe, plain.steps) == (model.recipe, model.steps) else model)
+        plain = [
+            _model(None, recipe, sources, processor, group) if set(group) <= set(recipe.tasks) else None
+            for group in arm.groups
+        ]
+        models = [_model(f"{arm.name}.{_joined(group)}", arm.recipe, own, other, group) for group in arm.groups]
+        # Settings may not touch every group. Trained twice, a difference of 0 would look like a result.
+        same = [
+            twin is not None and (twin.recipe, twin.steps) == (model.recipe, model.steps)
+            for model, twin in zip(models, plain, strict=True)
+        ]
+        if arm.settings and all(same):
+            problems.append(
+                f"--group {arm.name}: {', '.join(arm.settings)} changes nothing in any of its groups; leave it out"
+            )
+        arms[arm.name] = [
+            twin if equal and twin is not None else model
+            for model, twin, equal in zip(models, plain, same, strict=True)
+        ]
+    problems += _cannot_combine(arms)
     if problems:
         raise RecipeError(problems)
     return arms
+
+
+def _cannot_combine(arms: Mapping[str, Sequence[_Model]]) -> list[str]:
+    """Combining gradients needs tasks that meet in a step, which the trainer would find out hours later."""
+    return [
+        f"arm {name}: expected tasks that meet in a step for fusion.combination, found one in each batch of "
+        f"{' + '.join(model.tasks)}; say mixing.batches: mixed, or training.gradient_accumulation_steps of 2 and more"
+        for name, models in arms.items()
+        for model in models
+        if model.recipe.fusion.combination is not None
+        and model.recipe.mixing.batches == "one_source"
+        and (merged_training(_finetune_step(model.recipe), model.recipe.training).gradient_accumulation_steps or 1) == 1
+        and all(len(group) == 1 for group in group_tasks(model.sources.tasks, model.sources.role("train")))
+    ]
 
 
 def _other_rows(arm: Arm, sources: Sources, own: Sources) -> list[str]:
@@ -420,8 +462,8 @@ def _other_rows(arm: Arm, sources: Sources, own: Sources) -> list[str]:
         rows = [content_fingerprint({role: splits[role]}) for splits in (sources.splits[task], own.splits[task])]
         if rows[0] != rows[1]:
             problems.append(
-                f"--arm {arm.name}: expected the {role} rows of task '{task}' as in the recipe, found others; change "
-                "its train rows only"
+                f"{'--group' if arm.groups else '--arm'} {arm.name}: expected the {role} rows of task '{task}' as in "
+                "the recipe, found others; change its train rows only"
             )
     return problems
 
@@ -463,8 +505,16 @@ def _model(folder: str | None, recipe: Recipe, sources: Sources, processor: Any,
         share = sum(_counted_rows(rows, recipe.mixing.cap)) / sum(_counted_rows(sources, recipe.mixing.cap))
         steps = max(1, round(limit * share))
     if folder is None:
-        folder = f"{ALONE}-{names[0]}" if single else "+".join(names)
+        folder = f"{ALONE}-{names[0]}" if single else _joined(names)
     return _Model(folder, part, rows, processor, steps)
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names as one of a folder; of many, the first ones and a digest of all, since file systems take 255 characters."""
+    whole = "+".join(names)
+    if len(whole) <= _LONGEST_FOLDER:
+        return whole
+    return f"{whole[:_LONGEST_FOLDER].rpartition('+')[0]}+{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
 def _counted_rows(sources: Sources, cap: int | None) -> list[int]:

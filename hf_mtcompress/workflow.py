@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from hf_mtcompress.artifacts import (
     STEP_RECORD,
     WEBPAGE,
     WORK,
+    sole_use,
     whole_folder,
     write_text,
 )
@@ -64,19 +65,20 @@ from hf_mtcompress.inference.runtimes import folder_form, task_folders
 from hf_mtcompress.inference.runtimes import load_processor as read_processor
 from hf_mtcompress.losses.grouping import Grouping, best_grouping, encoders_within
 from hf_mtcompress.planning import describe_plan
-from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, SENSITIVITY_PICTURE, render_card
+from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, PICTURE, PICTURES, SENSITIVITY_PICTURE, render_card
 from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact, tasks_of
 from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.publishing.sensitivity import draw_sensitivity
-from hf_mtcompress.records import Artefact, RunRecord, StepRecord
+from hf_mtcompress.records import Artefact, RunRecord, StepRecord, TaskRecord
 from hf_mtcompress.steps.bench import Bench, load_processor, probe_batch, probe_samples, start_of
 from hf_mtcompress.steps.gate import pass_gate
 from hf_mtcompress.steps.rows import texts_to_keep, validation_rows
 from hf_mtcompress.steps.run import check_steps_fit, run_step
 from hf_mtcompress.steps.scoring import read_step, score_folder, task_record
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
+from hf_mtcompress.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -98,20 +100,21 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
 
     Raises:
         RecipeError: the recipe does not fit its data or models.
-        ArtifactError: the folder cannot be written, or something saved does not reload.
+        ArtifactError: the folder cannot be written, another process works in it, or something saved does not reload.
     """
     transformers_logging.set_verbosity_error()
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
     bench = Bench(recipe, output, sources, load_processor(recipe))
     prepare_output(output)
-    write_text(output / RECIPE, dump_recipe(recipe))
-    done: dict[str, StepRecord] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, bench)
-    shutil.rmtree(output / WORK / GRAPHS, ignore_errors=True)
-    record = _measure(bench, list(done.values()))
-    _write_results(bench, record)
+    with sole_use(output):
+        write_text(output / RECIPE, dump_recipe(recipe))
+        done: dict[str, StepRecord] = {}
+        for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
+            done[str(step.name)] = do_step(step, source, done, bench)
+        shutil.rmtree(output / WORK / GRAPHS, ignore_errors=True)
+        record = _measure(bench, list(done.values()))
+        _write_results(bench, record)
     return record
 
 
@@ -410,12 +413,15 @@ def _write_results(bench: Bench, record: RunRecord) -> None:
     assets.mkdir(exist_ok=True)
     if bench.recipe.publish is not None:
         record.publish = _plain(bench.recipe.publish)
-    draw_comparison(record, assets / "comparison.png")
+    for name in PICTURES:
+        (assets / name).unlink(missing_ok=True)  # where there is nothing to draw now, an older one would be shown
+    draw_comparison(record, assets / PICTURE)
     draw_interference(record, assets / INTERFERENCE_PICTURE)
     draw_sensitivity(record, assets / SENSITIVITY_PICTURE)
     write_text(bench.output / RECORD, records.to_json(record))
     recipe = dump_recipe(bench.recipe, portable=True)
-    write_text(bench.output / CARD, render_card(record, recipe))
+    pictures = [name for name in PICTURES if (assets / name).is_file()]
+    write_text(bench.output / CARD, render_card(record, recipe, pictures=pictures))
 
 
 def _encoder_facts(bench: Bench) -> dict[str, Any]:
@@ -497,7 +503,7 @@ def group_tasks_of(
     if encoders < 1:
         raise RecipeError(f"--encoders: expected at least 1, found {encoders}")
     if _looks(step):
-        return _grouped_by_looks(step, list(tasks_of(record, step)), encoders)
+        return _grouped_by_looks(step, tasks_of(record, step), encoders)
     recipe = load_recipe(folder / RECIPE)
     bench = Bench(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     start = start_of(step.name, bench)
@@ -505,7 +511,7 @@ def group_tasks_of(
         torch.nn.Module.to(start.model, torch.accelerator.current_accelerator())
     chosen = validation_rows(bench, rows)
     cosines = held_out_cosines(start.model, chosen, start.processor, max_length=recipe.encoder.max_length)
-    return best_grouping(list(start.model.tasks), cosines.tolist(), encoders)
+    return _grouped(start.model.tasks, list(start.model.tasks), cosines.tolist(), encoders)
 
 
 def _looks(step: StepRecord) -> int:
@@ -514,18 +520,31 @@ def _looks(step: StepRecord) -> int:
     return int(report["steps"]) if report.get("rows") == "validation" else 0
 
 
-def _grouped_by_looks(step: StepRecord, names: Sequence[str], encoders: int) -> Grouping:
+def _grouped_by_looks(step: StepRecord, tasks: Mapping[str, TaskRecord], encoders: int) -> Grouping:
     """From the mean cosines in a step's record, of the tasks that its model answers."""
     report = step.interference or {}
-    unseen = [name for name in names if report["norms"].get(name) is None]
+    unseen = [name for name in tasks if report["norms"].get(name) is None]
     if unseen:
         raise DataError(
             f"step '{step.name}': expected validation rows with a label of every task, found none of "
             f"{', '.join(unseen)} in {report['steps']} looks; add rows, or leave the task out"
         )
-    places = [report["tasks"].index(name) for name in names]
-    cosines = [[report["cosine"][row][column] for column in places] for row in places]
-    return best_grouping(names, cosines, encoders, report["steps"])
+    return _grouped(tasks, report["tasks"], report["cosine"], encoders, report["steps"])
+
+
+def _grouped(
+    tasks: Mapping[str, Task | TaskRecord],
+    names: Sequence[str],
+    cosines: Sequence[Sequence[float | None]],
+    encoders: int,
+    looks: int = 1,
+) -> Grouping:
+    """Main tasks by their part of a matrix of `names`; auxiliary ones help in every group, as in `compare-tasks`."""
+    main = [name for name, task in tasks.items() if task.role == "main"]
+    places = [names.index(name) for name in main]
+    matrix = [[cosines[row][column] for column in places] for row in places]
+    helpers = tuple(name for name in tasks if name not in main)
+    return dataclasses.replace(best_grouping(main, matrix, encoders, looks), helpers=helpers)
 
 
 def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:

@@ -638,6 +638,27 @@ def _whole_again(recipe: Recipe) -> set[str]:
     return set() if left else without_auxiliary(recipe)
 
 
+def check_kinds_and_roles(recipe: Recipe, problems: Problems) -> None:
+    """Something is learned for its own sake, and one tokenizer or image processor reads the rows of all tasks."""
+    tasks = recipe.tasks
+    if tasks and all(task.role == "auxiliary" for task in tasks.values()):
+        problems.add("tasks", "expected a task of role main, found auxiliary ones only; their scores do not count")
+    ends = [
+        (weight.source, weight.to) if isinstance(weight, WeightSchedule) else (weight,)
+        for weight in (task.weight for task in tasks.values())
+    ]
+    if tasks and not any(map(any, ends)):
+        problems.add("tasks", "expected a weight above 0, found 0 for all tasks; nothing would be trained")
+    images = [name for name, task in tasks.items() if isinstance(task, ImageClassificationConfig)]
+    if images and len(images) < len(tasks):
+        texts = [name for name in tasks if name not in images]
+        problems.add(
+            "tasks",
+            f"expected tasks that all read images or all read texts, found images in {', '.join(images)} and texts in "
+            f"{', '.join(texts)}, which no encoder of a recipe reads both; make two recipes",
+        )
+
+
 def check_dropped(recipe: Recipe, problems: Problems) -> None:
     """A step can drop auxiliary tasks where there are some, and main ones to keep; afterwards nobody answers them."""
     missing = sorted({"auxiliary", "main"} - {task.role for task in recipe.tasks.values()})

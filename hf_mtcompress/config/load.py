@@ -169,6 +169,7 @@ def _check_sections(data: Mapping[str, Any], recipe: Recipe | None, problems: Pr
         checks.check_benchmark(recipe.benchmark, problems)
         checks.check_branches(recipe, problems)
         checks.check_adapters(recipe, problems)
+        checks.check_kinds_and_roles(recipe, problems)
         checks.check_dropped(recipe, problems)
         checks.check_vocabulary(recipe, problems)
         checks.check_mixing(recipe.mixing, recipe.fusion, list(recipe.tasks), problems)

@@ -44,6 +44,8 @@ class MultiTaskPipeline(Pipeline):
         first = next(iter(chosen.values()))
         if self.tokenizer is None:
             return {**_stack(first.encode([[input_]], self.image_processor, None)), "encoding": {}}
+        if isinstance(input_, dict) and "text" not in input_:
+            raise DataError(f"expected the keys text and perhaps text_pair, found {list(input_)}; rename them")
         text, pair = (input_["text"], input_.get("text_pair")) if isinstance(input_, dict) else (input_, None)
         settings = (self.model.config.preprocessing or {}).get("main", {})
         length = max_length_of(self.tokenizer, settings.get("max_length"))
@@ -73,13 +75,14 @@ class MultiTaskPipeline(Pipeline):
             for name, task in self._choose(postprocess_parameters.get("tasks")).items()
         }
 
-    def _choose(self, names: Sequence[str] | None) -> dict[str, Task]:
+    def _choose(self, names: Sequence[str] | str | None) -> dict[str, Task]:
         model = self.model
         if not isinstance(model, MultiTaskModel):
             raise ArtifactError(
                 f"expected a multi-task model for pipeline('{PIPELINE}'), found {type(model).__name__}; "
                 "use the pipeline of its own task"
             )
+        names = [names] if isinstance(names, str) else names
         unknown = [name for name in names or () if name not in model.tasks]
         if unknown:
             raise TaskError(f"expected tasks among {list(model.tasks)}, found {unknown}; check the spelling")

@@ -22,6 +22,8 @@ Weight = float | tuple[float, float]
 FusionKind = Literal["sum", "product", "uncertainty", "dwa", "random", "famo", "gradient_norm"]
 
 _SMALL = 1e-6
+_PATIENCE = 4
+"""Times its share of steps that `gradient_norm` waits for tasks that did not come yet."""
 
 
 class Fusion(ABC):
@@ -359,7 +361,8 @@ class GradientNorm(Fusion):
     """Measures gradient norms for a while, then fixes weights that make them alike; static and printable after that.
 
     Static weights are as good as moving ones when they are chosen well, and gradients of like size are the sign of
-    well chosen ones. While it measures, the sum is plain.
+    well chosen ones. While it measures, the sum is plain. Weights that were given stay: a task of weight 3 ends with a
+    gradient three times as long as one of weight 1.
 
     Args:
         share: of all steps that are measured, in (0, 1).
@@ -398,12 +401,14 @@ class GradientNorm(Fusion):
     def observe_gradient_norms(self, norms: Mapping[str, float]) -> None:
         for name, norm in norms.items():
             total, count = self.sums.get(name, (0.0, 0))
-            # The norm that the task has in the fused loss.
-            self.sums[name] = (total + norm * self.base(name, self.progress), count + 1)
+            # Not as it is weighted: a weight that was given says how much longer than the others it should be.
+            self.sums[name] = (total + norm / self.normalisers.get(name, 1.0), count + 1)
         self.windows += 1
         awaited = set(self.weights) if self.trained is None else self.trained
-        if self.windows >= max(math.ceil(self.share * self.total_steps), 1) and awaited <= self.sums.keys():
-            # A task of weight 0 has no gradient, and says nothing of how long one should be.
+        enough = max(math.ceil(self.share * self.total_steps), 1)
+        # A task may have no label at all.
+        if self.windows >= enough and (awaited <= self.sums.keys() or self.windows >= _PATIENCE * enough):
+            # A gradient of 0 says nothing of how long one should be.
             means = {name: total / count for name, (total, count) in self.sums.items() if total > 0}
             middle = math.exp(sum(map(math.log, means.values())) / max(len(means), 1))
             self.factors = {name: min(max(middle / mean, 1 / self.limit), self.limit) for name, mean in means.items()}

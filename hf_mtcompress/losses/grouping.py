@@ -29,12 +29,13 @@ class Grouping:
     """Tasks by encoder.
 
     Attributes:
-        groups: names of the tasks of each encoder, in the order given.
+        groups: names of the tasks of each encoder, in the order given, without `helpers`.
         affinity: by task: mean affinity of the others in its group to it; 0 for a task that is alone.
         expected: mean of these over all tasks.
         exact: whether all groupings were tried.
         matrix: how much each task (row) helps each (column), as it was given, in the order of `affinity`.
         looks: how many looks at the gradients the matrix is the mean of.
+        helpers: auxiliary tasks, which help in every group.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -43,11 +44,12 @@ class Grouping:
     exact: bool
     matrix: tuple[tuple[float, ...], ...]
     looks: int = 1
+    helpers: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """As `compare-tasks --group NAME=...` takes it."""
-        return "/".join("+".join(group) for group in self.groups)
+        return "/".join("+".join((*group, *self.helpers)) for group in self.groups)
 
     def pairs(self) -> list[tuple[float, str, str]]:
         """Mean help of two tasks to each other, and their names, from the closest to those that are furthest apart."""

@@ -450,6 +450,10 @@ class MultiTaskModel(PreTrainedModel):
             raise TypeError(f"expected inputs {INPUT_NAMES} and labels_<task> of {list(self.tasks)}, found {unknown}")
         if tasks is None:
             tasks = [name for name, task in self.tasks.items() if task.label_name in labels] or list(self.tasks)
+        elif isinstance(tasks, str):
+            tasks = [tasks]
+        if unknown := [name for name in tasks if name not in self.tasks]:
+            raise TaskError(f"tasks: expected names among {list(self.tasks)}, found {unknown}")
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         read = self._read(tasks, (input_ids, attention_mask, token_type_ids, pixel_values), output_hidden_states)

@@ -38,7 +38,7 @@ def task_record(name: str, bench: Bench) -> TaskRecord:
     for role, rows in bench.sources.splits[name].items():
         labels = _encoded(task, rows)
         labelled[role] = int(sum(_is_labelled(label) for label in labels))
-        if role != "train":
+        if role != "train" and labelled[role]:
             baseline[role] = task.baseline([label for label in labels if _is_labelled(label)])
     return TaskRecord(
         name=name,

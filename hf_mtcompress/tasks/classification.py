@@ -85,11 +85,17 @@ class Classification(Task):
                 f"task '{self.name}': expected a list of labels in column '{self.label}', found {value!r}; "
                 "use problem_type single_label_classification for one label a row"
             )
-        if len(value) == self.num_outputs and all(item in (0, 1) and not isinstance(item, str) for item in value):
-            return [float(item) for item in value]
-        indices = [label_index(self, item) for item in value if not is_unlabelled(item)]
-        if value and not indices:
+        known = [item for item in value if not is_unlabelled(item)]
+        if value and not known:
             return unlabelled
+        if len(value) == self.num_outputs and all(item in (0, 1) and not isinstance(item, str) for item in known):
+            if len(known) < len(value):
+                raise DataError(
+                    f"task '{self.name}': expected 0 or 1 for each label in column '{self.label}', found {value!r} "
+                    "with a gap; say None for a row whose labels are not all known, or give the names of its labels"
+                )
+            return [float(item) for item in value]
+        indices = [label_index(self, item) for item in known]
         vector = [0.0] * self.num_outputs
         for index in indices:
             vector[index] = 1.0

@@ -1,9 +1,26 @@
 """Training arguments: those of transformers and a few of our own."""
 
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from transformers import TrainingArguments
+
+from hf_mtcompress.data.mixing import Strategy
+from hf_mtcompress.errors import TrainingError
+from hf_mtcompress.losses.gradients import COMBINATIONS
+from hf_mtcompress.trainers.surgery import SCOPE_WORDS
+
+_WORDS: dict[str, Collection[str]] = {
+    "mixing": get_args(Strategy),
+    "batches": ("one_source", "mixed"),
+    "normalize_losses": ("chance", "none"),
+    "gradient_combination": COMBINATIONS,
+    "surgery_scope": tuple(SCOPE_WORDS),
+    "measure_on": ("train", "validation"),
+}
+_COUNTS = ("mixing_cap", "task_patience", "measure_interference")
 
 
 @dataclass
@@ -140,3 +157,55 @@ class DistillationTrainingArguments(MultiTaskTrainingArguments):
             "help": "Labelled rows of each source on which the teacher must be better than a guess; 0 trusts it."
         },
     )
+
+
+def check_arguments(args: TrainingArguments, tasks: Collection[str]) -> None:
+    """Look for values that would train something else than was meant, or stop the training late.
+
+    Args:
+        args: ours, or plain ones, of which nothing is wrong.
+        tasks: names of the model's tasks.
+
+    Raises:
+        TrainingError: all of them at once.
+    """
+    problems = []
+    for key, words in _WORDS.items():
+        value = getattr(args, key, None)
+        if value is not None and value not in words:
+            problems.append(f"{key}: expected one of {', '.join(words)}, found {value!r}")
+    for key in _COUNTS:
+        value = getattr(args, key, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            problems.append(f"{key}: expected a whole number of at least 1, found {value!r}; leave it out for none")
+    temperature = getattr(args, "mixing_temperature", 1.0)
+    if not _is_number(temperature) or temperature <= 0:
+        problems.append(f"mixing_temperature: expected a number above 0, found {temperature!r}")
+    for key, least in (("mixing_weights", "at least 0"), ("mixing_targets", "above 0")):
+        given = getattr(args, key, None)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            problems.append(f"{key}: expected numbers by task, found {given!r}")
+            continue
+        if unknown := [name for name in given if name not in tasks]:
+            problems.append(f"{key}: expected task names among {list(tasks)}, found {unknown}")
+        wrong = {
+            name: value
+            for name, value in given.items()
+            if not _is_number(value) or value < 0 or (value == 0 and least == "above 0")
+        }
+        if wrong:
+            problems.append(f"{key}: expected numbers {least}, found {wrong}")
+    if getattr(args, "mixing", None) == "weights":
+        weights = getattr(args, "mixing_weights", None)
+        if not weights or (isinstance(weights, Mapping) and not any(weights.values())):
+            problems.append(
+                f"mixing_weights: expected weights by task, not all 0, with mixing='weights', found {weights!r}"
+            )
+    if problems:
+        raise TrainingError("; ".join(problems))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,5 +1,6 @@
 """A Trainer for several tasks on one shared encoder; with a stock model it is `transformers.Trainer`."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -31,6 +32,7 @@ from hf_mtcompress.data.preprocessing import (
 from hf_mtcompress.data.streaming import STREAM_STRATEGIES, MixedStream
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.evaluation.affinity import held_out_gradients
+from hf_mtcompress.evaluation.evaluate import labelled_rows
 from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
 from hf_mtcompress.losses.gradients import gramian
 from hf_mtcompress.losses.interference import GradientLog, interference_report
@@ -39,6 +41,7 @@ from hf_mtcompress.model.branches import reads_elsewhere
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import divisor
+from hf_mtcompress.trainers.arguments import check_arguments
 from hf_mtcompress.trainers.penalties import WeightPenalty
 from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedGradients, refuse_sharded
 
@@ -55,6 +58,11 @@ STATE_FILE = "multi_task_state.json"
 
 ONLY_COUNTED = " items"
 """End of the name of a count that no loss belongs to."""
+
+_NO_MODEL_INIT = (
+    "expected a multi-task model, found model_init, whose new models no rows were encoded for; pass model=, and make a "
+    "trainer for each trial of a search"
+)
 
 _NO_INPUTS = ("labels_", "rows_", SIGNALS, UNCOUNTED)
 """How keys of a batch begin that the model does not take."""
@@ -125,10 +133,16 @@ class MultiTaskTrainer(Trainer):
         """Tasks that `task_patience` stopped: their losses count no more, and their heads stay as they are."""
         self._best_scores: dict[str, tuple[float, int]] = {}
         """By task: best score, and evaluations since."""
+        self._seen: set[str] = set()
+        """Tasks that had a label in this training, on any rank."""
         self._pulls: dict[str, float] = {}
         """By task: how strongly a reactive mixing strategy wants its rows."""
+        self._wanted_tasks: tuple[str, ...] | None = None
+        """Tasks that `predict` wants, whatever labels the rows have."""
         self._not_loaded: Any = None
         """What `Trainer` did not find by name in the checkpoint that it loads."""
+        if not self.multi_task:
+            self._refuse_rows_by_task(model, train_dataset, kwargs)
         if isinstance(model, MultiTaskModel):
             self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             self._processor = processing_class
@@ -137,8 +151,8 @@ class MultiTaskTrainer(Trainer):
                 self.train_streams = self._encode_streams(model.tasks, rows)
             else:
                 self.train_groups = self._encode(model.tasks, rows, "train")
-            self.eval_groups = self._encode(model.tasks, eval_dataset, "validation")
             self.train_rows, self.eval_rows = rows, self._by_task(model.tasks, eval_dataset, "validation")
+            self.eval_groups = self._encode(model.tasks, self.eval_rows, "validation")
             self.task_metrics = _by_task(model.tasks, compute_metrics)
             compute_metrics = None
             if train_dataset is not None:
@@ -165,7 +179,10 @@ class MultiTaskTrainer(Trainer):
                 **kwargs,
             )
         self.penalty = self._set_up_penalty()
+        if not self.multi_task and isinstance(self.model, MultiTaskModel):
+            raise TrainingError(_NO_MODEL_INIT)
         if self.multi_task:
+            check_arguments(self.args, self.tasks)
             # Losses are divided by item counts of the whole window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
             self.label_names = [task.label_name for task in self.tasks.values()]
@@ -175,6 +192,7 @@ class MultiTaskTrainer(Trainer):
             self._check_evaluations()
             self._check_surgery()
             self._check_shared_weights()
+            self._check_frozen_parts()
             self.gradient_log = GradientLog(list(self.tasks))
             self.add_callback(_TellTrainer(self))
 
@@ -199,6 +217,14 @@ class MultiTaskTrainer(Trainer):
             labelled = {
                 name: dataset for name, task in tasks.items() if task.label in columns or task.label_name in columns
             }
+            if labelled and (left_out := [name for name in tasks if name not in labelled]):
+                logger.warning(
+                    "%s: no rows for %s, since the data set has no column %s; found %s",
+                    role,
+                    ", ".join(left_out),
+                    ", ".join(f"'{tasks[name].label or tasks[name].label_name}'" for name in left_out),
+                    columns,
+                )
             return labelled or dict.fromkeys(tasks, dataset)
         if not isinstance(dataset, Mapping):
             raise DataError(
@@ -228,6 +254,21 @@ class MultiTaskTrainer(Trainer):
     def train_sources(self) -> Sequence[EncodedGroup | EncodedStream]:
         """Sources of training rows, tables or streams."""
         return self.train_streams or self.train_groups
+
+    def _refuse_rows_by_task(self, model: Any, rows: Any, kwargs: Mapping[str, Any]) -> None:
+        """`Trainer` would stop at them with a KeyError.
+
+        Raises:
+            TrainingError: rows by task for a model without tasks.
+        """
+        if not isinstance(rows, Mapping):
+            return
+        if model is None and kwargs.get("model_init") is not None:
+            raise TrainingError(_NO_MODEL_INIT)
+        raise TrainingError(
+            f"expected a MultiTaskModel for rows by task, found {type(model).__name__}; build one with "
+            "MultiTaskModel.from_encoder, or pass one data set"
+        )
 
     def _set_up_fusion(self, fusion: Fusion | str | None) -> Fusion:
         options = getattr(self.args, "fusion_options", None) or {}
@@ -370,6 +411,30 @@ class MultiTaskTrainer(Trainer):
                 "weights, found a frozen one; leave them out"
             )
 
+    def _check_frozen_parts(self) -> None:
+        """A batch has to train something.
+
+        Raises:
+            TrainingError: rows of a source reach frozen weights only.
+        """
+        core = self.accelerator.unwrap_model(self.model)
+        assert isinstance(core, MultiTaskModel)
+        shared = [core.encoders, core.branches]
+        if self._mixed or any(parameter.requires_grad for part in shared for parameter in part.parameters()):
+            return
+        for source in self.train_sources:
+            parts = [
+                part[self.tasks[name].head_name]
+                for name in source.tasks
+                for part in (core.heads, core.adapters)
+                if self.tasks[name].head_name in part
+            ]
+            if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+                raise TrainingError(
+                    f"expected something to train on the rows of {' + '.join(source.tasks)}, found encoder and heads "
+                    "frozen; leave these rows out of train_dataset, or unfreeze their tasks"
+                )
+
     # ---- what lives while training runs ----
 
     def _set_up_penalty(self) -> WeightPenalty | None:
@@ -386,6 +451,11 @@ class MultiTaskTrainer(Trainer):
         penalty = WeightPenalty(core, l1, l2)
         self.add_callback(penalty)
         return penalty
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; what stopped in a training before this one counts anew."""
+        self.stopped_tasks, self._best_scores, self._seen = [], {}, set()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def start_training(self) -> None:
         """Set up what lives while training runs."""
@@ -422,6 +492,12 @@ class MultiTaskTrainer(Trainer):
 
     def end_training(self) -> None:
         """Take it away again."""
+        drawn = self._drawn_tasks() if self.state.global_step else set()
+        if unseen := [name for name in self.tasks if name in drawn and name not in self._seen]:
+            logger.warning(
+                "no training row with a label of %s was seen: what is new in its head is as it was drawn",
+                ", ".join(unseen),
+            )
         if self.surgery is not None:
             self.surgery.close()
             self.surgery = None
@@ -558,6 +634,7 @@ class MultiTaskTrainer(Trainer):
             for name, count in counts.items()
             if not name.endswith(ONLY_COUNTED) and float(count) + float(counts.get(name + ONLY_COUNTED, 0.0)) > 0
         ]
+        self._seen.update(self._present)
         self._several_sources = not self._mixed and len({_source(batch) for batch in batches}) > 1
         self.fusion.start_window(self.state.global_step, self.state.max_steps)
         if self.surgery is not None:
@@ -688,10 +765,7 @@ class MultiTaskTrainer(Trainer):
         measured = getattr(self.args, "measure_interference", None)
         if not measured:
             return None
-        on = getattr(self.args, "measure_on", "train")
-        if on not in ("train", "validation"):
-            raise TrainingError(f"measure_on: expected train or validation, found '{on}'")
-        return on
+        return getattr(self.args, "measure_on", "train")
 
     def _measure_interference(self) -> None:
         """Compare the tasks' gradients, without dropout, and leave everything as it was."""
@@ -829,6 +903,7 @@ class MultiTaskTrainer(Trainer):
                 "mixing": {"history": [] if self.train_streams else self.mixing_sampler.history, "pulls": self._pulls},
                 "gradients": self.gradient_log.state_dict() | {"rows": self._measures_on},
                 "stopped": {"tasks": self.stopped_tasks, "best": self._best_scores},
+                "seen": sorted(self._seen),
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -841,6 +916,7 @@ class MultiTaskTrainer(Trainer):
             if not self.train_streams:
                 self.mixing_sampler.history = state["mixing"]["history"]
             self._pulls = state["mixing"]["pulls"]
+            self._seen = set(state.get("seen", self.tasks))
             self.stopped_tasks = state["stopped"]["tasks"]
             self._best_scores = {name: (best, waited) for name, (best, waited) in state["stopped"]["best"].items()}
             if state["gradients"].get("rows", self._measures_on) == self._measures_on:
@@ -913,7 +989,7 @@ class MultiTaskTrainer(Trainer):
         labels = {name: inputs[task.label_name] for name, task in self.tasks.items() if task.label_name in inputs}
         features = {key: value for key, value in inputs.items() if not key.startswith(_NO_INPUTS)}
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**features, tasks=list(labels) or None)
+            outputs = model(**features, tasks=list(self._wanted_tasks or labels) or None)
         logits = {
             name: outputs[f"logits_{name}"].detach().float() for name in self.tasks if f"logits_{name}" in outputs
         }
@@ -943,6 +1019,9 @@ class MultiTaskTrainer(Trainer):
                 if output.label_ids is None or name not in output.label_ids:
                     continue
                 logits, labels = output.predictions[name], output.label_ids[name]
+                if not labelled_rows(labels):
+                    logger.warning("%s: no row with a label of task '%s', which gets no score", metric_key_prefix, name)
+                    continue
                 task_scores, loss = self._score(self.tasks[name], logits, labels)
                 losses[name] = loss
                 scores |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in task_scores.items()}
@@ -953,7 +1032,8 @@ class MultiTaskTrainer(Trainer):
         ]
         if eval_dataset is None:
             self._pulls_by_score(scores, metric_key_prefix)
-            self._stop_tasks(scores, metric_key_prefix)
+            if self.is_in_train:
+                self._stop_tasks(scores, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_loss": float(self.fusion.static(losses)), **scores}
         if primary:
             metrics[f"{metric_key_prefix}_average"] = float(np.mean(primary))
@@ -996,8 +1076,16 @@ class MultiTaskTrainer(Trainer):
         if not self.multi_task:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         outputs = {}
-        for group in self._encode(self.tasks, test_dataset, metric_key_prefix):
-            output = self._predict_group(group, metric_key_prefix)
+        rows = self._by_task(self.tasks, test_dataset, metric_key_prefix)
+        without_labels = {name: copy.copy(self.tasks[name]) for name in rows if name in self.tasks}
+        for task in without_labels.values():
+            task.label = None
+        for group in self._encode({**self.tasks, **without_labels}, rows, metric_key_prefix):
+            self._wanted_tasks = group.tasks
+            try:
+                output = self._predict_group(group, metric_key_prefix)
+            finally:
+                self._wanted_tasks = None
             outputs |= {name: output.predictions[name] for name in group.tasks}
         return outputs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mtcompress.artifacts import WORK, whole_folder, write_text
+from hf_mtcompress.artifacts import WORK, sole_use, whole_folder, write_text
 from hf_mtcompress.errors import ArtifactError, MTCompressError
 
 
@@ -57,6 +57,17 @@ def test_a_folder_appears_when_the_block_ends(target: Path) -> None:
         assert not target.exists()
     assert contents(target) == NEW
     assert not scratch.exists()
+
+
+def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path: Path) -> None:
+    """Two runs in one folder delete each other's checkpoints."""
+    (tmp_path / WORK).mkdir()
+    with sole_use(tmp_path), pytest.raises(ArtifactError, match="expected nobody else at work"), sole_use(tmp_path):
+        pass
+    with pytest.raises(ValueError, match="from inside"), sole_use(tmp_path):
+        raise ValueError("from inside")
+    with sole_use(tmp_path):
+        pass
 
 
 def test_a_folder_is_replaced_and_not_merged(existing: Path) -> None:

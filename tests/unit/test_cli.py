@@ -184,8 +184,15 @@ def test_looks_of_a_run_group_its_tasks(recipe: Path, tmp_path: Path, capsys: py
     grouping = json.loads(capsys.readouterr().out)
     assert grouping["looks"] == report["steps"]
     assert grouping["matrix"][0][1] == report["cosine"][0][1] != 0
+    assert grouping["helpers"] == []
+    record = json.loads((output / "record.json").read_text())
+    record["tasks"]["strength"]["role"] = "auxiliary"
+    (output / "record.json").write_text(json.dumps(record))
     assert main(["group-tasks", str(output)]) == 0
-    assert f"from {report['steps']} looks at gradients on validation rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "in each: strength (auxiliary)" in printed
+    assert "--group by-gradients=mood+strength\n" in printed
+    assert f"from {report['steps']} looks at gradients on validation rows" in printed
 
 
 def test_a_missing_extra_is_said_before_anything_is_trained(

@@ -17,7 +17,8 @@ import yaml
 from filelock import FileLock
 
 from hf_mtcompress.cli import main
-from hf_mtcompress.comparing import compare_tasks, load_comparison
+from hf_mtcompress.comparing import _joined, _models_of, compare_tasks, load_comparison
+from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.evaluation.statistics import paired_difference
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -220,6 +221,11 @@ def test_steps_are_shared_by_rows(tmp_path: Path) -> None:
         (["--group", "pair=mood+strength"], "expected every main task, found none of tone"),
         (["--group", "pair=mood+strength/tone+mood"], "expected task 'mood' in one group, found it 2 times"),
         (["--group", "pair=mood+strength+tone/helper"], "with a main one in each group, found helper"),
+        (["--group", "pair=mood+strength/tone,tasks.helper.weight=0.5"], "--group pair: .* changes nothing in any of"),
+        (
+            ["--group", "pair=mood+tone/strength,fusion.combination=mean"],
+            r"arm pair: expected tasks that meet in a step .* of mood \+ tone",
+        ),
         (["--group", "pair=mood+strength/tone,fusion.knd=product"], "--group pair: .*did you mean 'kind'"),
         (["--group", "pair=mood+strength/tone,seed=1"], "--group pair: .*arms are paired by seed"),
         (["--group", "pair=mood+strength/tne,fusion.kind=product"], "--group pair: there is no task 'tne'"),
@@ -227,7 +233,7 @@ def test_steps_are_shared_by_rows(tmp_path: Path) -> None:
         (["--encoders", "1"], "--encoders: expected from 2 up to the 3 main tasks, found 1"),
         (
             ["--encoders", "2", *(f"tasks.{name}.role=auxiliary" for name in ("mood", "strength", "tone"))],
-            "expected a task with role: main to score",
+            "expected a task of role main, found auxiliary ones only",
         ),
         (["--encoders", "4"], "--encoders: expected from 2 up to the 3 main tasks, found 4"),
         (["--encoders", "2", "--group", "grouped=mood+strength/tone"], "there is an arm 'grouped' already"),
@@ -247,6 +253,32 @@ def test_a_mistake_gets_one_clear_message_and_leaves_nothing(
     text = refused(capsys, str(finished[0]), "--output", str(output), *words)
     assert re.search(message, text), text
     assert not output.exists()
+
+
+def test_a_group_may_have_a_helper_that_its_settings_add(finished: tuple[Path, Path, dict[str, Any]]) -> None:
+    helper = "{kind: sequence-classification, data: mood, text: text, label: label, role: auxiliary}"
+    group = f"pair=mood+strength+extra/tone,tasks.extra={helper}"
+    comparison = load_comparison(finished[0], groups=[group])
+    models = _models_of(comparison, load_sources(comparison.recipe.tasks, comparison.recipe.seed))
+    assert [model.tasks for model in models["pair"]] == [["mood", "strength", "extra"], ["tone"]]
+
+
+def test_folders_of_many_tasks_have_short_names_of_their_own() -> None:
+    """A name of more than 255 characters stopped the command once all other arms were trained."""
+    names = [f"sentiment_question_{number}" for number in range(15)]
+    found = {_joined(names), _joined(names[:14]), _joined([*names[:14], "other"])}
+    assert len(found) == 3
+    assert all(len(name) <= 140 and name.startswith("sentiment_question_0+sentiment") for name in found)
+    assert _joined(["mood", "tone"]) == "mood+tone"
+
+
+def test_the_folder_of_a_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its recipe would be replaced."""
+    recipe, output = write_recipe(tmp_path), tmp_path / "out"
+    output.mkdir()
+    (output / "record.json").write_text("{}")
+    assert "expected a folder of its own" in refused(capsys, str(recipe), "--output", str(output))
+    assert not (output / "recipe.yaml").exists()
 
 
 def test_tasks_that_lose_by_sharing_get_another_encoder(

@@ -223,6 +223,32 @@ def test_a_training_in_mixed_precision_is_held_against_the_saved_weights(tmp_pat
     assert [reload and reload["max_difference"] for reload in found.values()] == [0.0, 0.0]
 
 
+def test_splits_without_a_label_of_a_task_do_not_stop_a_run(tmp_path: Path) -> None:
+    """Labels of test rows are often hidden; a run of hours would end without a record."""
+    path = write_tiny_recipe(
+        tmp_path,
+        steps=[
+            {"kind": "finetune", "name": "teacher", "epochs": 1},
+            {"kind": "prune", "name": "pruned", "heads": 0.5, "importance": "magnitude"},
+        ],
+        reference="teacher",
+    )
+    for split in ("validation", "test"):
+        file = tmp_path / f"{split}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row | {"intensity": None}) + "\n" for row in rows))
+    record = run(load_recipe(path), tmp_path / "out")
+    assert set(record.tasks["mood"].baseline) == {"validation", "test"}
+    assert record.tasks["strength"].baseline == {}
+    assert record.tasks["strength"].rows == {"train": 48, "validation": 0, "test": 0}
+    for step in record.steps:
+        for scores in step.artefacts[0].scores.values():
+            assert list(scores.tasks) == ["mood"]
+            assert scores.average is None
+    text = (tmp_path / "out" / CARD).read_text(encoding="utf-8")
+    assert lint_card(text, tmp_path / "out", record) == []
+
+
 @pytest.mark.slow
 def test_a_branch_runs_from_recipe_to_int8(tmp_path: Path) -> None:
     """One task reads a branch of its own: trained, exported as plain folders and as a graph, all reload."""

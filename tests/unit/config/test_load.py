@@ -54,6 +54,9 @@ benchmark: {batch_sizes: [1, 8]}
 publish: {repo_id: me/nlu-compact, language: [en]}
 """
 
+TASK = {"kind": "sequence-classification", "data": {"path": "org/rows"}, "text": "text", "label": "label"}
+IMAGES = {"kind": "image-classification", "data": {"path": "org/pictures"}, "image": "image", "label": "label"}
+
 
 def raw() -> dict[str, Any]:
     return copy.deepcopy(read_yaml(RECIPE))
@@ -67,11 +70,10 @@ def problems(recipe: Any, *overrides: str, base_dir: Path | str = ".") -> list[s
 
 def small(**sections: Any) -> dict[str, Any]:
     """A recipe with one task and one step, and whatever a test adds."""
-    task = {"kind": "sequence-classification", "data": {"path": "org/rows"}, "text": "text", "label": "label"}
     return {
         "name": "small",
         "encoder": {"path": "org/encoder"},
-        "tasks": {"mood": task},
+        "tasks": {"mood": copy.deepcopy(TASK)},
         "steps": [{"kind": "finetune"}],
         **sections,
     }
@@ -730,6 +732,13 @@ def test_first_step_must_train(step: dict[str, Any]):
         ({"publish": {"repo_id": "a/b/c"}}, "publish.repo_id: expected owner/name, found 'a/b/c'"),
         ({"reference": "nobody"}, "reference: no step makes 'nobody', expected one of finetune"),
         ({"format_version": "new"}, "format_version: expected a whole number, found 'new'"),
+        ({"tasks": {"mood": {**TASK, "role": "auxiliary"}}}, "tasks: expected a task of role main, found auxiliary"),
+        ({"tasks": {"mood": {**TASK, "weight": 0}}}, "tasks: expected a weight above 0, found 0 for all tasks"),
+        ({"tasks": {"mood": {**TASK, "weight": {"from": 0, "to": 0}}}}, "expected a weight above 0, found 0 for all"),
+        (
+            {"tasks": {"mood": TASK, "scene": IMAGES}},
+            "tasks: expected tasks that all read images or all read texts, found images in scene and texts in mood",
+        ),
         ({"encoders": {"main": {"path": "x/y"}}}, "encoders: expected 'encoder' or 'encoders', found both"),
     ],
 )

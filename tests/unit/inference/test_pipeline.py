@@ -48,6 +48,9 @@ def test_chosen_tasks_and_pairs():
     pair = {"text": "the fox sleeps", "text_pair": "the owl waits"}
     expected = load_predictor(folder).predict([("the fox sleeps", "the owl waits")], tasks=["mood"])[0]
     assert same(pipe(pair, tasks=["mood"]), expected)
+    assert same(pipe(pair, tasks="mood"), expected)
+    with pytest.raises(DataError, match=r"expected the keys text and perhaps text_pair, found \['txt'\]"):
+        pipe({"txt": "the fox"})
     with pytest.raises(DataError, match="found a pair"):
         pipe(pair)
     with pytest.raises(TaskError, match="moods"):

@@ -174,6 +174,16 @@ def test_famo_moves_weight_to_the_task_that_stands_still() -> None:
     assert fusion.logits["b"] > 0 > fusion.logits["a"]
 
 
+def test_gradient_norms_leave_weights_that_were_given_as_they_are() -> None:
+    """A task of weight 3 is meant to count three times, and one that fades in to begin at 0."""
+    fusion = GradientNorm({"a": 1.0, "b": 3.0, "c": (0.0, 1.0)}, share=0.1)
+    fusion.start_window(0, 10)
+    fusion.observe_gradient_norms({"a": 8.0, "b": 2.0, "c": 4.0})
+    fusion.start_window(9, 10)
+    assert 2.0 * fusion.weight("b") == pytest.approx(3 * 8.0 * fusion.weight("a"))
+    assert 4.0 * fusion.weight("c") == pytest.approx(8.0 * fusion.weight("a"))
+
+
 def test_gradient_norms_are_made_alike_and_then_fixed() -> None:
     fusion = GradientNorm({"a": 1.0, "b": 1.0}, share=0.2)
     for step in range(10):

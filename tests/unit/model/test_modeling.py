@@ -79,6 +79,8 @@ def test_all_heads_at_once_equal_one_at_a_time(family: str) -> None:
             alone = model(**tiny_inputs(family), tasks=[name])
         assert torch.equal(alone[f"logits_{name}"], together[f"logits_{name}"])
         assert all(f"logits_{other}" not in alone for other in model.tasks if other != name)
+    with pytest.raises(TaskError, match=r"tasks: expected names among .*, found \['mod'\]"):
+        model(**tiny_inputs(family), tasks=["mod"])
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in IMAGE_FAMILIES])

@@ -98,6 +98,15 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts(problem: str) -> None:
     assert task.item_count(labels) == task.item_count(labels[:2]) + task.item_count(labels[2:])
 
 
+def test_a_vector_with_a_gap_is_refused() -> None:
+    """Read as places of labels, its zeros and ones would be the first two labels."""
+    task = topics()
+    for gap in ([1, -100, 0], [1, None, 0], [0, 0, -100]):
+        with pytest.raises(DataError, match=r"expected 0 or 1 for each label in column 'label', found .* with a gap"):
+            task.encode_labels([gap], {})
+    assert task.encode_labels([[2, -100, -100], [-100, -100, -100]], {}) == [[0.0, 0.0, 1.0], [-100.0] * 3]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [0.05, 0.9, 0.1]])
 def test_the_mean_loss_of_classes_is_that_of_torch(weights: list[float] | None, smoothing: float) -> None:

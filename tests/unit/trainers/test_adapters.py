@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_mtcompress import DistillationTrainer, MultiTaskModel, MultiTaskTrainer
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
@@ -144,7 +144,12 @@ def test_mixed_batches_give_the_gradients_of_separate_ones(tmp_path: Path) -> No
 def test_a_task_that_stopped_keeps_its_adapter(tmp_path: Path) -> None:
     """Momentum and weight decay would move it without any gradient."""
     trainer = build(tmp_path, weight_decay=0.1)
-    trainer.stopped_tasks = ["mood"]
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            trainer.stopped_tasks = ["mood"]
+
+    trainer.add_callback(Stop())
     kept = {name: value.clone() for name, value in trainer.model.adapters["task_mood"].state_dict().items()}
     other = {name: value.clone() for name, value in trainer.model.adapters["task_tags"].state_dict().items()}
     trainer.train()
@@ -178,6 +183,7 @@ def test_distillation_of_logits_works_and_of_hidden_states_is_refused(tmp_path: 
     }
     with pytest.raises(TaskError, match="found 'hidden' too"):
         DistillationTrainer(adapted(), teacher=teacher, criteria=("logits", "hidden"), **settings)
+    student = MultiTaskModel.from_encoder(tiny_encoder("bert"), [*text_tasks(), tag_task()], max_length=32)
     with pytest.raises(TaskError, match="found 'hidden' too"):
-        DistillationTrainer(teacher, teacher=adapted(), criteria=("hidden",), **settings)
+        DistillationTrainer(student, teacher=adapted(), criteria=("hidden",), **settings)
     DistillationTrainer(adapted(), teacher=teacher, criteria=("logits",), **settings).train()

@@ -328,6 +328,43 @@ def test_training_ends_when_all_tasks_stopped(tmp_path: Path) -> None:
     assert trainer.state.epoch == 3
 
 
+def test_patience_counts_evaluations_of_one_training(tmp_path: Path) -> None:
+    """Not those made by hand, and not those of a training before."""
+    trainer = build(tmp_path, task_patience=2, eval_strategy="epoch", num_train_epochs=9, learning_rate=0.0)
+    for _ in range(3):
+        trainer.evaluate()
+    assert trainer.stopped_tasks == []
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.epoch == 3
+
+
+def test_rows_that_train_nothing_are_refused(tmp_path: Path) -> None:
+    """Their loss has no gradient, and torch says so in words of its own."""
+    trainer = build(tmp_path)
+    trainer.model.freeze_encoder(["mood", "strength"])
+    rows = {"mood": tiny_text_rows(8), "tags": tiny_token_rows(8)}
+    settings: dict[str, Any] = {"model": trainer.model, "processing_class": tiny_tokenizer()}
+    with pytest.raises(TrainingError, match="expected something to train on the rows of tags"):
+        MultiTaskTrainer(**settings, args=arguments(tmp_path), train_dataset=rows)
+    del rows["tags"]
+    MultiTaskTrainer(**settings, args=arguments(tmp_path), train_dataset=rows).train()
+
+
+def test_a_model_that_is_yet_to_be_made_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"args": arguments(tmp_path), "processing_class": tiny_tokenizer()}
+
+    def init() -> MultiTaskModel:
+        return MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks())
+
+    for rows in (tiny_text_rows(8), {"mood": tiny_text_rows(8)}):
+        with pytest.raises(TrainingError, match="expected a multi-task model, found model_init"):
+            MultiTaskTrainer(model_init=init, train_dataset=rows, **settings)
+    stock = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    with pytest.raises(TrainingError, match="expected a MultiTaskModel for rows by task, found BertForSequence"):
+        MultiTaskTrainer(model=stock, train_dataset={"mood": tiny_text_rows(8)}, **settings)
+
+
 def test_weights_that_move_stand_in_the_log(tmp_path: Path) -> None:
     """An auxiliary task fades out: its weight is logged, and in the end it gives no gradient."""
     trainer = build(tmp_path, max_steps=5)

@@ -300,7 +300,7 @@ def test_looks_at_validation_rows_need_some(tmp_path: Path) -> None:
             train_dataset=trainer.train_rows,
             processing_class=tiny_tokenizer(),
         )
-    with pytest.raises(TrainingError, match=r"measure_on: expected train or validation, found 'test'"):
+    with pytest.raises(TrainingError, match=r"measure_on: expected one of train, validation, found 'test'"):
         planted(tmp_path, measure_interference=2, measure_on="test")
 
 
