@@ -33,7 +33,7 @@ from hf_mtcompress.data.streaming import STREAM_STRATEGIES, MixedStream
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.evaluation.affinity import held_out_gradients
 from hf_mtcompress.evaluation.evaluate import labelled_rows
-from hf_mtcompress.losses.fusion import Fusion, fusion_of, total
+from hf_mtcompress.losses.fusion import DynamicWeightAverage, Fusion, fusion_of, total
 from hf_mtcompress.losses.gradients import gramian
 from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.model.adapters import adapter_of, trains_adapters
@@ -88,7 +88,9 @@ class MultiTaskTrainer(Trainer):
             task and returns a dict.
         fusion: how losses are combined, by name or as an object; default: `args.fusion`. Weights and normalisers of
             tasks that an object does not name are filled in.
-        **kwargs: for `Trainer`.
+        **kwargs: for `Trainer`, but for `model_init`.
+
+    Short batches are trained on: `dataloader_drop_last` is not read. `predict` needs no labels.
 
     Metrics are `eval_<task>_<metric>`, `eval_<task>_loss`, `eval_average` (mean of the main tasks' primary metrics)
     and `eval_loss` (the fused loss). `metric_for_best_model="average"` picks the best checkpoint by all tasks.
@@ -342,6 +344,10 @@ class MultiTaskTrainer(Trainer):
                     f"expected mixing among {list(STREAM_STRATEGIES)} with streams, found '{self.mixing_strategy}'",
                 ),
                 (self._mixed, "expected batches='one_source' with streams, found 'mixed'"),
+                (
+                    isinstance(self.fusion, DynamicWeightAverage),
+                    "expected another fusion than dwa with streams, which have no epochs to compare losses of",
+                ),
                 (
                     self.args.dataloader_num_workers > 0,
                     "expected dataloader_num_workers=0 with streams, of which every worker would read all rows",
@@ -908,7 +914,15 @@ class MultiTaskTrainer(Trainer):
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise TrainingError(
+                f"expected the optimizer state of this model in {checkpoint}, found that of another; tasks were added "
+                "or removed, or parts frozen, since it was saved: train without resume_from_checkpoint"
+            ) from error
         file = Path(checkpoint or "") / STATE_FILE
         if self.multi_task and checkpoint is not None and file.exists():
             state = json.loads(file.read_text(encoding="utf-8"))

@@ -351,6 +351,35 @@ def test_rows_that_train_nothing_are_refused(tmp_path: Path) -> None:
     MultiTaskTrainer(**settings, args=arguments(tmp_path), train_dataset=rows).train()
 
 
+def test_a_checkpoint_of_more_tasks_is_refused(tmp_path: Path) -> None:
+    """Torch speaks of parameter groups, which nobody made."""
+    build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    trainer = build(tmp_path / "fewer", max_steps=4)
+    trainer.model.remove_task("tags")
+    fewer = MultiTaskTrainer(
+        model=trainer.model,
+        args=arguments(tmp_path / "fewer", max_steps=4),
+        train_dataset=tiny_text_rows(12),
+        processing_class=tiny_tokenizer(),
+    )
+    with pytest.raises(TrainingError, match="found that of another; tasks were added or removed"):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_model_that_was_saved_trains_on_when_it_knows_its_columns(tmp_path: Path) -> None:
+    """A saved model has tasks without columns, which belong to data; the message says where to put them."""
+    build(tmp_path).model.save_pretrained(tmp_path / "saved")
+    model = MultiTaskModel.from_pretrained(tmp_path / "saved")
+    settings: dict[str, Any] = {"model": model, "args": arguments(tmp_path), "processing_class": tiny_tokenizer()}
+    rows = {"mood": tiny_text_rows(8), "tags": tiny_token_rows(8)}
+    for name, column in (("mood", "text"), ("tags", "tokens")):
+        with pytest.raises(DataError, match=rf"set \.{column} and \.label of model\.tasks\['{name}'\]"):
+            MultiTaskTrainer(**settings, train_dataset=rows)
+        setattr(model.tasks[name], column, column)
+        model.tasks[name].label = {"mood": "label", "tags": "tags"}[name]
+    MultiTaskTrainer(**settings, train_dataset=rows).train()
+
+
 def test_a_model_that_is_yet_to_be_made_is_refused(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"args": arguments(tmp_path), "processing_class": tiny_tokenizer()}
 

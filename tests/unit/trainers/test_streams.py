@@ -122,6 +122,7 @@ def test_gradients_are_compared_on_validation_rows(tmp_path: Path) -> None:
     [
         ({"mixing": "proportional"}, "expected mixing among .*uniform.* found 'proportional'"),
         ({"batches": "mixed"}, "expected batches='one_source' with streams"),
+        ({"fusion": "dwa"}, "expected another fusion than dwa with streams"),
         ({"dataloader_num_workers": 2}, "expected dataloader_num_workers=0 with streams"),
         ({"measure_interference": 5}, "expected measure_on='validation' for measure_interference with streams"),
     ],
