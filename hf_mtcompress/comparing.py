@@ -302,15 +302,15 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
         ArtifactError: the folder cannot be written, or is that of a run.
     """
     transformers_logging.set_verbosity_error()
+    if (output / RECORD).exists():
+        raise ArtifactError(
+            f"expected a folder of its own for the comparison, found a run in {output}; choose another with --output"
+        )
     recipe = comparison.recipe
     sources = load_sources(recipe.tasks, recipe.seed)
     if comparison.encoders is not None:
         _check_rows_to_group_by(recipe, sources)
     arms = _models_of(comparison, sources)
-    if (output / RECORD).exists():
-        raise ArtifactError(
-            f"expected a folder of its own for the comparison, found a run in {output}; choose another with --output"
-        )
     prepare_output(output)
     write_text(output / RECIPE, dump_recipe(recipe))
     done = _train_all(arms, comparison.seeds, output, keep_models)
@@ -412,24 +412,19 @@ def _models_of(comparison: Comparison, sources: Sources) -> dict[str, list[_Mode
         if not arm.groups:
             arms[arm.name] = [_model(arm.name, arm.recipe, own, other, tuple(arm.recipe.tasks))]
             continue
-        plain = [
-            _model(None, recipe, sources, processor, group) if set(group) <= set(recipe.tasks) else None
-            for group in arm.groups
-        ]
-        models = [_model(f"{arm.name}.{_joined(group)}", arm.recipe, own, other, group) for group in arm.groups]
-        # Settings may not touch every group. Trained twice, a difference of 0 would look like a result.
-        same = [
-            twin is not None and (twin.recipe, twin.steps) == (model.recipe, model.steps)
-            for model, twin in zip(models, plain, strict=True)
-        ]
-        if arm.settings and all(same):
+        arms[arm.name], untouched = [], 0
+        for group in arm.groups:
+            model = _model(f"{arm.name}.{_joined(group)}", arm.recipe, own, other, group)
+            if set(group) <= set(recipe.tasks):
+                plain = _model(None, recipe, sources, processor, group)
+                if (plain.recipe, plain.steps) == (model.recipe, model.steps):
+                    # Trained twice, a difference of 0 would look like a result.
+                    model, untouched = plain, untouched + 1
+            arms[arm.name].append(model)
+        if arm.settings and untouched == len(arm.groups):
             problems.append(
                 f"--group {arm.name}: {', '.join(arm.settings)} changes nothing in any of its groups; leave it out"
             )
-        arms[arm.name] = [
-            twin if equal and twin is not None else model
-            for model, twin, equal in zip(models, plain, same, strict=True)
-        ]
     problems += _cannot_combine(arms)
     if problems:
         raise RecipeError(problems)

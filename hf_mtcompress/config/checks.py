@@ -655,7 +655,7 @@ def check_kinds_and_roles(recipe: Recipe, problems: Problems) -> None:
         problems.add(
             "tasks",
             f"expected tasks that all read images or all read texts, found images in {', '.join(images)} and texts in "
-            f"{', '.join(texts)}, which no encoder of a recipe reads both; make two recipes",
+            f"{', '.join(texts)}; one tokenizer or image processor reads the rows of all tasks: make two recipes",
         )
 
 

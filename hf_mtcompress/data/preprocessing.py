@@ -191,7 +191,8 @@ def _encode(dataset: Any, tasks: Sequence[Task], processor: Any, max_length: int
         if not task.input_columns:
             raise DataError(
                 f"task '{task.name}': expected the name of its input column, found none; pass it to the task, or set "
-                f"{_columns_to_set(task)} and .label of model.tasks['{task.name}'], which a saved model does not keep"
+                f"{', '.join(f'.{name}' for name in task.columns)} of model.tasks['{task.name}'], which a saved model "
+                "does not keep"
             )
         for column in (*task.input_columns, *([task.label] if task.label else [])):
             require_column(columns, column, f"task '{task.name}'", role)
@@ -216,11 +217,6 @@ def _encode(dataset: Any, tasks: Sequence[Task], processor: Any, max_length: int
     return dataset.map(
         encode, batched=True, remove_columns=columns, desc=f"Encoding {role} rows of {names}", load_from_cache_file=True
     )
-
-
-def _columns_to_set(task: Task) -> str:
-    names = ("text", "tokens", "image")
-    return next(f".{name}" for name in names if hasattr(task, name))
 
 
 def _encode_images(dataset: Any, tasks: Sequence[Task], processor: Any) -> Any:

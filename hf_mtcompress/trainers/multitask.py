@@ -72,7 +72,7 @@ class MultiTaskTrainer(Trainer):
     """Trains a `MultiTaskModel`; any other model is left to `transformers.Trainer` unchanged.
 
     Overrides of `Trainer`: `get_train_dataloader` (mixing), `get_batch_samples` (item counts by task),
-    `training_step`, `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`, `create_optimizer`,
+    `train`, `training_step`, `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`, `create_optimizer`,
     `_set_signature_columns_if_needed`, and what saves and loads the optimizer (fusion and mixing have state too).
 
     Args:
@@ -144,7 +144,7 @@ class MultiTaskTrainer(Trainer):
         self._not_loaded: Any = None
         """What `Trainer` did not find by name in the checkpoint that it loads."""
         if not self.multi_task:
-            self._refuse_rows_by_task(model, train_dataset, kwargs)
+            _refuse_rows_by_task(model, train_dataset, kwargs)
         if isinstance(model, MultiTaskModel):
             self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             self._processor = processing_class
@@ -256,21 +256,6 @@ class MultiTaskTrainer(Trainer):
     def train_sources(self) -> Sequence[EncodedGroup | EncodedStream]:
         """Sources of training rows, tables or streams."""
         return self.train_streams or self.train_groups
-
-    def _refuse_rows_by_task(self, model: Any, rows: Any, kwargs: Mapping[str, Any]) -> None:
-        """`Trainer` would stop at them with a KeyError.
-
-        Raises:
-            TrainingError: rows by task for a model without tasks.
-        """
-        if not isinstance(rows, Mapping):
-            return
-        if model is None and kwargs.get("model_init") is not None:
-            raise TrainingError(_NO_MODEL_INIT)
-        raise TrainingError(
-            f"expected a MultiTaskModel for rows by task, found {type(model).__name__}; build one with "
-            "MultiTaskModel.from_encoder, or pass one data set"
-        )
 
     def _set_up_fusion(self, fusion: Fusion | str | None) -> Fusion:
         options = getattr(self.args, "fusion_options", None) or {}
@@ -597,9 +582,6 @@ class MultiTaskTrainer(Trainer):
 
     def _source_weights(self, weights: Mapping[str, float]) -> list[float]:
         """Weights of the sources: the sum of those of their tasks."""
-        unknown = [name for name in weights if name not in self.tasks]
-        if unknown:
-            raise DataError(f"mixing_weights: expected task names among {list(self.tasks)}, found {unknown}")
         open_ones = [
             "+".join(group.own_tasks)
             for group in self.train_sources
@@ -1124,6 +1106,22 @@ class MultiTaskTrainer(Trainer):
         if extra is not None:
             scores |= extra(EvalPrediction(predictions=logits, label_ids=labels))
         return scores, loss
+
+
+def _refuse_rows_by_task(model: Any, rows: Any, kwargs: Mapping[str, Any]) -> None:
+    """`Trainer` would stop at them with a KeyError.
+
+    Raises:
+        TrainingError: rows by task for a model without tasks.
+    """
+    if not isinstance(rows, Mapping):
+        return
+    if model is None and kwargs.get("model_init") is not None:
+        raise TrainingError(_NO_MODEL_INIT)
+    raise TrainingError(
+        f"expected a MultiTaskModel for rows by task, found {type(model).__name__}; build one with "
+        "MultiTaskModel.from_encoder, or pass one data set"
+    )
 
 
 def _by_task(tasks: Mapping[str, Task], functions: Any) -> dict[str, Callable[[EvalPrediction], dict[str, float]]]:
