@@ -26,13 +26,13 @@ from pruning_recovery import CUT, Recoveries, steps_of
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
 from hf_mtcompress.evaluation.compare import MEGABYTE, compare, primary_scores
 from hf_mtcompress.publishing.family import family_table
-from hf_mtcompress.search import search
-from hf_mtcompress.steps.bench import probe_samples
+from hf_mtcompress.recipe.load import load_recipe
+from hf_mtcompress.runs.search import search
+from hf_mtcompress.steps.run_context import probe_samples
 from hf_mtcompress.steps.scoring import score_folder, task_record
 
 RESULTS = Path(__file__).parent / "results" / "budget_search"
@@ -81,14 +81,14 @@ def main() -> int:
         {"kind": "quantize", "name": "teacher-int8", "from": "teacher", "backend": "onnxruntime", "bits": 8},
     ]
     done = recoveries.do([at_once, student, *alone])
-    bench = recoveries.bench([])
-    tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
+    context = recoveries.context([])
+    tasks = {name: task_record(name, context) for name in context.sources.tasks}
     reference = done["teacher"].artefacts[0]
     front = {item.folder: item for item in found.candidates if item.on_front}
     artefacts = {label: done[name].artefacts[0] for label, name in ALONE.items()}
     folders = {"teacher": output / "teacher"} | {folder: output / folder for folder in front}
     folders |= {label: output / artefact.folder for label, artefact in artefacts.items()}
-    timed = benchmark(folders, reference="teacher", config=recipe.benchmark, samples=probe_samples(bench))
+    timed = benchmark(folders, reference="teacher", config=recipe.benchmark, samples=probe_samples(context))
 
     def row(folder: str, size: float | None, kept: float | None) -> dict[str, Any]:
         times = {f"ratio_b{item.batch_size}": item.ratio_minimum for item in timed.latency[folder]}
@@ -96,10 +96,10 @@ def main() -> int:
 
     rows = {item.folder: row(item.folder, item.size_mb, item.retention) for item in front.values()}
     # The search looks at test rows for the delivered one only; here all of the front is told, after the choice.
-    whole = primary_scores(tasks, score_folder(bench, output / "teacher", "test"))
+    whole = primary_scores(tasks, score_folder(context, output / "teacher", "test"))
 
     def test(folder: str) -> dict[str, Any]:
-        scores = primary_scores(tasks, score_folder(bench, output / folder, "test"))
+        scores = primary_scores(tasks, score_folder(context, output / folder, "test"))
         shares = {task: scores[task] / whole[task] for task in whole}
         return {
             "average": statistics.mean(scores.values()),
@@ -115,7 +115,7 @@ def main() -> int:
         {folder: output / folder for folder in ("teacher", *stages)},
         reference="teacher",
         config=recipe.benchmark,
-        samples=probe_samples(bench),
+        samples=probe_samples(context),
     )
     result: dict[str, Any] = {"environment": environment_facts(), "conditions": timed.conditions, "front": rows}
     result["torch float32"] = {

@@ -39,14 +39,14 @@ from multitask_text import FOLDERS, RECIPE
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import STEP_RECORD, share_work, whole_folder, write_text
-from hf_mtcompress.config import Recipe
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources, task_of
-from hf_mtcompress.evaluation.statistics import paired_difference
+from hf_mtcompress.recipe import Recipe
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.runs.compare.statistics import paired_difference
+from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.steps.scoring import score_folder
-from hf_mtcompress.workflow import do_step, prepare_output, step_sources
 
 HERE = Path(__file__).parent
 VISION = HERE / "distillation_vision.yaml"
@@ -200,10 +200,10 @@ class Benchmark:
         wanted = [arm for arm in BORN_AGAIN if arm in self.options.arms]
         if all((self.results / arm / f"seed-{seed}.json").exists() for arm in wanted):
             return
-        recipe, bench = self.of_one_task(task, seed)
-        do_step(recipe.steps[0], None, {}, bench)
+        recipe, context = self.of_one_task(task, seed)
+        do_step(recipe.steps[0], None, {}, context)
 
-    def of_one_task(self, task: str, seed: int) -> tuple[Recipe, Bench]:
+    def of_one_task(self, task: str, seed: int) -> tuple[Recipe, RunContext]:
         """The recipe of the teacher of one task, and its rows."""
         step = {"kind": "finetune", "name": f"alone-{task}", "epochs": self.epochs}
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([step])}"])
@@ -213,17 +213,17 @@ class Benchmark:
         sources = dataclasses.replace(
             self.sources.of([task]), tasks={task: dataclasses.replace(task_of(task, own), labels=labels)}
         )
-        return recipe, Bench(recipe, self.work / f"seed-{seed}", sources, self.processor)
+        return recipe, RunContext(recipe, self.work / f"seed-{seed}", sources, self.processor)
 
     def teachers_scored(self, seed: int) -> dict[str, Any]:
         """What the teachers of one task each reach, as the facts of an arm."""
         scores: dict[str, Any] = {"test": {}, "validation": {}}
         records, rows, rate = [], {}, None
         for task in self.sources.tasks:
-            recipe, bench = self.of_one_task(task, seed)
-            records.append(do_step(recipe.steps[0], None, {}, bench))
+            recipe, context = self.of_one_task(task, seed)
+            records.append(do_step(recipe.steps[0], None, {}, context))
             found = {
-                "test": score_folder(bench, bench.step_folder(f"alone-{task}"), "test"),
+                "test": score_folder(context, context.step_folder(f"alone-{task}"), "test"),
                 "validation": records[-1].artefacts[0].scores["validation"],
             }
             for split, score in found.items():
@@ -260,13 +260,13 @@ class Benchmark:
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
         # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
         recipe = dataclasses.replace(recipe, seed=seed)
-        bench = Bench(recipe, folder, self.sources, self.processor)
+        context = RunContext(recipe, folder, self.sources, self.processor)
         done: dict[str, StepRecord] = {}
         for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-            done[str(step.name)] = do_step(step, source, done, bench)
+            done[str(step.name)] = do_step(step, source, done, context)
         last = str(recipe.steps[-1].name)
         cut = bool(steps) and not arm.startswith("in-one")
-        scores = score_folder(bench, folder / last, "test")
+        scores = score_folder(context, folder / last, "test")
         facts = {
             "arm": arm,
             "seed": seed,

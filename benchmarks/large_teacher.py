@@ -21,15 +21,15 @@ from multitask_text import FOLDERS, RECIPE
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import share_work, write_text
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import measure_size
-from hf_mtcompress.evaluation.statistics import paired_difference
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps.bench import Bench, load_processor
+from hf_mtcompress.runs.compare.statistics import paired_difference
+from hf_mtcompress.runs.run import do_step, prepare_output
+from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.steps.scoring import score_folder
-from hf_mtcompress.workflow import do_step, prepare_output
 
 RESULT = Path(__file__).parent / "results" / "large_teacher.json"
 EPOCHS, TEACHER_RATE = 4, 5e-5
@@ -44,12 +44,12 @@ def train(step: dict[str, Any], encoder: str, seed: int, folder: Path, options: 
     sources = load_sources(tasks, recipe.seed)
     # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
     recipe = dataclasses.replace(recipe, tasks=tasks, seed=seed)
-    bench = Bench(recipe, folder, sources, load_processor(recipe))
+    context = RunContext(recipe, folder, sources, load_processor(recipe))
     prepare_output(folder)
-    record: StepRecord = do_step(recipe.steps[0], None, {}, bench)
+    record: StepRecord = do_step(recipe.steps[0], None, {}, context)
     kept = folder / str(record.name) / "test.json"
     if not kept.exists():
-        scores = score_folder(bench, folder / str(record.name), "test")
+        scores = score_folder(context, folder / str(record.name), "test")
         by_task = {name: found.metrics[str(sources.tasks[name].metric)] for name, found in scores.tasks.items()}
         write_text(kept, json.dumps({"scores": by_task, "rows": {n: s.rows for n, s in scores.tasks.items()}}))
     training = record.training or {}

@@ -22,11 +22,11 @@ from transformers.utils import logging
 
 from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.compression.latency import measure_latency, save_shape
-from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.tasks import SequenceClassification, TokenClassification
 
 RESULT = Path(__file__).parent / "results" / "latency_table.json"

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.cli import main as command
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.environment import environment_facts
-from hf_mtcompress.workflow import group_tasks_of, run
+from hf_mtcompress.recipe.load import load_recipe
+from hf_mtcompress.runs.grouping import group_tasks_of
+from hf_mtcompress.runs.run import run
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "multitask_text.yaml"

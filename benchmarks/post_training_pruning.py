@@ -25,14 +25,14 @@ from transformers.utils import logging
 
 from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.compression.pruning import prune
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import SplitScores
-from hf_mtcompress.steps.bench import Bench, Start, load_processor
 from hf_mtcompress.steps.rows import calibration_batches
+from hf_mtcompress.steps.run_context import RunContext, Start, load_processor
 from hf_mtcompress.steps.scoring import score_folder
 
 RESULT = Path(__file__).parent / "results" / "post_training_pruning.json"
@@ -128,18 +128,18 @@ def main() -> int:
     overrides = [f"tasks.{task}.data.data_dir={options.data / folder}" for task, folder in FOLDERS.items()]
     recipe = load_recipe(RECIPE, [*overrides, f"encoder.path={options.model}"])
     sources = load_sources(recipe.tasks, recipe.seed)
-    bench = Bench(recipe, options.model.parent, sources, load_processor(recipe))
+    context = RunContext(recipe, options.model.parent, sources, load_processor(recipe))
 
     def load() -> MultiTaskModel:
-        return bench.load(options.model.name).eval()
+        return context.load(options.model.name).eval()
 
     def score(model: MultiTaskModel) -> SplitScores:
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
-            bench.processor.save_pretrained(scratch)
-            return score_folder(bench, Path(scratch), "test")
+            context.processor.save_pretrained(scratch)
+            return score_folder(context, Path(scratch), "test")
 
-    batches = calibration_batches(Start(load(), bench.processor), bench, options.rows)
+    batches = calibration_batches(Start(load(), context.processor), context, options.rows)
     found: dict[str, Any] = {}
 
     def note(name: str, model: MultiTaskModel, seconds: float) -> None:

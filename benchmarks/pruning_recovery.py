@@ -36,19 +36,19 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import share_work, whole_folder, write_text
 from hf_mtcompress.compression.pruning import prune
-from hf_mtcompress.config import BenchmarkConfig, PruneStep
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.onnx.quantize import quantize_onnx
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.recipe import BenchmarkConfig, PruneStep
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps.bench import Bench, Start, probe_samples
+from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
 from hf_mtcompress.steps.rows import calibration_batches
+from hf_mtcompress.steps.run_context import RunContext, Start, probe_samples
 from hf_mtcompress.steps.scoring import score_folder
 from hf_mtcompress.steps.teaching import recover
-from hf_mtcompress.workflow import do_step, prepare_output, step_sources
 
 RESULTS = Path(__file__).parent / "results" / "pruning_recovery"
 RATE = 3e-4
@@ -112,18 +112,18 @@ class Recoveries:
             "teacher_cache": str(self.suite.work / "cache"),
         }
 
-    def bench(self, steps: list[dict[str, Any]]) -> Bench:
+    def context(self, steps: list[dict[str, Any]]) -> RunContext:
         """What these steps after the teacher run in."""
         overrides = [*self.suite.overrides, f"steps={json.dumps([self.teacher, *steps])}"]
         recipe = dataclasses.replace(load_recipe(self.suite.recipe, overrides), seed=1)
-        return Bench(recipe, self.output, self.suite.sources, self.suite.processor)
+        return RunContext(recipe, self.output, self.suite.sources, self.suite.processor)
 
     def do(self, steps: list[dict[str, Any]]) -> dict[str, StepRecord]:
         """The teacher's record and those of these steps, by name; what is done is taken."""
-        bench = self.bench(steps)
+        context = self.context(steps)
         done: dict[str, StepRecord] = {}
-        for step, source in zip(bench.recipe.steps, step_sources(bench.recipe), strict=True):
-            done[str(step.name)] = do_step(step, source, done, bench)
+        for step, source in zip(context.recipe.steps, step_sources(context.recipe), strict=True):
+            done[str(step.name)] = do_step(step, source, done, context)
         return done
 
     def one(self, arm: str) -> None:
@@ -132,17 +132,17 @@ class Recoveries:
         if target.exists():
             return
         name = arm.replace(":", "").replace(",", "").replace(" ", "_")
-        bench = self.bench([])
+        context = self.context([])
         if arm in HALF:
-            seconds = self._half(arm, self.output / name, bench)
+            seconds = self._half(arm, self.output / name, context)
         elif arm == "teacher":
             self.do([])
             seconds = None
         else:
             done = self.do(steps_of(arm, self.learn))
             seconds = sum(record.seconds for step, record in done.items() if step != "teacher")
-        scores = score_folder(bench, self.output / name, "test")
-        model = bench.load(name)
+        scores = score_folder(context, self.output / name, "test")
+        model = context.load(name)
         facts = {
             "arm": arm,
             "folder": name,
@@ -157,11 +157,11 @@ class Recoveries:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, json.dumps(facts, indent=2) + "\n")
 
-    def _half(self, arm: str, folder: Path, bench: Bench) -> float:
+    def _half(self, arm: str, folder: Path, context: RunContext) -> float:
         """Half of the compute gone in a way that no step of a recipe has, and the same recovery."""
         begin = time.monotonic()
-        model = bench.load("teacher").eval()
-        batches = calibration_batches(Start(model, bench.processor), bench, ROWS)
+        model = context.load("teacher").eval()
+        batches = calibration_batches(Start(model, context.processor), context, ROWS)
         if arm == "half: torch-pruning":
             # As many parameters as ours leaves, in the better of its settings in `post_training_pruning.py`.
             ours = json.loads((RESULTS / f"{HALF[0].replace(':', '')}.json").read_text(encoding="utf-8"))
@@ -174,20 +174,20 @@ class Recoveries:
         with whole_folder(work / "cut") as scratch:
             model.save_pretrained(scratch)
         # As a recipe spells it out.
-        (_, step) = self.bench([{"kind": "prune", "compute": 0.5, "recover": self.learn(2)}]).recipe.steps
+        (_, step) = self.context([{"kind": "prune", "compute": 0.5, "recover": self.learn(2)}]).recipe.steps
         assert isinstance(step, PruneStep)
         assert step.recover is not None
-        recover(step.recover, Start(model, bench.processor), bench, work)
+        recover(step.recover, Start(model, context.processor), context, work)
         with whole_folder(folder) as scratch:
             torch.nn.Module.to(model, "cpu")
             assert isinstance(model, MultiTaskModel)
             model.save_pretrained(scratch)
-            bench.processor.save_pretrained(scratch)
+            context.processor.save_pretrained(scratch)
         return time.monotonic() - begin
 
     def times(self) -> None:
         """Time torch float32 and int8 of everything that is done, each against the teacher in the same form."""
-        bench = self.bench([])
+        context = self.context([])
         done = {facts["arm"]: facts["folder"] for facts in known() if (self.output / facts["folder"]).exists()}
         torch_folders = {arm: self.output / name for arm, name in done.items()}
         graphs = {}
@@ -197,14 +197,14 @@ class Recoveries:
                 work = self.output / "work" / f"{name}-graph"
                 if not work.exists():
                     with whole_folder(work) as scratch:
-                        export_onnx(bench.load(name).eval(), bench.processor_of("teacher"), scratch)
+                        export_onnx(context.load(name).eval(), context.processor_of("teacher"), scratch)
                 with whole_folder(graphs[arm]) as scratch:
                     quantize_onnx(work, scratch)
         config = BenchmarkConfig(threads=self.options.threads, repetitions=self.options.repetitions)
         result: dict[str, Any] = {"environment": environment_facts()}
         for form, folders in (("torch float32", torch_folders), ("onnx int8", graphs)):
             every = {"reference": self.output / "teacher", **folders}
-            found = benchmark(every, reference="reference", config=config, samples=probe_samples(bench))
+            found = benchmark(every, reference="reference", config=config, samples=probe_samples(context))
             rows = {
                 arm: {str(row.batch_size): dataclasses.asdict(row) for row in times}
                 for arm, times in found.latency.items()

@@ -28,25 +28,25 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import share_work, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
-from hf_mtcompress.config import FinetuneStep
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.evaluation.benchmark import measure_size
-from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.steps.bench import Bench, Start, load_processor, start_model
+from hf_mtcompress.recipe import FinetuneStep
+from hf_mtcompress.recipe.load import load_recipe
+from hf_mtcompress.runs.compare.statistics import paired_difference
+from hf_mtcompress.runs.run import prepare_output
+from hf_mtcompress.steps.run_context import RunContext, Start, load_processor, start_model
 from hf_mtcompress.steps.scoring import score_folder
 from hf_mtcompress.steps.training import train_finetune
-from hf_mtcompress.workflow import prepare_output
 
 RESULTS = Path(__file__).parent / "results" / "quantized_adapters"
 ARMS = ("full", "float", "int8", "nf4")
 ADAPTED = {"learning_rate": 1e-3, "head_learning_rate": 2e-3}
 
 
-def build(arm: str, bench: Bench, options: argparse.Namespace) -> MultiTaskModel:
+def build(arm: str, context: RunContext, options: argparse.Namespace) -> MultiTaskModel:
     """The model that an arm trains."""
-    model = start_model(None, bench)
+    model = start_model(None, context)
     if arm == "full":
         return model
     if arm != "float":
@@ -67,21 +67,21 @@ def train(arm: str, seed: int, options: argparse.Namespace, split: str) -> dict[
     # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
     recipe = dataclasses.replace(recipe, tasks=tasks, seed=seed)
     folder = options.work / "quantized_adapters" / f"seed-{seed}"
-    bench = Bench(recipe, folder, sources, load_processor(recipe))
+    context = RunContext(recipe, folder, sources, load_processor(recipe))
     prepare_output(folder)
     set_seed(seed)
-    model = build(arm, bench, options)
+    model = build(arm, context, options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rates = {} if arm == "full" else {**ADAPTED, **({"learning_rate": options.rate} if options.rate else {})}
     step = FinetuneStep(name=arm, epochs=options.epochs, **rates)
     begin = time.monotonic()
-    fit = train_finetune(step, Start(model, bench.processor), bench, folder / f"{arm}-{options.rate or 'work'}")
+    fit = train_finetune(step, Start(model, context.processor), context, folder / f"{arm}-{options.rate or 'work'}")
     seconds = time.monotonic() - begin
     with whole_folder(folder / arm) as scratch:
         torch.nn.Module.to(model, "cpu")
         model.save_pretrained(scratch)
-        bench.processor.save_pretrained(scratch)
-    scores = score_folder(bench, folder / arm, split)
+        context.processor.save_pretrained(scratch)
+    scores = score_folder(context, folder / arm, split)
     return {
         "arm": arm,
         "seed": seed,

@@ -31,20 +31,20 @@ from distillation import Benchmark
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.config import BenchmarkConfig
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size, real_inputs
 from hf_mtcompress.evaluation.evaluate import evaluate_predictor
-from hf_mtcompress.exporting.openvino import convert_openvino
-from hf_mtcompress.inference.graph_settings import FILES, read_graph_settings, write_graph_settings
-from hf_mtcompress.inference.predictor import Predictor
-from hf_mtcompress.inference.runtimes import TorchRuntime
+from hf_mtcompress.formats.graph_settings import FILES, read_graph_settings, write_graph_settings
+from hf_mtcompress.formats.openvino.export import convert_openvino
+from hf_mtcompress.formats.predictor import Predictor
+from hf_mtcompress.formats.runtimes import TorchRuntime
+from hf_mtcompress.recipe import BenchmarkConfig
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import SplitScores, StepRecord
-from hf_mtcompress.steps.bench import Bench, probe_samples
+from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
 from hf_mtcompress.steps.quantizing import float_graph
+from hf_mtcompress.steps.run_context import RunContext, probe_samples
 from hf_mtcompress.steps.scoring import score_folder
-from hf_mtcompress.workflow import do_step, prepare_output, step_sources
 
 RESULTS = Path(__file__).parent / "results" / "quantized_forms"
 MODELS = ("teacher", "student")
@@ -100,19 +100,19 @@ class Forms:
         self.suite = suite
         self.results = RESULTS / options.size
         prepare_output(self.output)
-        self.bench = self._bench([])
+        self.context = self._context([])
         self.records: dict[str, StepRecord] = {}
         self._do([])
 
-    def _bench(self, steps: list[dict[str, Any]]) -> Bench:
+    def _context(self, steps: list[dict[str, Any]]) -> RunContext:
         overrides = [*self.suite.overrides, f"steps={json.dumps([*self.made, *steps])}"]
         recipe = dataclasses.replace(load_recipe(self.suite.recipe, overrides), seed=1)
-        return Bench(recipe, self.output, self.suite.sources, self.suite.processor)
+        return RunContext(recipe, self.output, self.suite.sources, self.suite.processor)
 
     def _do(self, steps: list[dict[str, Any]]) -> None:
-        bench = self._bench(steps)
-        for step, source in zip(bench.recipe.steps, step_sources(bench.recipe), strict=True):
-            self.records[str(step.name)] = do_step(step, source, self.records, bench)
+        context = self._context(steps)
+        for step, source in zip(context.recipe.steps, step_sources(context.recipe), strict=True):
+            self.records[str(step.name)] = do_step(step, source, self.records, context)
 
     def folders(self, model: str) -> Iterator[tuple[str, Path, Callable[[], Path]]]:
         """Name, place and maker of every form of a model."""
@@ -136,7 +136,7 @@ class Forms:
             yield form, self.output / name, make
 
     def _graph(self, model: str) -> Path:
-        return float_graph(model, self.bench, self.bench.load(model).eval(), self.bench.processor_of(model))
+        return float_graph(model, self.context, self.context.load(model).eval(), self.context.processor_of(model))
 
     def score(self) -> None:
         """Make and score what is not done."""
@@ -146,7 +146,7 @@ class Forms:
                 if not target.exists():
                     folder = make()
                     size = measure_size(folder)
-                    facts = {"bytes": size.weights_bytes, **self._facts(score_folder(self.bench, folder, "test"))}
+                    facts = {"bytes": size.weights_bytes, **self._facts(score_folder(self.context, folder, "test"))}
                     record = self.records.get(folder.name)
                     if record is not None and record.quantization and "parts" in record.quantization:
                         keys = ("parts", "sensitivity", "estimated", "divergence", "front")
@@ -161,13 +161,13 @@ class Forms:
                 if not target.exists():
                     runtime = TorchRuntime(self.output / model)
                     change(runtime.model)
-                    rows = self.bench.sources.role("test")
-                    scores = evaluate_predictor(Predictor(runtime), self.bench.sources.tasks, rows, split="test")
+                    rows = self.context.sources.role("test")
+                    scores = evaluate_predictor(Predictor(runtime), self.context.sources.tasks, rows, split="test")
                     self._write(target, {"bytes": _stored(runtime.model), **self._facts(scores)})
             target = self.results / model / "peer nncf, weights alone.json"
             if not target.exists():
                 folder = _compress_weights(self.output / f"{model}-openvino", self.output / f"{model}-nncf")
-                scores = score_folder(self.bench, folder, "test")
+                scores = score_folder(self.context, folder, "test")
                 self._write(target, {"bytes": measure_size(folder).weights_bytes, **self._facts(scores)})
 
     def times(self) -> None:
@@ -179,7 +179,7 @@ class Forms:
             if place.exists() and (self.results / model / f"{form}.json").exists()
         }
         config = BenchmarkConfig(threads=self.options.threads, repetitions=self.options.repetitions)
-        samples = probe_samples(self.bench)
+        samples = probe_samples(self.context)
         found = benchmark(folders, reference="teacher torch float32", config=config, samples=samples)
         target = times_of(self.results, self.options.threads)
         before = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}

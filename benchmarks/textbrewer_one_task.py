@@ -39,13 +39,13 @@ from transformers.utils import logging
 
 from hf_mtcompress import DistillationTrainer
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
-from hf_mtcompress.evaluation.statistics import paired_difference
 from hf_mtcompress.losses.criteria import HiddenCriterion, LogitsCriterion
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.surgery import keep_layers
+from hf_mtcompress.recipe.load import load_recipe
+from hf_mtcompress.runs.compare.statistics import paired_difference
 
 RESULT = Path(__file__).parent / "results" / "textbrewer_one_task.json"
 LAYERS, EPOCHS, BATCH, RATE, TEMPERATURE = (1, 3, 5), 4, 32, 2e-4, 2.0

@@ -20,11 +20,11 @@ from distillation import Benchmark
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.config.load import load_recipe
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps.bench import Bench
+from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.steps.run_context import RunContext
 from hf_mtcompress.steps.scoring import score_folder
-from hf_mtcompress.workflow import do_step, prepare_output, step_sources
 
 RESULT = Path(__file__).parent / "results" / "vocabulary.json"
 
@@ -56,14 +56,14 @@ def main() -> int:
         for arm, settings in arms.items()
     ]
     recipe = dataclasses.replace(load_recipe(suite.recipe, [*suite.overrides, f"steps={json.dumps(steps)}"]), seed=1)
-    bench = Bench(recipe, output, suite.sources, suite.processor)
+    context = RunContext(recipe, output, suite.sources, suite.processor)
     done: dict[str, StepRecord] = {}
     result: dict[str, Any] = {}
     for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        record = done[str(step.name)] = do_step(step, source, done, bench)
+        record = done[str(step.name)] = do_step(step, source, done, context)
         artefact = record.artefacts[0]
         assert artefact.size is not None
-        test = score_folder(bench, output / str(step.name), "test")
+        test = score_folder(context, output / str(step.name), "test")
         result[str(step.name).removeprefix("vocabulary-")] = {
             "embedding_bytes": artefact.size.embedding_bytes,
             "bytes": artefact.size.weights_bytes,

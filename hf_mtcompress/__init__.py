@@ -9,13 +9,11 @@ from hf_mtcompress.compression.schedule import GradualPruning
 from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.compression.vocabulary import trim_vocabulary
 from hf_mtcompress.compression.width import prune_width
-from hf_mtcompress.config import Recipe
-from hf_mtcompress.config.load import load_recipe
 from hf_mtcompress.errors import MTCompressError
-from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
-from hf_mtcompress.exporting.onnx_quantization import Calibration, quantize_onnx
-from hf_mtcompress.inference.pipeline import MultiTaskPipeline, register_pipeline
-from hf_mtcompress.inference.predictor import Predictor, load_predictor
+from hf_mtcompress.formats.onnx.export import export_onnx, split_onnx
+from hf_mtcompress.formats.onnx.quantize import Calibration, quantize_onnx
+from hf_mtcompress.formats.pipeline import MultiTaskPipeline, register_pipeline
+from hf_mtcompress.formats.predictor import Predictor, load_predictor
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Fusion, WeightedSum
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -25,7 +23,10 @@ from hf_mtcompress.model.sparse import save_sparse
 from hf_mtcompress.model.student import student_of
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.hub import push_folder
+from hf_mtcompress.recipe import Recipe
+from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord
+from hf_mtcompress.runs.run import run as run_recipe
 from hf_mtcompress.tasks import (
     ImageClassification,
     SequenceClassification,
@@ -38,7 +39,6 @@ from hf_mtcompress.trainers.distillation import DistillationMixin, DistillationT
 from hf_mtcompress.trainers.masking import KeepTrimmed
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
 from hf_mtcompress.trainers.rounding import RoundToBits
-from hf_mtcompress.workflow import run as run_recipe
 
 __version__ = "0.1.0"
 

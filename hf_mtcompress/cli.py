@@ -15,7 +15,7 @@ from hf_mtcompress.artifacts import CARD, write_text
 from hf_mtcompress.errors import MTCompressError, RecipeError
 
 if TYPE_CHECKING:
-    from hf_mtcompress.config import Recipe
+    from hf_mtcompress.recipe import Recipe
 
 USER_ERROR = 2
 
@@ -178,7 +178,7 @@ def _port(text: str) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
-    from hf_mtcompress.config.load import load_recipe
+    from hf_mtcompress.recipe.load import load_recipe
 
     return load_recipe(options.recipe, options.overrides)
 
@@ -190,7 +190,7 @@ def _output(options: argparse.Namespace, recipe: "Recipe") -> Path:
 def _run(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
     from hf_mtcompress.publishing.report import report_table
-    from hf_mtcompress.workflow import run
+    from hf_mtcompress.runs.run import run
 
     output = _output(options, recipe)
     record = run(recipe, output)
@@ -199,7 +199,7 @@ def _run(options: argparse.Namespace) -> str:
 
 def _validate(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
-    from hf_mtcompress.workflow import validate
+    from hf_mtcompress.runs.commands import validate
 
     validate(recipe)
     return f"{options.recipe}: {len(recipe.tasks)} tasks, {len(recipe.steps)} steps, no problems"
@@ -207,17 +207,18 @@ def _validate(options: argparse.Namespace) -> str:
 
 def _plan(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
-    from hf_mtcompress.planning import plan_text
-    from hf_mtcompress.workflow import plan
+    from hf_mtcompress.runs.commands import plan
+    from hf_mtcompress.runs.plan import plan_text
 
     planned = plan(recipe)
     return json.dumps(planned, indent=2) if options.json else plan_text(planned, _output(options, recipe))
 
 
 def _compare_tasks(options: argparse.Namespace) -> str:
-    from hf_mtcompress.comparing import compare_tasks, load_comparison
     from hf_mtcompress.publishing.task_comparison import comparison_table
     from hf_mtcompress.records import to_json
+    from hf_mtcompress.runs.compare.arms import load_comparison
+    from hf_mtcompress.runs.compare.compare import compare_tasks
 
     comparison = load_comparison(
         options.recipe,
@@ -235,7 +236,7 @@ def _compare_tasks(options: argparse.Namespace) -> str:
 def _search(options: argparse.Namespace) -> str:
     from hf_mtcompress.publishing.family import family_table
     from hf_mtcompress.records import to_json
-    from hf_mtcompress.search import search
+    from hf_mtcompress.runs.search import search
 
     recipe = _recipe(options)
     record = search(recipe, _output(options, recipe))
@@ -248,14 +249,14 @@ def _ask_teacher(options: argparse.Namespace) -> str:
     number, of = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= number <= of:
         raise RecipeError(f"--part: expected N/OF such as 2/4, found '{options.part}'")
-    from hf_mtcompress.workflow import ask_teacher
+    from hf_mtcompress.runs.commands import ask_teacher
 
     there, wanted = ask_teacher(recipe, _output(options, recipe), options.step, (number - 1, of))
     return f"{there} of {wanted} files of answers are there"
 
 
 def _group_tasks(options: argparse.Namespace) -> str:
-    from hf_mtcompress.workflow import group_tasks_of
+    from hf_mtcompress.runs.grouping import group_tasks_of
 
     grouping = group_tasks_of(options.run, encoders=options.encoders, parameters=options.parameters, rows=options.rows)
     if options.json:
@@ -285,14 +286,14 @@ def _group_tasks(options: argparse.Namespace) -> str:
 
 def _evaluate(options: argparse.Namespace) -> str:
     recipe = _recipe(options)
-    from hf_mtcompress.workflow import evaluate
+    from hf_mtcompress.runs.commands import evaluate
 
     return json.dumps(dataclasses.asdict(evaluate(options.folder, recipe, options.split)), indent=2)
 
 
 def _bench(options: argparse.Namespace) -> str:
-    from hf_mtcompress.config import BenchmarkConfig
-    from hf_mtcompress.workflow import bench
+    from hf_mtcompress.recipe import BenchmarkConfig
+    from hf_mtcompress.runs.commands import bench
 
     config = BenchmarkConfig(
         tokens=options.tokens,
@@ -314,22 +315,22 @@ def _bench(options: argparse.Namespace) -> str:
 
 def _report(options: argparse.Namespace) -> str:
     from hf_mtcompress.publishing.report import report_rows, report_table
-    from hf_mtcompress.workflow import load_record
+    from hf_mtcompress.runs.results import load_record
 
     record = load_record(options.run)
     return json.dumps(report_rows(record), indent=2) if options.json else report_table(record)
 
 
 def _card(options: argparse.Namespace) -> str:
-    from hf_mtcompress.workflow import card
+    from hf_mtcompress.runs.commands import card
 
     write_text(options.run / CARD, card(options.run))
     return str(options.run / CARD)
 
 
 def _webpage(options: argparse.Namespace) -> str:
-    from hf_mtcompress.exporting.webpage import PAGE, serve_webpage
-    from hf_mtcompress.workflow import webpage
+    from hf_mtcompress.formats.web.page import PAGE, serve_webpage
+    from hf_mtcompress.runs.commands import webpage
 
     page = options.folder
     if options.serve is None or not (page / PAGE).is_file():
@@ -350,6 +351,6 @@ def _webpage(options: argparse.Namespace) -> str:
 
 
 def _push(options: argparse.Namespace) -> str:
-    from hf_mtcompress.workflow import push
+    from hf_mtcompress.runs.commands import push
 
     return "\n".join(push(options.run, options.repo_id, public=options.public, dry_run=options.dry_run))

@@ -23,15 +23,15 @@ from scipy.optimize import nnls
 from tqdm.auto import tqdm
 
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.environment import available_cores, environment_facts
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import benchmark
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.onnx.quantize import quantize_onnx
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut, keep_layers
+from hf_mtcompress.recipe import BenchmarkConfig
 
 Runtime = Literal["torch", "onnx", "onnx_int8"]
 """Float torch, ONNX Runtime in float, ONNX Runtime in 8 bits."""

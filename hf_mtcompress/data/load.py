@@ -18,9 +18,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetBuilder, Image, LargeList, List, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from hf_mtcompress.config import DataConfig, Role
-from hf_mtcompress.config.overrides import PACKAGED_BUILDERS
 from hf_mtcompress.errors import DataError
+from hf_mtcompress.recipe import DataConfig, Role
+from hf_mtcompress.recipe.overrides import PACKAGED_BUILDERS
 from hf_mtcompress.tasks.base import UNLABELLED, Task
 from hf_mtcompress.tasks.classification import is_unlabelled, label_index
 

@@ -9,15 +9,6 @@ from typing import TypeVar
 from datasets import Dataset, concatenate_datasets
 from pyarrow import ArrowInvalid, ArrowNotImplementedError
 
-from hf_mtcompress.config import (
-    DataConfig,
-    ImageClassificationConfig,
-    Role,
-    SequenceClassificationConfig,
-    TaskConfig,
-    TokenClassificationConfig,
-    WeightSchedule,
-)
 from hf_mtcompress.data.load import (
     check_columns,
     check_labels,
@@ -29,6 +20,15 @@ from hf_mtcompress.data.load import (
 )
 from hf_mtcompress.data.preprocessing import require_column
 from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
+from hf_mtcompress.recipe import (
+    DataConfig,
+    ImageClassificationConfig,
+    Role,
+    SequenceClassificationConfig,
+    TaskConfig,
+    TokenClassificationConfig,
+    WeightSchedule,
+)
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
 Value = TypeVar("Value")

@@ -24,20 +24,21 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.environment import available_cores, ending_of, load_average
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.inference.graph_settings import FILES, graph_bytes, read_graph_settings
-from hf_mtcompress.inference.reload_check import child_environment, save_arrays
-from hf_mtcompress.inference.runtimes import Form, folder_form, load_processor, read_config, stock_task, task_folders
+from hf_mtcompress.formats.graph_settings import FILES, graph_bytes, read_graph_settings
+from hf_mtcompress.formats.reload.check import child_environment, save_arrays
+from hf_mtcompress.formats.runtimes import Form, folder_form, load_processor, read_config, stock_task, task_folders
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.marking import read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
+from hf_mtcompress.model.sizes import count_parameters, word_table
 from hf_mtcompress.model.sparse import MASK, VALUES
 from hf_mtcompress.model.surgery import apply_structure
 from hf_mtcompress.model.vanilla import stock_class
+from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.records import LatencyRecord, SizeRecord
 
 _PROCESSOR_FILES = (
@@ -295,29 +296,6 @@ def measure_size(folder: Path) -> SizeRecord:
     )
 
 
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Numbers of parameters: `encoder`, with branches and `embedding` (the word embeddings) inside, and `head`."""
-    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [model.base_model]
-    branches = list(model.branches.values()) if isinstance(model, MultiTaskModel) else []
-    encoder = sum(parameter.numel() for part in (*encoders, *branches) for parameter in part.parameters())
-    tables = [table for part in encoders if (table := _table(part)) is not None]
-    return {
-        "encoder": encoder,
-        "embedding": sum(table.weight.numel() for table in tables),
-        "head": sum(parameter.numel() for parameter in model.parameters()) - encoder,
-    }
-
-
-def _table(encoder: torch.nn.Module) -> torch.nn.Embedding | None:
-    """The word embeddings; None for images, whose input layer is a convolution."""
-    assert isinstance(encoder, PreTrainedModel)
-    try:
-        table = encoder.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return table if isinstance(table, torch.nn.Embedding) else None
-
-
 def _empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder without weights, in the shapes that it has in float precision."""
     register()
@@ -340,7 +318,7 @@ def _empty_model(folder: Path) -> PreTrainedModel:
 def _table_bytes(folder: Path, model: PreTrainedModel) -> int | None:
     """Bytes of the word embeddings in the weight files, None where there are none or they cannot be told."""
     encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [model.base_model]
-    tables = [table for part in encoders if (table := _table(part)) is not None]
+    tables = [table for part in encoders if (table := word_table(part)) is not None]
     names = {name for name, value in model.named_parameters() for table in tables if value is table.weight}
     total = 0
     for file in folder.glob("*.safetensors"):

@@ -10,7 +10,7 @@ out of means and minimum and named with the reason.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_mtcompress.config import BudgetConfig
+from hf_mtcompress.recipe import BudgetConfig
 from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, SplitScores, TaskRecord
 
 MEGABYTE = 10**6

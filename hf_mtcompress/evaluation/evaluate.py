@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
-from hf_mtcompress.inference.predictor import Predictor, load_predictor
+from hf_mtcompress.formats.predictor import Predictor, load_predictor
 from hf_mtcompress.records import SplitScores, TaskScore
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import UNLABELLED

@@ -40,7 +40,7 @@ def load(folder: Path, form: str, threads: int) -> Call:
         return lambda batch: module.run_session(session, batch)
     import torch
 
-    from hf_mtcompress.inference.runtimes import open_runtime
+    from hf_mtcompress.formats.runtimes import open_runtime
 
     torch.set_num_interop_threads(1)
     return open_runtime(folder, threads).logits

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_mtcompress.artifacts import whole_folder, write_text
-from hf_mtcompress.config import AdapterConfig
 from hf_mtcompress.errors import ArtifactError, TaskError
 from hf_mtcompress.model.adapters import Adapter, adapter_of, build_adapter
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.vanilla import stock_class
+from hf_mtcompress.recipe import AdapterConfig
 from hf_mtcompress.tasks import Task, task_from_dict
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from hf_mtcompress.config import AdapterConfig, AdapterTargets
 from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Layer, find_anatomy
 from hf_mtcompress.model.branches import twin, whole_encoder
+from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
 from hf_mtcompress.tasks import Task
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from hf_mtcompress.config import AdapterConfig, AdapterTargets
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapter_folders import load_adapters, save_adapters
 from hf_mtcompress.model.adapters import adapted, adapter_of, build_adapters, describe_adapters, new_adapters
@@ -24,6 +23,7 @@ from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
+from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import NAME_PATTERN, divisor
 

@@ -10,20 +10,20 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, OPENVINO, TRANSFORMERS_JS, VANILLA
-from hf_mtcompress.config import ExportStep
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
-from hf_mtcompress.exporting.onnx import export_onnx, split_onnx
-from hf_mtcompress.exporting.openvino import convert_openvino
-from hf_mtcompress.exporting.transformers_js import write_transformers_js
+from hf_mtcompress.formats.onnx.export import export_onnx, split_onnx
+from hf_mtcompress.formats.openvino.export import convert_openvino
+from hf_mtcompress.formats.transformers_js import write_transformers_js
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.recipe import ExportStep
 from hf_mtcompress.records import Artefact
-from hf_mtcompress.steps.bench import Bench, StepOutcome, probe, probe_batch, structure_of
+from hf_mtcompress.steps.run_context import RunContext, StepOutcome, probe, probe_batch, structure_of
 
 
-def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
+def export_step(step: ExportStep, source: str | None, context: RunContext, folder: Path) -> StepOutcome:
     """The same weights in other forms: plain folders, ONNX graphs, folders for transformers.js."""
     assert source is not None
-    model, processor = bench.load(source).eval(), bench.processor_of(source)
+    model, processor = context.load(source).eval(), context.processor_of(source)
     outcome = StepOutcome([], processor, structure_of(model))
     for form in step.formats:
         match form:
@@ -32,13 +32,13 @@ def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path
                     model.export_task(name, folder / VANILLA / name, processor)
                 outcome.artefacts.append(Artefact(form="vanilla", folder=VANILLA, precision="float32"))
                 outcome.probes[VANILLA] = {
-                    **probe(model, bench, processor),
-                    **_probe_merged(model, bench, processor),
+                    **probe(model, context, processor),
+                    **_probe_merged(model, context, processor),
                 }
             case "onnx":
                 export_onnx(model, processor, folder / ONNX)
                 outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
-                outcome.probes[ONNX] = probe(model, bench, processor)
+                outcome.probes[ONNX] = probe(model, context, processor)
                 if step.per_task:
                     for name in split_onnx(folder / ONNX, folder / ONNX_TASKS, model):
                         place = f"{ONNX_TASKS}/{name}"
@@ -51,29 +51,29 @@ def export_step(step: ExportStep, source: str | None, bench: Bench, folder: Path
                     graph = export_onnx(model, processor, Path(scratch) / ONNX)
                     convert_openvino(graph, folder / OPENVINO)
                 outcome.artefacts.append(Artefact(form="openvino", folder=OPENVINO, precision="float32"))
-                outcome.probes[OPENVINO] = probe(model, bench, processor)
+                outcome.probes[OPENVINO] = probe(model, context, processor)
             case "transformers_js":
                 pass  # made from the graph, wherever that stands in the list
     if "transformers_js" in step.formats:
         outcome.quantization = {
             TRANSFORMERS_JS: write_transformers_js(
-                model, processor, folder / ONNX, folder / TRANSFORMERS_JS, partial(_validate_graph, bench)
+                model, processor, folder / ONNX, folder / TRANSFORMERS_JS, partial(_validate_graph, context)
             )
         }
     return outcome
 
 
-def _validate_graph(bench: Bench, task: str, folder: Path) -> dict[str, Any]:
+def _validate_graph(context: RunContext, task: str, folder: Path) -> dict[str, Any]:
     """The validation score of a graph of one task, which nothing else of the run opens."""
-    tasks = bench.sources.tasks
-    rows = {name: data for name, data in bench.sources.role("validation").items() if name == task}
+    tasks = context.sources.tasks
+    rows = {name: data for name, data in context.sources.role("validation").items() if name == task}
     scores = evaluate_folder(folder, tasks, rows, split="validation").tasks
     return {str(tasks[task].metric): scores[task].metrics[str(tasks[task].metric)]} if task in scores else {}
 
 
-def _probe_merged(model: MultiTaskModel, bench: Bench, processor: Any) -> dict[str, np.ndarray]:
+def _probe_merged(model: MultiTaskModel, context: RunContext, processor: Any) -> dict[str, np.ndarray]:
     """Logits of tasks with an adapter as their plain models give them, since a sum of weights rounds otherwise."""
-    batch = {key: torch.as_tensor(value) for key, value in probe_batch(bench, processor).items()}
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(context, processor).items()}
     found = {}
     for name in model.config.adapters or {}:
         stock = model.to_stock(name).eval()

@@ -5,21 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mtcompress.config import MixedConfig, QuantizeStep
 from hf_mtcompress.errors import QualityError
 from hf_mtcompress.evaluation.compare import check_gate, compare
 from hf_mtcompress.publishing.report import align
 from hf_mtcompress.publishing.sensitivity import sensitivity_rows
+from hf_mtcompress.recipe import MixedConfig, QuantizeStep
 from hf_mtcompress.records import Comparison, StepRecord, TaskRecord
-from hf_mtcompress.steps.bench import Bench, start_of
 from hf_mtcompress.steps.mixed_bits import sensitivity_of
 from hf_mtcompress.steps.quantizing import float_graph
+from hf_mtcompress.steps.run_context import RunContext, start_of
 from hf_mtcompress.steps.scoring import task_record
 
 logger = logging.getLogger(__name__)
 
 
-def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench: Bench, work: Path) -> None:
+def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, context: RunContext, work: Path) -> None:
     """Hold what a quantize step saved against the limits of its gate, and write the outcome into its record.
 
     Where ONNX Runtime's 8 or 4 bits miss a limit, sensitivities are measured, to say which parts it comes from.
@@ -28,7 +28,7 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench:
         step: with the limits.
         source: record of the float model that it was made from.
         record: of the step; gets `quantization.gate`, and `quantization.sensitivity` where that was measured.
-        bench: the run.
+        context: the run.
         work: work folder of the step, which keeps measured sensitivities.
 
     Raises:
@@ -37,7 +37,7 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench:
     record.quantization = {**(record.quantization or {}), "gate": None}
     if step.retention is None and step.worst_task_retention is None:
         return
-    tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
+    tasks = {name: task_record(name, context) for name in context.sources.tasks}
     comparison = compare(tasks, source.artefacts[0], record.artefacts[0], step=record.name, split="validation")
     limits = check_gate(comparison, step.retention, step.worst_task_retention)
     met = all(row["met"] for row in limits.values())
@@ -53,10 +53,10 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, bench:
     plain = step.backend == "onnxruntime" and step.bits in (8, 4) and not (step.calibration or step.recover)
     if plain and "sensitivity" not in record.quantization:
         logger.warning("%s: a limit is missed; looking for the parts that it comes from", step.name)
-        start = start_of(source.name, bench)
-        graph = float_graph(source.name, bench, start.model.eval(), start.processor)
+        start = start_of(source.name, context)
+        graph = float_graph(source.name, context, start.model.eval(), start.processor)
         work.mkdir(parents=True, exist_ok=True)
-        found, _ = sensitivity_of(graph, start, bench, work, (4, 8), MixedConfig().rows, step.block_size)
+        found, _ = sensitivity_of(graph, start, context, work, (4, 8), MixedConfig().rows, step.block_size)
         record.quantization["sensitivity"] = found.to_dict()
     message = _gate_message(step, source, limits, comparison, tasks, record.quantization.get("sensitivity"))
     if not step.keep:

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from hf_mtcompress.artifacts import STEP_RECORD, write_text
-from hf_mtcompress.config import MixedConfig, QuantizeStep
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.compare import check_gate, compare
-from hf_mtcompress.exporting.mixed_precision import (
+from hf_mtcompress.formats.onnx.mixed_bits import (
     BitChoice,
     Sensitivity,
     best_choices,
@@ -25,9 +24,10 @@ from hf_mtcompress.exporting.mixed_precision import (
     measure_sensitivity,
     quantize_mixed,
 )
+from hf_mtcompress.recipe import MixedConfig, QuantizeStep
 from hf_mtcompress.records import Artefact
-from hf_mtcompress.steps.bench import Bench, Start
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of
+from hf_mtcompress.steps.run_context import RunContext, Start
 from hf_mtcompress.steps.scoring import read_step, score_folder, task_record
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ _SHOWN = 40
 
 
 def sensitivity_of(
-    graph: Path, start: Start, bench: Bench, work: Path, bits: tuple[int, ...], rows: int, block_size: int
+    graph: Path, start: Start, context: RunContext, work: Path, bits: tuple[int, ...], rows: int, block_size: int
 ) -> tuple[Sensitivity, list[dict[str, np.ndarray]]]:
     """Sensitivities of a float graph, measured once, with the rows they were measured on."""
     batches = [
         {name: tensor.numpy() for name, tensor in inputs_of(batch).items()}
-        for batch in calibration_batches(start, bench, rows)
+        for batch in calibration_batches(start, context, rows)
     ]
     path = work / _SENSITIVITY
     if not path.exists():
@@ -53,7 +53,7 @@ def sensitivity_of(
 
 
 def mix_bits(
-    step: QuantizeStep, graph: Path, folder: Path, start: Start, source: str, bench: Bench, work: Path
+    step: QuantizeStep, graph: Path, folder: Path, start: Start, source: str, context: RunContext, work: Path
 ) -> dict[str, Any]:
     """Write the float graph with the best bits for each part.
 
@@ -62,14 +62,14 @@ def mix_bits(
         choices), and `tried`, where choices were tried, with what they kept.
     """
     mixed = step.mixed or MixedConfig()
-    sensitivity, batches = sensitivity_of(graph, start, bench, work, mixed.choices, mixed.rows, step.block_size)
+    sensitivity, batches = sensitivity_of(graph, start, context, work, mixed.choices, mixed.rows, step.block_size)
     front = best_choices(sensitivity, mixed.choices)
     shown = [front[round(place)] for place in np.linspace(0, len(front) - 1, min(_SHOWN, len(front)))]
     tried: list[dict[str, Any]] = []
     if mixed.size_mb is not None:
         chosen = choose_within_size(front, mixed.size_mb)
     else:
-        tries = _Tries(step, graph, source, bench, work)
+        tries = _Tries(step, graph, source, context, work)
         chosen = smallest_that_keeps(shown, tries.keeps)
         tried = list(tries.known.values())
     quantize_mixed(graph, folder, chosen.bits, block_size=step.block_size, rows=batches)
@@ -100,11 +100,11 @@ def smallest_that_keeps(choices: list[BitChoice], keeps: Callable[[BitChoice], b
 class _Tries:
     """Writes choices and scores them on the validation rows, each once."""
 
-    def __init__(self, step: QuantizeStep, graph: Path, source: str, bench: Bench, work: Path) -> None:
-        self.step, self.graph, self.bench = step, graph, bench
+    def __init__(self, step: QuantizeStep, graph: Path, source: str, context: RunContext, work: Path) -> None:
+        self.step, self.graph, self.context = step, graph, context
         self.path = work / _TRIED
-        self.tasks = {name: task_record(name, bench) for name in bench.sources.tasks}
-        record = read_step(bench.step_folder(source) / STEP_RECORD)
+        self.tasks = {name: task_record(name, context) for name in context.sources.tasks}
+        record = read_step(context.step_folder(source) / STEP_RECORD)
         assert record is not None
         self.reference = record.artefacts[0]
         self.known: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
@@ -124,7 +124,7 @@ class _Tries:
                 folder = quantize_mixed(self.graph, Path(scratch), bits, block_size=self.step.block_size)
             except ArtifactError:  # numbers that are not finite
                 return {"retention": None, "worst_task_retention": None, "met": False}
-            scores = score_folder(self.bench, folder, "validation")
+            scores = score_folder(self.context, folder, "validation")
         artefact = Artefact(form="onnx", folder=".", precision="mixed", scores={"validation": scores})
         found = compare(self.tasks, self.reference, artefact, step=str(self.step.name), split="validation")
         limits = check_gate(found, self.step.retention, self.step.worst_task_retention)

@@ -26,7 +26,12 @@ from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.compression.pruning import PruneReport, TimeBudget, Whole, mean_length, prune
 from hf_mtcompress.compression.schedule import GradualPruning
 from hf_mtcompress.compression.width import prune_width
-from hf_mtcompress.config import (
+from hf_mtcompress.errors import MTCompressError, RecipeError
+from hf_mtcompress.evaluation.evaluate import evaluate_predictor
+from hf_mtcompress.formats.predictor import Predictor
+from hf_mtcompress.formats.runtimes import Runtime
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.recipe import (
     DistillStep,
     FinetuneStep,
     GradualSchedule,
@@ -35,13 +40,8 @@ from hf_mtcompress.config import (
     PruneStep,
     TrainingConfig,
 )
-from hf_mtcompress.errors import MTCompressError, RecipeError
-from hf_mtcompress.evaluation.evaluate import evaluate_predictor
-from hf_mtcompress.inference.predictor import Predictor
-from hf_mtcompress.inference.runtimes import Runtime
-from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, reopened, start_model
 from hf_mtcompress.steps.rows import calibration_batches, validation_rows
+from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, reopened, start_model
 from hf_mtcompress.steps.teaching import recover
 from hf_mtcompress.steps.timing import latency_table
 from hf_mtcompress.steps.training import Fit, merged_training, save_trained
@@ -52,17 +52,17 @@ _FIT = "fit.json"
 _CANDIDATES = "candidates.json"
 
 
-def prune_step(step: PruneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+def prune_step(step: PruneStep, source: str | None, context: RunContext, folder: Path, work: Path) -> StepOutcome:
     """Cut heads, neurons and layers, and train what is left where the step says so."""
     match step.schedule:
         case OneShotSchedule():
-            return _prune_in_rounds(step, source, bench, folder, [work])
+            return _prune_in_rounds(step, source, context, folder, [work])
         case IterativeSchedule(rounds=rounds):
             # With one round it is the other schedule, folders included.
             places = [work / f"round-{number}" for number in range(1, rounds + 1)] if rounds > 1 else [work]
-            return _prune_in_rounds(step, source, bench, folder, places)
+            return _prune_in_rounds(step, source, context, folder, places)
         case GradualSchedule() as schedule:
-            return _prune_gradually(step, schedule, source, bench, folder, work)
+            return _prune_gradually(step, schedule, source, context, folder, work)
         case _:
             assert_never(step.schedule)
 
@@ -92,11 +92,11 @@ def recoveries(step: PruneStep, defaults: TrainingConfig) -> list[FinetuneStep |
 
 
 def _prune_in_rounds(
-    step: PruneStep, source: str | None, bench: Bench, folder: Path, places: Sequence[Path]
+    step: PruneStep, source: str | None, context: RunContext, folder: Path, places: Sequence[Path]
 ) -> StepOutcome:
     """Cut and recover in as many rounds as there are work folders; what a round has done is not done again."""
-    processor = bench.processor_of(source)
-    trainings = recoveries(step, bench.recipe.training)
+    processor = context.processor_of(source)
+    trainings = recoveries(step, context.recipe.training)
     reports: list[dict[str, Any]] = []
     candidates: list[list[dict[str, Any]]] = []
     fits: list[Fit] = []
@@ -106,12 +106,12 @@ def _prune_in_rounds(
         recovered = place / "recovered"
         place.mkdir(parents=True, exist_ok=True)
         before = None if number == 0 else places[number - 1] / ("recovered" if trainings else "cut")
-        load = _loader(source, bench) if before is None else _loader(before, bench)
+        load = _loader(source, context) if before is None else _loader(before, context)
         wanted = _part_of(step, number, len(places), reports)
         if step.latency and source is not None and not (place / "cut").exists():
-            table = latency_table(step.timing, bench, source)
+            table = latency_table(step.timing, context, source)
             wanted["latency"] = TimeBudget(table, step.timing.batch_sizes[0], step.latency)
-        _cut(step, load, processor, bench, place, wanted)
+        _cut(step, load, processor, context, place, wanted)
         reports.append(json.loads((place / "cut" / _REPORT).read_text(encoding="utf-8")))
         if step.candidates > 1:
             candidates.append(json.loads((place / _CANDIDATES).read_text(encoding="utf-8")))
@@ -119,16 +119,16 @@ def _prune_in_rounds(
             if trainings:
                 fits.append(Fit(**json.loads((recovered / _FIT).read_text(encoding="utf-8"))))
             continue
-        model = _loader(place / "cut", bench)()
-        fits.append(recover(trainings[number], Start(model, processor), bench, place))
+        model = _loader(place / "cut", context)()
+        fits.append(recover(trainings[number], Start(model, processor), context, place))
         if not last:
             with whole_folder(recovered) as scratch:
                 torch.nn.Module.to(model, "cpu")
                 model.save_pretrained(scratch)
                 (scratch / _FIT).write_text(json.dumps(dataclasses.asdict(fits[-1]), default=str))
     if model is None:
-        model = _loader(places[-1] / "cut", bench)()
-    outcome = save_trained(Start(model, processor), bench, folder, _joined(fits))
+        model = _loader(places[-1] / "cut", context)()
+    outcome = save_trained(Start(model, processor), context, folder, _joined(fits))
     outcome.pruning = {
         "schedule": step.schedule.kind,
         "rounds": [_summary(report) for report in reports],
@@ -156,11 +156,11 @@ def _part_of(step: PruneStep, number: int, rounds: int, reports: Sequence[Mappin
     return {**wanted, "length": reports[0]["length"], "whole": whole}
 
 
-def _loader(place: str | Path | None, bench: Bench) -> Callable[[], MultiTaskModel]:
+def _loader(place: str | Path | None, context: RunContext) -> Callable[[], MultiTaskModel]:
     """Loads the model of a step, of the recipe, or of a work folder, with the columns of this recipe."""
 
     def load() -> MultiTaskModel:
-        return reopened(place, bench) if isinstance(place, Path) else start_model(place, bench)
+        return reopened(place, context) if isinstance(place, Path) else start_model(place, context)
 
     return load
 
@@ -169,7 +169,7 @@ def _cut(
     step: PruneStep,
     load: Callable[[], MultiTaskModel],
     processor: Any,
-    bench: Bench,
+    context: RunContext,
     place: Path,
     wanted: Mapping[str, Any],
 ) -> None:
@@ -177,7 +177,7 @@ def _cut(
     if (place / "cut").exists():
         return
     model = load()
-    batches = calibration_batches(Start(model, processor), bench, step.rows)
+    batches = calibration_batches(Start(model, processor), context, step.rows)
     if step.width:
         model, report = _narrow(step, model, batches)
         _keep_cut(model, report, place)
@@ -204,9 +204,9 @@ def _cut(
             # What no recipe shows: the encoder has fewer layers, or its layers keep more than the wanted share.
             raise RecipeError(f"steps.{step.name}.{error}") from error
 
-    seed = bench.recipe.seed
+    seed = context.recipe.seed
     if step.candidates > 1:
-        seed = _best_seed(step, model, processor, bench, place, prune_with)
+        seed = _best_seed(step, model, processor, context, place, prune_with)
     report = prune_with(seed, model)
     for task, share in report.lost_importance.items():
         logger.info("%s: task '%s' lost %.1f %% of the importance of heads and neurons", step.name, task, 100 * share)
@@ -260,31 +260,31 @@ def _best_seed(
     step: PruneStep,
     model: MultiTaskModel,
     processor: Any,
-    bench: Bench,
+    context: RunContext,
     place: Path,
     prune_with: Callable[[int, MultiTaskModel, bool], PruneReport],
 ) -> int:
     """The seed of the random cut that scores best on validation rows; scores of a killed run are kept."""
     file = place / _CANDIDATES
     tried: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    rows = validation_rows(bench, step.rows)
+    rows = validation_rows(context, step.rows)
     numbers = range(len(tried), step.candidates)
     bar = tqdm(numbers, desc="trying candidates", unit="cut", initial=len(tried), total=step.candidates)
     for number in bar:
         # The first one is what a plain random cut would be.
-        drawn = np.random.default_rng([bench.recipe.seed, number]).integers(2**31)
-        seed = int(drawn) if number else bench.recipe.seed
+        drawn = np.random.default_rng([context.recipe.seed, number]).integers(2**31)
+        seed = int(drawn) if number else context.recipe.seed
         pruned = copy.deepcopy(model)
         report = prune_with(seed, pruned, False)
         predictor = Predictor(_InMemory(pruned, processor))
-        scores = evaluate_predictor(predictor, bench.sources.tasks, rows, split="validation")
+        scores = evaluate_predictor(predictor, context.sources.tasks, rows, split="validation")
         tried.append(
             {
                 "seed": seed,
                 "average": scores.average,
                 "rows": max((score.rows for score in scores.tasks.values()), default=0),
                 "tasks": {
-                    name: score.metrics[str(bench.sources.tasks[name].metric)] for name, score in scores.tasks.items()
+                    name: score.metrics[str(context.sources.tasks[name].metric)] for name, score in scores.tasks.items()
                 },
                 "parameters": report.parameters_after,
             }
@@ -324,21 +324,21 @@ class _InMemory(Runtime):
 
 
 def _prune_gradually(
-    step: PruneStep, schedule: GradualSchedule, source: str | None, bench: Bench, folder: Path, work: Path
+    step: PruneStep, schedule: GradualSchedule, source: str | None, context: RunContext, folder: Path, work: Path
 ) -> StepOutcome:
     """Drop layers where the step says so, then train while heads and neurons go; a killed training goes on."""
     assert step.recover is not None
-    processor = bench.processor_of(source)
+    processor = context.processor_of(source)
     reports = []
-    load = _loader(source, bench)
+    load = _loader(source, context)
     if step.layers:
-        _cut(step, load, processor, bench, work, {"layers": step.layers})
+        _cut(step, load, processor, context, work, {"layers": step.layers})
         reports.append(json.loads((work / "cut" / _REPORT).read_text(encoding="utf-8")))
-        load = _loader(work / "cut", bench)
+        load = _loader(work / "cut", context)
     start = Start(load(), processor)
     length = None
     if step.compute:
-        length = step.length or mean_length(start.model, calibration_batches(start, bench, step.rows))
+        length = step.length or mean_length(start.model, calibration_batches(start, context, step.rows))
     pruning = GradualPruning(
         heads=step.heads,
         feed_forward=step.feed_forward,
@@ -351,13 +351,13 @@ def _prune_gradually(
         multiple_of=step.multiple_of,
     )
     try:
-        fit = recover(step.recover, start, bench, work, [pruning])
+        fit = recover(step.recover, start, context, work, [pruning])
     except MTCompressError:
         raise
     except ValueError as error:
         # What no recipe shows: the layers keep more than the wanted share.
         raise RecipeError(f"steps.{step.name}.{error}") from error
-    outcome = save_trained(start, bench, folder, fit)
+    outcome = save_trained(start, context, folder, fit)
     outcome.pruning = {
         "schedule": schedule.kind,
         "rounds": [_summary(report) for report in reports],

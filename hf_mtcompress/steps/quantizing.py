@@ -12,19 +12,19 @@ import torch
 
 from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
-from hf_mtcompress.config import CalibrationConfig, QuantizeStep
 from hf_mtcompress.errors import RecipeError
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.exporting.onnx_quantization import Calibration, quantize_onnx
-from hf_mtcompress.exporting.openvino import convert_openvino
-from hf_mtcompress.inference.graph_settings import GraphForm, read_graph_settings
-from hf_mtcompress.inference.predictor import load_predictor
+from hf_mtcompress.formats.graph_settings import GraphForm, read_graph_settings
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.onnx.quantize import Calibration, quantize_onnx
+from hf_mtcompress.formats.openvino.export import convert_openvino
+from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.publishing.sensitivity import bits_name
+from hf_mtcompress.recipe import CalibrationConfig, QuantizeStep
 from hf_mtcompress.records import Artefact
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, probe_batch, structure_of
 from hf_mtcompress.steps.mixed_bits import mix_bits
 from hf_mtcompress.steps.rows import calibration_rows
+from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, probe, probe_batch, structure_of
 from hf_mtcompress.steps.teaching import recover
 from hf_mtcompress.steps.training import Fit
 from hf_mtcompress.trainers.rounding import RoundToBits
@@ -36,18 +36,18 @@ _QUANTIZED = "quantized"
 _STRUCTURE = "structure.json"
 
 
-def quantize_step(step: QuantizeStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+def quantize_step(step: QuantizeStep, source: str | None, context: RunContext, folder: Path, work: Path) -> StepOutcome:
     """Store weights in fewer bits: a folder that stays in torch, or a graph."""
     assert source is not None
     match step.backend:
         case "bitsandbytes" | "torchao":
-            return _quantize_in_torch(step, source, bench, folder)
+            return _quantize_in_torch(step, source, context, folder)
         case "onnxruntime" | "openvino":
-            return _quantize_graph(step, source, bench, folder, work)
+            return _quantize_graph(step, source, context, folder, work)
 
 
-def _quantize_in_torch(step: QuantizeStep, source: str, bench: Bench, folder: Path) -> StepOutcome:
-    model, processor = bench.load(source).eval(), bench.processor_of(source)
+def _quantize_in_torch(step: QuantizeStep, source: str, context: RunContext, folder: Path) -> StepOutcome:
+    model, processor = context.load(source).eval(), context.processor_of(source)
     if step.backend == "torchao":
         quantized: Any = quantize_torchao(model)
         precision = "int8 linear layers, dynamic, per token, float32 embeddings"
@@ -71,7 +71,7 @@ def _quantize_in_torch(step: QuantizeStep, source: str, bench: Bench, folder: Pa
             "embeddings": step.embeddings,
         }
     assert isinstance(quantized, MultiTaskModel)
-    probes = {".": probe(quantized, bench, processor)}
+    probes = {".": probe(quantized, context, processor)}
     quantized.save_pretrained(folder)
     processor.save_pretrained(folder)
     assert step.backend in ("bitsandbytes", "torchao")
@@ -79,16 +79,16 @@ def _quantize_in_torch(step: QuantizeStep, source: str, bench: Bench, folder: Pa
     return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
 
 
-def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path, work: Path) -> StepOutcome:
-    processor = bench.processor_of(source)
+def _quantize_graph(step: QuantizeStep, source: str, context: RunContext, folder: Path, work: Path) -> StepOutcome:
+    processor = context.processor_of(source)
     structure = work / _STRUCTURE
     if not structure.exists():
         # What is done stays in the work folder until the step is: its gate may send it back.
         quantization: dict[str, Any] = {}
-        model = bench.load(source)
+        model = context.load(source)
         fit: Fit | None = None
         if step.recover is None:
-            start = float_graph(source, bench, model.eval(), processor)
+            start = float_graph(source, context, model.eval(), processor)
         else:
             assert step.bits in (8, 4)
             rounding = RoundToBits(
@@ -97,15 +97,15 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
                 embedding_bits=step.embedding_bits,
                 float_layers=step.float_layers,
             )
-            fit = recover(step.recover, Start(model, processor), bench, work, [rounding])
+            fit = recover(step.recover, Start(model, processor), context, work, [rounding])
             torch.nn.Module.to(model, "cpu")
             start = export_onnx(model.eval(), processor, work / _FLOAT)
         with whole_folder(work / _QUANTIZED) as scratch:
             try:
                 if step.bits == "mixed":
-                    quantization = mix_bits(step, start, scratch, Start(model, processor), source, bench, work)
+                    quantization = mix_bits(step, start, scratch, Start(model, processor), source, context, work)
                 else:
-                    _few_bits(step, start, scratch, Start(model, processor), bench)
+                    _few_bits(step, start, scratch, Start(model, processor), context)
             except RecipeError as error:
                 raise RecipeError([f"steps.{step.name}.{problem}" for problem in error.problems]) from error
         training = dataclasses.asdict(fit) if fit is not None else {}
@@ -116,7 +116,7 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
     settings = read_graph_settings(folder, form)
     artefact = Artefact(form=form, folder=".", precision=_graph_precision(step, settings.quantization))
     # There is no model in memory with these weights: the graph is held against itself in another process.
-    answers = load_predictor(folder).logits(probe_batch(bench, processor))
+    answers = load_predictor(folder).logits(probe_batch(context, processor))
     return StepOutcome(
         [artefact],
         processor,
@@ -133,12 +133,12 @@ def _quantize_graph(step: QuantizeStep, source: str, bench: Bench, folder: Path,
     )
 
 
-def _few_bits(step: QuantizeStep, graph: Path, folder: Path, start: Start, bench: Bench) -> None:
+def _few_bits(step: QuantizeStep, graph: Path, folder: Path, start: Start, context: RunContext) -> None:
     """Write the float graph again in the bits of a step."""
     assert step.bits != "mixed"
     if step.backend == "openvino":
         rows = (step.calibration or CalibrationConfig()).rows
-        convert_openvino(graph, folder, step.bits, rows=calibration_rows(start, bench, rows))
+        convert_openvino(graph, folder, step.bits, rows=calibration_rows(start, context, rows))
         return
     quantize_onnx(
         graph,
@@ -147,17 +147,17 @@ def _few_bits(step: QuantizeStep, graph: Path, folder: Path, start: Start, bench
         block_size=step.block_size,
         embedding_bits=step.embedding_bits,
         float_layers=step.float_layers,
-        calibration=_calibration_of(step, start, bench),
+        calibration=_calibration_of(step, start, context),
     )
 
 
-def float_graph(source: str, bench: Bench, model: MultiTaskModel, processor: Any) -> Path:
+def float_graph(source: str, context: RunContext, model: MultiTaskModel, processor: Any) -> Path:
     """The float graph of a step's model, exported once for all steps that quantize it.
 
     It lies among the half-done things of the run and goes with them when the run is done.
     """
-    record = json.loads((bench.step_folder(source) / STEP_RECORD).read_text(encoding="utf-8"))
-    graphs = bench.output / WORK / GRAPHS
+    record = json.loads((context.step_folder(source) / STEP_RECORD).read_text(encoding="utf-8"))
+    graphs = context.output / WORK / GRAPHS
     graphs.mkdir(parents=True, exist_ok=True)
     folder = graphs / f"{source}-{record['fingerprint'][:8]}"
     if not folder.exists():
@@ -166,10 +166,10 @@ def float_graph(source: str, bench: Bench, model: MultiTaskModel, processor: Any
     return folder
 
 
-def _calibration_of(step: QuantizeStep, start: Start, bench: Bench) -> Calibration | None:
+def _calibration_of(step: QuantizeStep, start: Start, context: RunContext) -> Calibration | None:
     if step.calibration is None:
         return None
-    rows = calibration_rows(start, bench, step.calibration.rows)
+    rows = calibration_rows(start, context, step.calibration.rows)
     return Calibration(rows, step.calibration.method, step.calibration.percentile)
 
 

@@ -11,7 +11,6 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 
 from hf_mtcompress.compression.vocabulary import Text
-from hf_mtcompress.config import PretrainStep, Role, TrimVocabularyStep
 from hf_mtcompress.data.alignment import columns_of_rows
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.load import load_unlabelled
@@ -19,7 +18,8 @@ from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
 from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
 from hf_mtcompress.errors import DataError, RecipeError
-from hf_mtcompress.steps.bench import Bench, Start
+from hf_mtcompress.recipe import PretrainStep, Role, TrimVocabularyStep
+from hf_mtcompress.steps.run_context import RunContext, Start
 
 
 def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -27,34 +27,34 @@ def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in batch.items() if not key.startswith(("labels_", "rows_"))}
 
 
-def calibration_batches(start: Start, bench: Bench, rows: int) -> list[dict[str, torch.Tensor]]:
+def calibration_batches(start: Start, context: RunContext, rows: int) -> list[dict[str, torch.Tensor]]:
     """About `rows` training rows in batches of one source each, with the labels of all its tasks."""
     model, processor = start.model, start.processor
     groups = encode_groups(
-        model.tasks, bench.sources.role("train"), processor, bench.recipe.encoder.max_length, "train"
+        model.tasks, context.sources.role("train"), processor, context.recipe.encoder.max_length, "train"
     )
     shares = [math.ceil(rows * len(group.dataset) / sum(len(group.dataset) for group in groups)) for group in groups]
-    generator = np.random.default_rng(bench.recipe.seed)
+    generator = np.random.default_rng(context.recipe.seed)
     chosen = []
     for group, share in zip(groups, shares, strict=True):
         order = generator.permutation(len(group.dataset))[:share]
         chosen.append(EncodedGroup(group.tasks, group.dataset.select(sorted(order.tolist()))))
-    sampler = MixingSampler([len(group.dataset) for group in chosen], 16, seed=bench.recipe.seed)
+    sampler = MixingSampler([len(group.dataset) for group in chosen], 16, seed=context.recipe.seed)
     loader: DataLoader[Any] = DataLoader(
         MixedDataset([group.dataset for group in chosen]),
         batch_sampler=sampler,
-        collate_fn=MultiTaskCollator(model.tasks, processor if bench.max_length is not None else None),
+        collate_fn=MultiTaskCollator(model.tasks, processor if context.max_length is not None else None),
     )
     return list(loader)
 
 
-def calibration_rows(start: Start, bench: Bench, rows: int) -> list[dict[str, np.ndarray]]:
+def calibration_rows(start: Start, context: RunContext, rows: int) -> list[dict[str, np.ndarray]]:
     """About `rows` training rows as model inputs, one in each batch and none padded.
 
     Padding would count among the activations whose ranges are measured.
     """
     found = []
-    for batch in calibration_batches(start, bench, rows):
+    for batch in calibration_batches(start, context, rows):
         inputs = {name: tensor.numpy() for name, tensor in inputs_of(batch).items()}
         lengths = inputs["attention_mask"].sum(axis=1) if "attention_mask" in inputs else None
         for row in range(len(next(iter(inputs.values())))):
@@ -68,27 +68,27 @@ def calibration_rows(start: Start, bench: Bench, rows: int) -> list[dict[str, np
     return found
 
 
-def validation_rows(bench: Bench, rows: int) -> dict[str, Dataset]:
+def validation_rows(context: RunContext, rows: int) -> dict[str, Dataset]:
     """At most `rows` validation rows of each source, by task; tasks that share rows still share them."""
-    generator = np.random.default_rng(bench.recipe.seed)
+    generator = np.random.default_rng(context.recipe.seed)
     made: dict[int, Dataset] = {}
-    found = bench.sources.role("validation")
+    found = context.sources.role("validation")
     for own in found.values():
         if id(own) not in made:
             made[id(own)] = own.select(sorted(generator.permutation(len(own))[:rows].tolist()))
     return {name: made[id(own)] for name, own in found.items()}
 
 
-def texts_to_keep(step: TrimVocabularyStep, bench: Bench) -> list[list[Text]]:
+def texts_to_keep(step: TrimVocabularyStep, context: RunContext) -> list[list[Text]]:
     """Columns of texts whose tokens stay: of the step's corpus, else of the training and validation rows.
 
     Raises:
         RecipeError: the corpus cannot be read.
     """
     if step.corpus is None:
-        return texts_of(bench.sources, ["train", "validation"])
+        return texts_of(context.sources, ["train", "validation"])
     try:
-        rows = load_unlabelled(step.corpus, [step.column], Path.cwd(), bench.recipe.seed, f"steps.{step.name}.corpus")
+        rows = load_unlabelled(step.corpus, [step.column], Path.cwd(), context.recipe.seed, f"steps.{step.name}.corpus")
     except DataError as error:
         raise RecipeError(str(error)) from error
     return columns_of_rows(rows[:], [step.column], split=False)
@@ -121,9 +121,9 @@ def rows_with_unlabelled(rows: Mapping[str, Dataset], sources: Sources) -> dict[
     }
 
 
-def rows_to_pretrain_on(step: PretrainStep, bench: Bench) -> dict[str, Dataset]:
+def rows_to_pretrain_on(step: PretrainStep, context: RunContext) -> dict[str, Dataset]:
     """Inputs by task, labels left open: rows of the step's own, else those of all tasks."""
-    tasks = bench.sources.tasks
+    tasks = context.sources.tasks
     if step.data is not None:
         task = next((task for task in tasks.values() if len(task.input_columns) == 1), None)
         if task is None:
@@ -133,18 +133,18 @@ def rows_to_pretrain_on(step: PretrainStep, bench: Bench) -> dict[str, Dataset]:
             )
         what = f"steps.{step.name}.data"
         try:
-            rows = load_unlabelled(step.data, [step.column], Path.cwd(), bench.recipe.seed, what)
+            rows = load_unlabelled(step.data, [step.column], Path.cwd(), context.recipe.seed, what)
         except DataError as error:
             raise RecipeError(str(error)) from error
         if step.column != task.input_columns[0]:
             rows = rows.rename_column(step.column, task.input_columns[0])
         return {task.name: without_labels(rows, [task])}
-    rows = bench.sources.role("train")
+    rows = context.sources.role("train")
     made: dict[int, Dataset] = {}
     for name, own in rows.items():
         if id(own) not in made:
             sharing = [tasks[other] for other in rows if rows[other] is own]
             plain = without_labels(own, sharing)
-            more = bench.sources.unlabelled.get(name)
+            more = context.sources.unlabelled.get(name)
             made[id(own)] = plain if more is None else concatenate_datasets([plain, without_labels(more, sharing)])
     return {name: made[id(own)] for name, own in rows.items()}

@@ -1,7 +1,7 @@
 """What each step of a recipe does: take a saved model, write the next one.
 
-Every step gets a `Bench` and an empty folder that the workflow moves into place when the step is done, and returns a
-`StepOutcome`. Half-done training lies in the step's work folder, from where a killed run goes on.
+Every step gets a `RunContext` and an empty folder that the run moves into place when the step is done, and returns
+a `StepOutcome`. Half-done training lies in the step's work folder, from where a killed run goes on.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_mtcompress.config import (
+from hf_mtcompress.environment import require_extra
+from hf_mtcompress.errors import MissingExtraError, RecipeError
+from hf_mtcompress.recipe import (
     DistillStep,
     ExportStep,
     FinetuneStep,
@@ -23,43 +25,41 @@ from hf_mtcompress.config import (
     TrimWeightsStep,
     without_auxiliary,
 )
-from hf_mtcompress.environment import require_extra
-from hf_mtcompress.errors import MissingExtraError, RecipeError
-from hf_mtcompress.steps.bench import Bench, StepOutcome
 from hf_mtcompress.steps.exporting import export_step
 from hf_mtcompress.steps.pruning import prune_step
 from hf_mtcompress.steps.quantizing import quantize_step
+from hf_mtcompress.steps.run_context import RunContext, StepOutcome
 from hf_mtcompress.steps.teaching import teach_step
 from hf_mtcompress.steps.training import finetune_step
 from hf_mtcompress.steps.trimming import trim_vocabulary_step, trim_weights_step
 
 
-def run_step(step: StepConfig, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+def run_step(step: StepConfig, source: str | None, context: RunContext, folder: Path, work: Path) -> StepOutcome:
     """Do one step.
 
     Args:
         step: what is wanted.
         source: name of the step to start from; None for the recipe's encoder.
-        bench: the run.
+        context: the run.
         folder: empty, for the result.
         work: for checkpoints; kept when the run is killed.
     """
-    set_seed(bench.recipe.seed)
+    set_seed(context.recipe.seed)
     match step:
         case FinetuneStep():
-            return finetune_step(step, source, bench, folder, work)
+            return finetune_step(step, source, context, folder, work)
         case PretrainStep() | DistillStep():
-            return teach_step(step, source, bench, folder, work)
+            return teach_step(step, source, context, folder, work)
         case PruneStep():
-            return prune_step(step, source, bench, folder, work)
+            return prune_step(step, source, context, folder, work)
         case TrimVocabularyStep():
-            return trim_vocabulary_step(step, source, bench, folder)
+            return trim_vocabulary_step(step, source, context, folder)
         case TrimWeightsStep():
-            return trim_weights_step(step, source, bench, folder, work)
+            return trim_weights_step(step, source, context, folder, work)
         case QuantizeStep():
-            return quantize_step(step, source, bench, folder, work)
+            return quantize_step(step, source, context, folder, work)
         case ExportStep():
-            return export_step(step, source, bench, folder)
+            return export_step(step, source, context, folder)
 
 
 def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:

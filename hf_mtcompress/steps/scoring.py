@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_mtcompress.config import Role
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
+from hf_mtcompress.recipe import Role
 from hf_mtcompress.records import SplitScores, StepRecord, TaskRecord, step_from_dict
-from hf_mtcompress.steps.bench import Bench
+from hf_mtcompress.steps.run_context import RunContext
 
 
 def read_step(path: Path) -> StepRecord | None:
@@ -18,24 +18,24 @@ def read_step(path: Path) -> StepRecord | None:
         return None
 
 
-def score_folder(bench: Bench, folder: Path, role: Role) -> SplitScores:
+def score_folder(context: RunContext, folder: Path, role: Role) -> SplitScores:
     """Scores of a saved folder on the rows that play a role."""
     return evaluate_folder(
         folder,
-        bench.sources.tasks,
-        bench.sources.role(role),
+        context.sources.tasks,
+        context.sources.role(role),
         split=role,
-        batch_size=bench.recipe.training.eval_batch_size or 64,
+        batch_size=context.recipe.training.eval_batch_size or 64,
     )
 
 
-def task_record(name: str, bench: Bench) -> TaskRecord:
+def task_record(name: str, context: RunContext) -> TaskRecord:
     """Rows, labels and baselines of a task, as the record holds them."""
-    task = bench.sources.tasks[name]
-    source = bench.sources.configs[name]
+    task = context.sources.tasks[name]
+    source = context.sources.configs[name]
     labelled: dict[str, int] = {}
     baseline: dict[str, float] = {}
-    for role, rows in bench.sources.splits[name].items():
+    for role, rows in context.sources.splits[name].items():
         labels = _encoded(task, rows)
         labelled[role] = int(sum(_is_labelled(label) for label in labels))
         if role != "train" and labelled[role]:
@@ -51,7 +51,7 @@ def task_record(name: str, bench: Bench) -> TaskRecord:
         rows=labelled,
         baseline=baseline,
         dataset_id=source.dataset_id,
-        dataset_revision=bench.sources.revision(name),
+        dataset_revision=context.sources.revision(name),
         license=source.license,
     )
 

@@ -25,7 +25,16 @@ from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.selection import select_layers
-from hf_mtcompress.config import (
+from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.formats.graph_settings import FILES
+from hf_mtcompress.formats.runtimes import Runtime, open_runtime
+from hf_mtcompress.formats.runtimes import load_processor as read_processor
+from hf_mtcompress.losses.criteria import Criterion, criterion_of
+from hf_mtcompress.losses.fusion import Weight
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.student import fresh_student_of, student_of, with_tasks
+from hf_mtcompress.recipe import (
     DistillStep,
     EncoderConfig,
     FinetuneStep,
@@ -34,17 +43,8 @@ from hf_mtcompress.config import (
     WeightSchedule,
     teachers_of,
 )
-from hf_mtcompress.errors import ArtifactError, RecipeError
-from hf_mtcompress.inference.graph_settings import FILES
-from hf_mtcompress.inference.runtimes import Runtime, open_runtime
-from hf_mtcompress.inference.runtimes import load_processor as read_processor
-from hf_mtcompress.losses.criteria import Criterion, criterion_of
-from hf_mtcompress.losses.fusion import Weight
-from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.student import fresh_student_of, student_of, with_tasks
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, load_processor, new_model, start_of
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
+from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, load_processor, new_model, start_of
 from hf_mtcompress.steps.training import (
     Fit,
     MarkComplete,
@@ -109,25 +109,25 @@ class Faculty:
 
 
 def teach_step(
-    step: DistillStep | PretrainStep, source: str | None, bench: Bench, folder: Path, work: Path
+    step: DistillStep | PretrainStep, source: str | None, context: RunContext, folder: Path, work: Path
 ) -> StepOutcome:
     """Train a student on what its teachers answer or hold."""
-    faculty, start = _teacher_and_student(step, source, bench)
-    fit = train_taught(step, start, faculty, bench, work)
+    faculty, start = _teacher_and_student(step, source, context)
+    fit = train_taught(step, start, faculty, context, work)
     if isinstance(step, DistillStep) and step.drop_auxiliary:
         drop_auxiliary(start.model)
-    return save_trained(start, bench, folder, fit)
+    return save_trained(start, context, folder, fit)
 
 
 def ask_teacher(
-    step: DistillStep | PretrainStep, source: str | None, bench: Bench, part: tuple[int, int]
+    step: DistillStep | PretrainStep, source: str | None, context: RunContext, part: tuple[int, int]
 ) -> tuple[int, int]:
     """Ask the teacher of a step about its training rows, or a part of them, and keep the answers for the step.
 
     Args:
         step: with `teacher_cache`.
         source: the step that it starts from, if any.
-        bench: the run, with the steps before this one done.
+        context: the run, with the steps before this one done.
         part: (number, of), counted from 0.
 
     Returns:
@@ -137,19 +137,19 @@ def ask_teacher(
         RecipeError: the step keeps no cache.
         ArtifactError: a step that it needs is not done.
     """
-    folder = _cache_folder(step, bench)
+    folder = _cache_folder(step, context)
     if folder is None:
         raise RecipeError(f"steps.{step.name}.teacher_cache: expected true or a folder to keep answers in, found false")
-    own = [other.name for other in bench.recipe.steps]
+    own = [other.name for other in context.recipe.steps]
     for needed in (*teachers_of(step), *([source] if source else [])):
-        if needed in own and not bench.step_folder(needed).is_dir():
+        if needed in own and not context.step_folder(needed).is_dir():
             raise ArtifactError(
                 f"expected the step '{needed}' to be done before its answers are asked for; run it first"
             )
-    set_seed(bench.recipe.seed)
+    set_seed(context.recipe.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        faculty, start = _teacher_and_student(step, source, bench)
-        trainer = _taught_trainer(step, start, faculty, bench, Path(scratch), False)
+        faculty, start = _teacher_and_student(step, source, context)
+        trainer = _taught_trainer(step, start, faculty, context, Path(scratch), False)
         return trainer.ask_teachers(folder, part)
 
 
@@ -157,27 +157,27 @@ def train_taught(
     step: DistillStep | PretrainStep,
     start: Start,
     faculty: Faculty,
-    bench: Bench,
+    context: RunContext,
     work: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Fit:
     """Train a model on the answers of teachers; a killed training goes on."""
-    return fit_of(_taught_trainer(step, start, faculty, bench, work, _cache_folder(step, bench), callbacks), work)
+    return fit_of(_taught_trainer(step, start, faculty, context, work, _cache_folder(step, context), callbacks), work)
 
 
 def recover(
     section: FinetuneStep | DistillStep,
     start: Start,
-    bench: Bench,
+    context: RunContext,
     work: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Fit:
     """Train what a cut has left, on labels or on the answers of teachers."""
     match section:
         case FinetuneStep():
-            return train_finetune(section, start, bench, work, callbacks)
+            return train_finetune(section, start, context, work, callbacks)
         case DistillStep():
-            return train_taught(section, start, load_faculty(section, bench), bench, work, callbacks)
+            return train_taught(section, start, load_faculty(section, context), context, work, callbacks)
         case _:
             assert_never(section)
 
@@ -186,23 +186,23 @@ def _taught_trainer(
     step: DistillStep | PretrainStep,
     start: Start,
     faculty: Faculty,
-    bench: Bench,
+    context: RunContext,
     work: Path,
     cache: Path | Literal[False] | None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> DistillationTrainer:
     """The trainer of a step with a teacher; a pretrain step has no labels, so none to score or to keep weights by."""
-    config = merged_training(step, bench.recipe.training)
+    config = merged_training(step, context.recipe.training)
     match step:
         case DistillStep():
-            rows, scored = bench.sources.role("train"), bench.sources.role("validation")
-            rows = rows_with_unlabelled(rows, bench.sources) if step.unlabelled else rows
+            rows, scored = context.sources.role("train"), context.sources.role("validation")
+            rows = rows_with_unlabelled(rows, context.sources) if step.unlabelled else rows
             label_weight = _weight(step.label_weight)
         case PretrainStep():
-            rows, scored = rows_to_pretrain_on(step, bench), None
+            rows, scored = rows_to_pretrain_on(step, context), None
             config, label_weight = dataclasses.replace(config, keep="last"), 0.0
     arguments = training_arguments(
-        DistillationTrainingArguments, config, bench, work, labelled=isinstance(step, DistillStep)
+        DistillationTrainingArguments, config, context, work, labelled=isinstance(step, DistillStep)
     )
     arguments.cache_precision = step.cache_precision
     return DistillationTrainer(
@@ -223,10 +223,10 @@ def _taught_trainer(
     )
 
 
-def _cache_folder(step: DistillStep | PretrainStep, bench: Bench) -> Path | None:
+def _cache_folder(step: DistillStep | PretrainStep, context: RunContext) -> Path | None:
     match step.teacher_cache:
         case bool():
-            return bench.output / WORK / "teacher_cache" if step.teacher_cache else None
+            return context.output / WORK / "teacher_cache" if step.teacher_cache else None
         case str():
             return Path(step.teacher_cache)
 
@@ -245,24 +245,26 @@ def _weight(value: float | WeightSchedule) -> Weight:
     return (value.source, value.to) if isinstance(value, WeightSchedule) else value
 
 
-def _teacher_and_student(step: DistillStep | PretrainStep, source: str | None, bench: Bench) -> tuple[Faculty, Start]:
-    faculty = load_faculty(step, bench) if isinstance(step, DistillStep) else _load_encoding_teacher(step, bench)
+def _teacher_and_student(
+    step: DistillStep | PretrainStep, source: str | None, context: RunContext
+) -> tuple[Faculty, Start]:
+    faculty = load_faculty(step, context) if isinstance(step, DistillStep) else _load_encoding_teacher(step, context)
     student = step.student
-    return faculty, start_of(source, bench) if student is None else _student(student, step, faculty, bench)
+    return faculty, start_of(source, context) if student is None else _student(student, step, faculty, context)
 
 
-def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
+def load_faculty(step: DistillStep, context: RunContext) -> Faculty:
     """Load every teacher of a step once."""
-    steps = [other.name for other in bench.recipe.steps]
+    steps = [other.name for other in context.recipe.steps]
     where = f"steps.{step.name}.{'teachers' if step.teachers else 'teacher'}"
     by_task = step.teachers if isinstance(step.teachers, dict) else {}
     # Auxiliary tasks may have been dropped; a name that is none is refused where the teachers are asked.
-    dropped = [task for task in by_task if task in bench.recipe.tasks and task not in bench.sources.tasks]
+    dropped = [task for task in by_task if task in context.recipe.tasks and task not in context.sources.tasks]
     by_task = {task: place for task, place in by_task.items() if task not in dropped}
     places = dict.fromkeys(by_task.values()) or teachers_of(step)
-    models = {place: load_teacher(place, bench, where) for place in places}
+    models = {place: load_teacher(place, context, where) for place in places}
     processors = {
-        id(model): bench.processor_of(place) if place in steps else _own_processor(place, bench)
+        id(model): context.processor_of(place) if place in steps else _own_processor(place, context)
         for place, model in models.items()
     }
     trusted = all(place in steps for place in models)
@@ -275,31 +277,31 @@ def load_faculty(step: DistillStep, bench: Bench) -> Faculty:
             return Faculty(models[str(step.teacher)], processors, trusted)
 
 
-def _load_encoding_teacher(step: PretrainStep, bench: Bench) -> Faculty:
+def _load_encoding_teacher(step: PretrainStep, context: RunContext) -> Faculty:
     """The teacher of a pretrain step, whose answers nobody asks for."""
-    own = any(other.name == step.teacher for other in bench.recipe.steps)
+    own = any(other.name == step.teacher for other in context.recipe.steps)
     saved = own or _config_of(step.teacher, f"steps.{step.name}.teacher").model_type == MultiTaskConfig.model_type
     if own:
-        teacher, processor = bench.load(step.teacher), bench.processor_of(step.teacher)
+        teacher, processor = context.load(step.teacher), context.processor_of(step.teacher)
     else:
         place = step.teacher
-        teacher = MultiTaskModel.from_pretrained(place) if saved else new_model(EncoderConfig(path=place), bench)
-        processor = _own_processor(step.teacher, bench)
+        teacher = MultiTaskModel.from_pretrained(place) if saved else new_model(EncoderConfig(path=place), context)
+        processor = _own_processor(step.teacher, context)
     return Faculty(teacher, {id(teacher): processor}, own, saved)
 
 
-def _own_processor(place: str, bench: Bench) -> Any:
+def _own_processor(place: str, context: RunContext) -> Any:
     """The tokenizer or image processor that a saved teacher reads with; the run's own where it has none."""
     folder = Path(place)
     try:
         if folder.is_dir():
             return read_processor(folder)
-        return (AutoImageProcessor if bench.max_length is None else AutoTokenizer).from_pretrained(
+        return (AutoImageProcessor if context.max_length is None else AutoTokenizer).from_pretrained(
             place, trust_remote_code=False
         )
     except (ArtifactError, OSError, ValueError):
         logger.warning("teacher '%s' has no tokenizer or image processor of its own: it reads the run's", place)
-        return bench.processor
+        return context.processor
 
 
 def _config_of(place: str, where: str) -> PreTrainedConfig:
@@ -322,19 +324,19 @@ def _config_of(place: str, where: str) -> PreTrainedConfig:
         raise RecipeError(f"{expected}, found '{place}' ({str(error).splitlines()[0]})") from error
 
 
-def load_teacher(name: str, bench: Bench, where: str) -> TeacherModel:
+def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     """The teacher: a step of this run, or a saved multi-task or stock model, or a graph.
 
     Args:
         name: of the step, or folder or Hub id.
-        bench: what the run has.
+        context: what the run has.
         where: the key of the recipe that names it, for messages.
 
     Raises:
         RecipeError: it cannot be loaded.
     """
-    if any(step.name == name for step in bench.recipe.steps):
-        return bench.load(name)
+    if any(step.name == name for step in context.recipe.steps):
+        return context.load(name)
     if any((Path(name) / settings).is_file() for settings, *_ in FILES.values()):
         return open_runtime(Path(name))
     config = _config_of(name, where)
@@ -357,14 +359,14 @@ def load_teacher(name: str, bench: Bench, where: str) -> TeacherModel:
         ) from error
 
 
-def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: Faculty, bench: Bench) -> Start:
+def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: Faculty, context: RunContext) -> Start:
     """Make the student that a step asks for, which reads as what it is made of does."""
     if wanted.path is not None:
         # What was said of the recipe's encoder, such as that its code may run, was not said of this one.
-        encoder = EncoderConfig(path=wanted.path, image_size=bench.recipe.encoder.image_size)
-        own = load_processor(dataclasses.replace(bench.recipe, encoder=encoder))
-        same = same_tokenizer(own, bench.processor)
-        return Start(new_model(encoder, bench), bench.processor if same else own)
+        encoder = EncoderConfig(path=wanted.path, image_size=context.recipe.encoder.image_size)
+        own = load_processor(dataclasses.replace(context.recipe, encoder=encoder))
+        same = same_tokenizer(own, context.processor)
+        return Start(new_model(encoder, context), context.processor if same else own)
     teacher = faculty.first
     processor = faculty.processors[id(teacher)]
     if not isinstance(teacher, MultiTaskModel):
@@ -375,7 +377,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
     fresh: list[str] = []
     if not faculty.trusted:
         # A saved model does not say which columns its tasks read, and may know other tasks or labels in another order.
-        teacher, fresh = with_tasks(teacher, list(bench.sources.tasks.values()))
+        teacher, fresh = with_tasks(teacher, list(context.sources.tasks.values()))
     if fresh:
         logger.warning(
             "student: new heads for %s, since the teacher has none there of this shape with these labels in this order",
@@ -388,7 +390,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
         raise RecipeError(
             f"steps.{step.name}.student.choose: expected a teacher with a trained head for each task of this run (of "
             "this shape, with these labels in this order) for leave_one_out, found none for "
-            f"{', '.join(fresh or bench.sources.tasks)}; use redundancy, which asks for no answers"
+            f"{', '.join(fresh or context.sources.tasks)}; use redundancy, which asks for no answers"
         )
     depth = teacher.encoder.config.num_hidden_layers
     if isinstance(wanted.layers, int) and wanted.layers > depth:
@@ -396,7 +398,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
             f"steps.{step.name}.student.layers: expected at most the teacher's {depth} layers, found {wanted.layers}"
         )
     if isinstance(wanted.layers, int) and wanted.choose in ("redundancy", "leave_one_out"):
-        rows = calibration_batches(Start(teacher, processor), bench, _INFLUENCE_ROWS)
+        rows = calibration_batches(Start(teacher, processor), context, _INFLUENCE_ROWS)
         if wanted.choose == "redundancy":
             worth = block_influence(teacher.encoder, [inputs_of(batch) for batch in rows])
         else:

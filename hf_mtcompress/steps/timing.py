@@ -6,23 +6,23 @@ import logging
 
 from hf_mtcompress.artifacts import WORK
 from hf_mtcompress.compression.latency import LatencyTable, measure_latency
-from hf_mtcompress.config import TimingConfig
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.student import fresh_student_of
-from hf_mtcompress.steps.bench import Bench, probe_samples
+from hf_mtcompress.recipe import TimingConfig
+from hf_mtcompress.steps.run_context import RunContext, probe_samples
 
 logger = logging.getLogger(__name__)
 
 
-def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTable:
+def latency_table(timing: TimingConfig, context: RunContext, source: str) -> LatencyTable:
     """Times of the blocks of a step's encoder as they were before any of its heads and neurons went.
 
     Measured once for a kind of encoder, a runtime and a machine, and kept in the run: models that were cut from one
     find its table, whatever is left of their layers and of their vocabulary.
     """
-    whole = fresh_student_of(bench.load(source), {})
+    whole = fresh_student_of(context.load(source), {})
     anatomy = find_anatomy(whole.encoder)
     config = whole.encoder.config
     facts = {
@@ -34,7 +34,7 @@ def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTab
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
     heads, width = anatomy.sizes[0]
-    for path in sorted((bench.output / WORK).glob(f"latency-{digest}-*.json")):
+    for path in sorted((context.output / WORK).glob(f"latency-{digest}-*.json")):
         try:
             found = LatencyTable.load(path)
         except ArtifactError as error:
@@ -45,8 +45,8 @@ def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTab
     logger.warning("timing the blocks of the encoder, %s", timing.runtime)
     table = measure_latency(
         whole,
-        bench.processor_of(source),
-        probe_samples(bench),
+        context.processor_of(source),
+        probe_samples(context),
         runtime=timing.runtime,
         tokens=timing.tokens,
         batch_sizes=timing.batch_sizes,
@@ -55,5 +55,5 @@ def latency_table(timing: TimingConfig, bench: Bench, source: str) -> LatencyTab
     )
     for size, times in table.batches.items():
         logger.info("batch size %d: the sum of blocks misses by at most %.1f %%", size, 100 * times.largest_error)
-    table.save(bench.output / WORK / f"latency-{digest}-{heads}-{width}.json")
+    table.save(context.output / WORK / f"latency-{digest}-{heads}-{width}.json")
     return table

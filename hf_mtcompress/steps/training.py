@@ -14,11 +14,11 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_mtcompress.config import FinetuneStep, Recipe, TrainingConfig
 from hf_mtcompress.errors import RecipeError, TrainingError
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.recipe import FinetuneStep, Recipe, TrainingConfig
 from hf_mtcompress.records import Artefact
-from hf_mtcompress.steps.bench import Bench, Start, StepOutcome, probe, start_of, structure_of
+from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, probe, start_of, structure_of
 from hf_mtcompress.trainers.arguments import MultiTaskTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
@@ -28,15 +28,15 @@ Arguments = TypeVar("Arguments", bound=MultiTaskTrainingArguments)
 _COMPLETE = "complete"
 
 
-def finetune_step(step: FinetuneStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+def finetune_step(step: FinetuneStep, source: str | None, context: RunContext, folder: Path, work: Path) -> StepOutcome:
     """Train heads and encoder on labels, or adapters alone."""
-    start = start_of(source, bench)
+    start = start_of(source, context)
     if step.adapters is not None:
         start.model.add_adapters(**dataclasses.asdict(step.adapters))
-    fit = train_finetune(step, start, bench, work)
+    fit = train_finetune(step, start, context, work)
     if step.drop_auxiliary:
         drop_auxiliary(start.model)
-    return save_trained(start, bench, folder, fit)
+    return save_trained(start, context, folder, fit)
 
 
 def drop_auxiliary(model: MultiTaskModel) -> None:
@@ -54,16 +54,16 @@ class Fit:
 
 
 def train_finetune(
-    step: FinetuneStep, start: Start, bench: Bench, work: Path, callbacks: Sequence[TrainerCallback] = ()
+    step: FinetuneStep, start: Start, context: RunContext, work: Path, callbacks: Sequence[TrainerCallback] = ()
 ) -> Fit:
     """Train a model on labels; a killed training goes on."""
-    config = merged_training(step, bench.recipe.training)
-    arguments = training_arguments(MultiTaskTrainingArguments, config, bench, work)
+    config = merged_training(step, context.recipe.training)
+    arguments = training_arguments(MultiTaskTrainingArguments, config, context, work)
     trainer = MultiTaskTrainer(
         model=start.model,
         args=arguments,
-        train_dataset=bench.sources.role("train"),
-        eval_dataset=bench.sources.role("validation"),
+        train_dataset=context.sources.role("train"),
+        eval_dataset=context.sources.role("validation"),
         processing_class=start.processor,
         callbacks=[*callbacks, MarkComplete()],
     )
@@ -112,14 +112,14 @@ def merged_training(step: TrainingConfig, defaults: TrainingConfig) -> TrainingC
 
 
 def training_arguments(
-    cls: type[Arguments], config: TrainingConfig, bench: Bench, work: Path, *, labelled: bool = True
+    cls: type[Arguments], config: TrainingConfig, context: RunContext, work: Path, *, labelled: bool = True
 ) -> Arguments:
     """Training arguments of a step; what the recipe leaves open is the default of `TrainingArguments`.
 
     Args:
         cls: their class.
         config: settings of the step.
-        bench: what the run has.
+        context: what the run has.
         work: folder for checkpoints.
         labelled: whether rows have labels; without them nothing can follow validation scores or
             compare tasks.
@@ -128,7 +128,7 @@ def training_arguments(
         RecipeError: `arguments` holds a name or value that `TrainingArguments` refuses.
     """
     best = config.keep != "last"
-    mixing = {**_mixing_arguments(bench.recipe), **config.arguments}
+    mixing = {**_mixing_arguments(context.recipe), **config.arguments}
     if not labelled:
         for key in ("task_patience", "measure_interference"):
             mixing.pop(key, None)
@@ -159,7 +159,7 @@ def training_arguments(
         "metric_for_best_model": "average" if best else None,
         "greater_is_better": True if best else None,
         "save_total_limit": 2,
-        "seed": bench.recipe.seed,
+        "seed": context.recipe.seed,
         "logging_steps": 25,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -220,12 +220,12 @@ def last_checkpoint(work: Path) -> str | None:
     return str(newest)
 
 
-def save_trained(made: Start, bench: Bench, folder: Path, fit: Fit | None) -> StepOutcome:
+def save_trained(made: Start, context: RunContext, folder: Path, fit: Fit | None) -> StepOutcome:
     """Save a model with what it reads with, and its answers for the check that it reloads."""
     model = made.model
     torch.nn.Module.to(model, "cpu")
     model.eval()
-    probes = {".": probe(model, bench, made.processor)}
+    probes = {".": probe(model, context, made.processor)}
     model.save_pretrained(folder)
     made.processor.save_pretrained(folder)
     return StepOutcome(

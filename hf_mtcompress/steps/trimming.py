@@ -8,19 +8,19 @@ from pathlib import Path
 from hf_mtcompress.artifacts import whole_folder
 from hf_mtcompress.compression.sparsity import trim_weights, zeros_of
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
-from hf_mtcompress.config import Role, TrimVocabularyStep, TrimWeightsStep
 from hf_mtcompress.errors import DataError, RecipeError, UnsupportedEncoderError
 from hf_mtcompress.model.matrices import encoder_matrices
 from hf_mtcompress.model.sparse import make_sparse
-from hf_mtcompress.steps.bench import (
-    Bench,
+from hf_mtcompress.recipe import Role, TrimVocabularyStep, TrimWeightsStep
+from hf_mtcompress.steps.rows import texts_of, texts_to_keep
+from hf_mtcompress.steps.run_context import (
+    RunContext,
     Start,
     StepOutcome,
     reopened,
     start_model,
     start_of,
 )
-from hf_mtcompress.steps.rows import texts_of, texts_to_keep
 from hf_mtcompress.steps.teaching import recover
 from hf_mtcompress.steps.training import save_trained
 from hf_mtcompress.trainers.masking import KeepTrimmed
@@ -32,37 +32,41 @@ _QUANTIZED = "quantized"
 _STRUCTURE = "structure.json"
 
 
-def trim_vocabulary_step(step: TrimVocabularyStep, source: str | None, bench: Bench, folder: Path) -> StepOutcome:
+def trim_vocabulary_step(
+    step: TrimVocabularyStep, source: str | None, context: RunContext, folder: Path
+) -> StepOutcome:
     """Leave out tokens that no text uses, and say what the rest reads differently."""
-    start = start_of(source, bench)
+    start = start_of(source, context)
     try:
         trimmed, report = trim_vocabulary(
             start.model,
             start.processor,
-            texts_to_keep(step, bench),
+            texts_to_keep(step, context),
             minimum_count=step.minimum_count,
             size=step.size,
         )
     except DataError as error:
         raise RecipeError(f"steps.{step.name}.{error}") from error
-    outcome = save_trained(Start(start.model, trimmed), bench, folder, None)
+    outcome = save_trained(Start(start.model, trimmed), context, folder, None)
     roles: list[Role] = ["train", "validation", "test"]
     outcome.vocabulary = {
         **dataclasses.asdict(report),
         "splits": {
-            role: dataclasses.asdict(compare_readings(start.processor, trimmed, texts_of(bench.sources, [role])))
+            role: dataclasses.asdict(compare_readings(start.processor, trimmed, texts_of(context.sources, [role])))
             for role in roles
-            if bench.sources.role(role)
+            if context.sources.role(role)
         },
     }
     return outcome
 
 
-def trim_weights_step(step: TrimWeightsStep, source: str | None, bench: Bench, folder: Path, work: Path) -> StepOutcome:
+def trim_weights_step(
+    step: TrimWeightsStep, source: str | None, context: RunContext, folder: Path, work: Path
+) -> StepOutcome:
     """Set small weights to 0, train the others where the step says so, and store what is left."""
     cut = work / "trimmed"
     if not cut.exists():
-        model = start_model(source, bench)
+        model = start_model(source, context)
         try:
             report = trim_weights(
                 model,
@@ -79,12 +83,12 @@ def trim_weights_step(step: TrimWeightsStep, source: str | None, bench: Bench, f
             model.save_pretrained(scratch)
             (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
     report = json.loads((cut / _REPORT).read_text(encoding="utf-8"))
-    start = Start(reopened(cut, bench), bench.processor_of(source))
+    start = Start(reopened(cut, context), context.processor_of(source))
     fit = None
     if step.recover is not None:
         keep = [KeepTrimmed(start.model, embeddings=step.embeddings)] if report["zeros_after"] else []
-        fit = recover(step.recover, start, bench, work, keep)
-    outcome = save_trained(start, bench, folder, fit)
+        fit = recover(step.recover, start, context, work, keep)
+    outcome = save_trained(start, context, folder, fit)
     dense = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     stored = make_sparse(folder).sparse if step.storage == "sparse" else dense
     matrices = encoder_matrices(start.model, embeddings=step.embeddings)

@@ -28,8 +28,8 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from hf_mtcompress.config.tasks import PRIMARY_METRICS
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
+from hf_mtcompress.recipe.tasks import PRIMARY_METRICS
 
 __all__ = [
     "DEFAULT_METRIC",

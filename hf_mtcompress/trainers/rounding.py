@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mtcompress.errors import UnsupportedEncoderError
-from hf_mtcompress.exporting.onnx_quantization import block_size_problems, fits_blocks
-from hf_mtcompress.exporting.table_quantization import worth_four_bits
+from hf_mtcompress.formats.onnx.quantize import block_size_problems, fits_blocks
+from hf_mtcompress.formats.onnx.tables import worth_four_bits
 from hf_mtcompress.model.adapters import ADAPTERS
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.branches import refuse_sub_models

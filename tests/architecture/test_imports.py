@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-LIGHT = ["artifacts", "config", "config.load", "environment", "errors", "records"]
+LIGHT = ["artifacts", "recipe", "recipe.load", "environment", "errors", "records"]
 
 
 def test_imports_only_look_down():

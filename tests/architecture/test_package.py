@@ -63,7 +63,7 @@ def _has_docstring(name: str, module: Path) -> bool:
 def test_public_names_exist_and_are_documented():
     """`__all__` of every package: each name is imported from a module that defines and describes it."""
     packages = [path for path in PACKAGE.rglob("__init__.py") if "__all__" in path.read_text(encoding="utf-8")]
-    assert PACKAGE / "config/__init__.py" in packages
+    assert PACKAGE / "recipe/__init__.py" in packages
     for init in packages:
         tree = ast.parse(init.read_text(encoding="utf-8"))
         origin = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_mtcompress.config.load import parse_recipe
-from hf_mtcompress.config.text import read_yaml
+from hf_mtcompress.recipe.load import parse_recipe
+from hf_mtcompress.recipe.text import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("recipes/**/*.md")])

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from hf_mtcompress import config
-from hf_mtcompress.config.tasks import PRIMARY_METRICS
+from hf_mtcompress import recipe
+from hf_mtcompress.recipe.tasks import PRIMARY_METRICS
 
 SCRIPT = Path(__file__).parents[2] / "docs/make_reference.py"
 
@@ -31,7 +31,7 @@ def test_page_is_in_step(reference: ModuleType):
 
 
 def test_every_section_has_a_table(reference: ModuleType):
-    sections = {getattr(config, name) for name in config.__all__}
+    sections = {getattr(recipe, name) for name in recipe.__all__}
     documented = {cls for cls, _ in reference.TABLES.values()}
     assert {section for section in sections if dataclasses.is_dataclass(section)} <= documented
 

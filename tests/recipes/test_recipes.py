@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_mtcompress.config import DataConfig, QuantizeStep
-from hf_mtcompress.config.load import dump_recipe, load_recipe
+from hf_mtcompress.recipe import DataConfig, QuantizeStep
+from hf_mtcompress.recipe.load import dump_recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))

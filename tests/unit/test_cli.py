@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from hf_mtcompress.cli import main
-from hf_mtcompress.workflow import load_record
-from hf_mtcompress.workflow import run as _run  # noqa: F401  # imported before capture, since its import may warn
+from hf_mtcompress.runs.results import load_record
+from hf_mtcompress.runs.run import run as _run  # noqa: F401  # imported before capture, since its import may warn
 from tests.tiny_recipe import write_tiny_recipe
 
 FIRST_STEP = [{"kind": "finetune", "name": "teacher", "epochs": 1}]

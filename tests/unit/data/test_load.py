@@ -13,7 +13,6 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image as PILImage
 
-from hf_mtcompress.config import DataConfig, Role
 from hf_mtcompress.data.load import (
     CARVED_MAXIMUM,
     check_columns,
@@ -24,6 +23,7 @@ from hf_mtcompress.data.load import (
     load_splits,
 )
 from hf_mtcompress.errors import DataError
+from hf_mtcompress.recipe import DataConfig, Role
 from hf_mtcompress.tasks import SequenceClassification, TokenClassification
 
 TEXT = "sequence-classification"
@@ -262,7 +262,7 @@ def test_fingerprint_is_the_same_elsewhere(folder: Path, tmp_path: Path) -> None
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(folder / "rows", elsewhere / "rows", copy_function=shutil.copyfile)
     program = (
-        "import sys; from pathlib import Path; from hf_mtcompress.config import DataConfig\n"
+        "import sys; from pathlib import Path; from hf_mtcompress.recipe import DataConfig\n"
         "from hf_mtcompress.data.load import content_fingerprint, load_splits\n"
         f"config = {config()!r}\n"
         "print(content_fingerprint(load_splits(config, Path(sys.argv[1]), 0, 'data')))"

@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from hf_mtcompress import ImageClassification, SequenceClassification, TokenClassification
-from hf_mtcompress.config import (
+from hf_mtcompress.data.load import content_fingerprint
+from hf_mtcompress.data.sources import load_sources, task_of
+from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.recipe import (
     DataConfig,
     ImageClassificationConfig,
     SequenceClassificationConfig,
@@ -17,9 +20,6 @@ from hf_mtcompress.config import (
     TokenClassificationConfig,
     WeightSchedule,
 )
-from hf_mtcompress.data.load import content_fingerprint
-from hf_mtcompress.data.sources import load_sources, task_of
-from hf_mtcompress.errors import RecipeError
 from tests.tiny import TAG_LABELS, tiny_text_rows, tiny_token_rows
 
 SPLITS = {"train": 24, "validation": 8, "test": 6}

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 
 from hf_mtcompress.artifacts import ONNX_MODEL
-from hf_mtcompress.config import BenchmarkConfig
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation import benchmark as module
 from hf_mtcompress.evaluation.benchmark import (
     benchmark,
     contradictions,
-    count_parameters,
     measure_size,
     real_inputs,
 )
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.sizes import count_parameters
 from hf_mtcompress.model.surgery import cut, describe_structure
+from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.tasks import SequenceClassification
 from tests.tiny import tiny_encoder, tiny_image_rows
-from tests.unit.inference.artefacts import saved_images, saved_text
+from tests.unit.formats.artefacts import saved_images, saved_text
 
 CONFIG = BenchmarkConfig(tokens=16, batch_sizes=(1, 3), repetitions=4, warmup=1, threads=1)
 LONG = ["the very happy fox sleeps in the old barn"]

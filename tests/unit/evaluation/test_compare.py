@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_mtcompress.config import BudgetConfig
 from hf_mtcompress.evaluation.compare import average, check_budget, compare, primary_scores
+from hf_mtcompress.recipe import BudgetConfig
 from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, SizeRecord, SplitScores, TaskRecord, TaskScore
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_mtcompress.evaluation.evaluate import evaluate_folder, labelled_rows
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 from tests.tiny import COLOUR_LABELS, FEELING_LABELS, TAG_LABELS, tiny_image_rows, tiny_text_rows, tiny_token_rows
-from tests.unit.inference.artefacts import saved_images, saved_text
+from tests.unit.formats.artefacts import saved_images, saved_text
 
 TEXT_TASKS: dict[str, Task] = {
     "mood": SequenceClassification("mood", text="text", label="label", labels=FEELING_LABELS),

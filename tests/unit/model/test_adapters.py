@@ -13,13 +13,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_mtcompress import MultiTaskModel, SequenceClassification, prune, student_of
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
-from hf_mtcompress.config import AdapterConfig
 from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.inference.predictor import load_predictor
-from hf_mtcompress.inference.reload_check import ReloadCheck, check_reload
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.predictor import load_predictor
+from hf_mtcompress.formats.reload.check import ReloadCheck, check_reload
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.surgery import cut
+from hf_mtcompress.recipe import AdapterConfig
 from tests.tiny import FAMILIES, FEELING_LABELS, LAYERS, tiny_encoder, tiny_inputs, tiny_tokenizer
 from tests.unit.model.test_branches import STOCK, answers, tasks
 

@@ -18,8 +18,8 @@ from hf_mtcompress import (
 )
 from hf_mtcompress import TokenClassification as Tokens
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.inference.predictor import load_predictor
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.predictor import load_predictor
 from tests.tiny import (
     COLOUR_LABELS,
     FAMILIES,

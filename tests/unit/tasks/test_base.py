@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_mtcompress import ImageClassification, SequenceClassification, Task, TokenClassification
-from hf_mtcompress.config.tasks import RESERVED_TASK_NAMES
 from hf_mtcompress.errors import TaskError
+from hf_mtcompress.recipe.tasks import RESERVED_TASK_NAMES
 from hf_mtcompress.tasks import base, register_task, task_from_dict
 from hf_mtcompress.tasks.base import RESERVED_NAMES, cross_entropy_sum, divisor, softmax, weighted_count
 from tests.tiny import COLOUR_LABELS, FEELING_LABELS, TAG_LABELS, tiny_config

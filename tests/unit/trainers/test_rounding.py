@@ -18,9 +18,9 @@ from transformers import (
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, MultiTaskTrainingArguments, SequenceClassification
 from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import UnsupportedEncoderError
-from hf_mtcompress.exporting.graphs import run_graph
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.exporting.onnx_quantization import quantize_onnx
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.onnx.graphs import run_graph
+from hf_mtcompress.formats.onnx.quantize import quantize_onnx
 from hf_mtcompress.trainers.rounding import (
     RoundToBits,
     linear_forward,
@@ -40,7 +40,7 @@ from tests.tiny import (
     tiny_text_rows,
     tiny_tokenizer,
 )
-from tests.unit.inference.artefacts import Saved, saved_images, saved_text
+from tests.unit.formats.artefacts import Saved, saved_images, saved_text
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},

@@ -31,8 +31,8 @@ from hf_mtcompress import (
 from hf_mtcompress.data import teacher_cache
 from hf_mtcompress.data.mixing import MixedDataset
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
-from hf_mtcompress.exporting.onnx import export_onnx
-from hf_mtcompress.inference.runtimes import open_runtime
+from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import (
     EmbeddingCriterion,
     FeatureMapCriterion,

@@ -1,1 +1,0 @@
-"""Saved forms that run without PyTorch."""

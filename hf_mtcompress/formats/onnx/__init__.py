@@ -1,0 +1,1 @@
+"""One ONNX graph of all heads: written, quantized, run with ONNX Runtime."""

@@ -1,0 +1,70 @@
+"""Folders that transformers.js opens: one for each task, with the same graph in three precisions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hf_mtcompress.artifacts import ONNX_MODEL
+from hf_mtcompress.environment import require_extra
+from hf_mtcompress.formats.onnx.export import split_onnx
+from hf_mtcompress.formats.onnx.quantize import quantize_onnx
+from hf_mtcompress.model.modeling import MultiTaskModel
+
+GRAPH_NAMES = {32: "model.onnx", 8: "model_quantized.onnx", 4: "model_q4.onnx"}
+"""By bits of a weight: the names that transformers.js asks for with `dtype` `fp32`, `q8` and `q4`."""
+
+
+def write_transformers_js(
+    model: MultiTaskModel,
+    processor: Any,
+    graphs: Path,
+    folder: Path,
+    measure: Callable[[str, Path], dict[str, Any]] | None = None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Write `folder/TASK` for each task: configuration, tokenizer or image processor, and `onnx/` with three graphs.
+
+    Args:
+        model: what the graphs were made from; its heads have to be stock ones.
+        processor: tokenizer or image processor.
+        graphs: what `export_onnx` wrote: the graph of all tasks in float32.
+        folder: where to write.
+        measure: given a task and an ONNX folder of this task alone, returns what is to be said of it.
+
+    Returns:
+        By task and file below its folder: `bytes`, and what `measure` found.
+
+    Raises:
+        TaskError: a head is not the stock one.
+        ArtifactError: `graphs` is no ONNX folder.
+        MissingExtraError: the extra `onnx` is not installed.
+    """
+    require_extra("onnx")
+    written: dict[str, dict[str, dict[str, Any]]] = {}
+    with TemporaryDirectory() as scratch:
+        for name, whole in split_onnx(graphs, Path(scratch) / "32", model).items():
+            own = folder / name
+            (own / "onnx").mkdir(parents=True)
+            model.to_stock(name).config.save_pretrained(own)
+            processor.save_pretrained(own)
+            written[name] = {}
+            for bits, file in GRAPH_NAMES.items():
+                graph = whole if bits == 32 else quantize_onnx(whole, Path(scratch) / str(bits) / name, bits)
+                target = own / "onnx" / file
+                _rename_output(graph / ONNX_MODEL, target, model.tasks[name].logits_name)
+                found = measure(name, graph) if measure is not None else {}
+                written[name][f"onnx/{file}"] = {"bytes": target.stat().st_size, **found}
+    return written
+
+
+def _rename_output(source: Path, target: Path, name: str) -> None:
+    """Save a graph with its output called `logits`, as stock models call it."""
+    import onnx
+
+    model = onnx.load(source)
+    for node in model.graph.node:
+        node.input[:] = ["logits" if value == name else value for value in node.input]
+        node.output[:] = ["logits" if value == name else value for value in node.output]
+    (output,) = model.graph.output
+    output.name = "logits"
+    onnx.save(model, target)

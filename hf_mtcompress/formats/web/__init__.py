@@ -1,0 +1,1 @@
+"""A page that runs an ONNX graph inside the browser."""

@@ -1,0 +1,195 @@
+"""What the command line does beside running: validate, plan, evaluate, time, render, push, show."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hf_mtcompress import records
+from hf_mtcompress.artifacts import (
+    RECIPE,
+    RECORD,
+    WEBPAGE,
+)
+from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.errors import PublishingError, RecipeError
+from hf_mtcompress.evaluation.benchmark import benchmark
+from hf_mtcompress.formats.runtimes import folder_form, task_folders
+from hf_mtcompress.formats.runtimes import load_processor as read_processor
+from hf_mtcompress.formats.web.page import write_webpage
+from hf_mtcompress.publishing.card import render_card
+from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
+from hf_mtcompress.publishing.hub import push_folder
+from hf_mtcompress.publishing.portable import portable_recipe
+from hf_mtcompress.recipe import (
+    BenchmarkConfig,
+    DistillStep,
+    PretrainStep,
+    Recipe,
+    Role,
+)
+from hf_mtcompress.recipe.sections import near
+from hf_mtcompress.records import RunRecord
+from hf_mtcompress.runs.measure import check_reloads
+from hf_mtcompress.runs.plan import describe_plan
+from hf_mtcompress.runs.results import load_record
+from hf_mtcompress.runs.run import prepare_output, step_sources
+from hf_mtcompress.steps.run import check_steps_fit
+from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.scoring import score_folder
+from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
+
+_BENCH_TEXTS = (
+    "The ferry left the harbour an hour late, so we had time for a second coffee and a walk along the old pier.",
+    "Nobody on the committee could say who had ordered forty boxes of green paint, or what they had been meant for.",
+)
+"""What `bench` times when it is given nothing but folders."""
+
+
+def validate(recipe: Recipe) -> None:
+    """Check a recipe against its data and its encoder, without training.
+
+    Raises:
+        RecipeError: it cannot be run.
+    """
+    step_sources(recipe)
+    sources = load_sources(recipe.tasks, recipe.seed)
+    check_steps_fit(recipe, sources.tasks)
+    load_processor(recipe)
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `run` would do, without doing it; see `describe_plan`."""
+    return describe_plan(recipe, step_sources(recipe))
+
+
+def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+    """Fill the cache of a step's teacher, or a part of it, before the step is run; on several machines if need be.
+
+    Args:
+        recipe: what is wanted.
+        output: folder of the run, with the steps before this one done.
+        name: of a distill or pretrain step with `teacher_cache`.
+        part: (number, of), counted from 0.
+
+    Returns:
+        Files of answers that are there, and files that there must be.
+
+    Raises:
+        RecipeError: there is no such step, or it keeps no cache.
+        ArtifactError: the folder cannot be written, or a step that is needed is not done.
+    """
+    steps = dict(zip([str(step.name) for step in recipe.steps], recipe.steps, strict=True))
+    step = steps.get(name)
+    if not isinstance(step, DistillStep | PretrainStep):
+        usable = [known for known, other in steps.items() if isinstance(other, DistillStep | PretrainStep)]
+        raise RecipeError(f"expected a distill or pretrain step, found '{name}'; {near(name, usable)}")
+    source = dict(zip(steps, step_sources(recipe), strict=True))[name]
+    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    prepare_output(output)
+    return steps_ask_teacher(step, source, context.for_step(step), part)
+
+
+def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
+    """Scores of a saved folder of any form on one split of a recipe's data."""
+    sources = load_sources(recipe.tasks, recipe.seed)
+    return score_folder(RunContext(recipe, folder.parent, sources, None), folder, role)
+
+
+def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
+    """Times of saved folders of any form, side by side; the first is the reference."""
+    form = folder_form(folders[0])
+    place = next(iter(task_folders(folders[0]).values())) if form == "vanilla" else folders[0]
+    text = "pixel_values" not in read_processor(place).model_input_names
+    labels = {str(folder): folder.absolute() for folder in folders}
+    samples = _BENCH_TEXTS if text else [Image.effect_noise((256, 256), 64)]
+    result = benchmark(labels, reference=str(folders[0]), config=config, samples=samples)
+    return dataclasses.asdict(result)
+
+
+def card(folder: Path) -> str:
+    """The model card of a run, rendered again from its record."""
+    recipe = folder / RECIPE
+    text = portable_recipe(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+    return render_card(load_record(folder), text)
+
+
+def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bool = False) -> list[str]:
+    """Upload a run after it proved that it reloads; what was uploaded, one line a file.
+
+    Raises:
+        PublishingError: something does not reload, the card is wrong, or the Hub refused.
+    """
+    record = load_record(folder)
+    wanted = repo_id or (record.publish or {}).get("repo_id")
+    if wanted is None:
+        raise PublishingError("expected a repository, found none; give --repo-id OWNER/NAME or publish.repo_id")
+    private = not public and bool((record.publish or {}).get("private", True))
+    result = push_folder(folder, wanted, check=_reload_problems(folder, record), private=private, dry_run=dry_run)
+    lines = [f"{file.bytes:>12,}  {file.path}" for file in result.files]
+    total = f"{result.total_bytes:>12,}  bytes in {len(result.files)} files"
+    return [*lines, total, f"dry run: nothing was sent to {wanted}" if dry_run else f"pushed: {result.commit_url}"]
+
+
+def webpage(
+    folder: Path,
+    output: Path | None = None,
+    *,
+    step: str | None = None,
+    title: str | None = None,
+    examples: Sequence[str] = (),
+    libraries: Path | None = None,
+) -> Path:
+    """A page on which a model of a run, or of an ONNX folder, answers inside the browser; see `write_webpage`.
+
+    Args:
+        folder: a run or an ONNX folder.
+        output: default: `webpage` inside the run, or beside the ONNX folder.
+        step: of a run, the step whose ONNX graph is shown; default: the one that a repository would get.
+        title: default: the name of the run or folder.
+        examples: texts to try.
+        libraries: see `write_webpage`.
+
+    Raises:
+        PublishingError: no ONNX graph is there.
+        ArtifactError, UnsupportedEncoderError, MissingExtraError: see `write_webpage`.
+    """
+    folder = folder.absolute().resolve()
+    if not (folder / RECORD).is_file():
+        if step is not None:
+            raise PublishingError(f"expected a run to choose step '{step}' from, found no {RECORD} in {folder}")
+        place = output or folder.parent / f"{folder.name}-webpage"
+        return write_webpage(folder, place, title=title or folder.name, examples=examples, libraries=libraries)
+    record = load_record(folder)
+    artefact = onnx_artefact(record, step)
+    return write_webpage(
+        folder / artefact.folder,
+        output or folder / WEBPAGE,
+        title=title or record.name,
+        facts=headline_figures(record, artefact),
+        examples=examples,
+        libraries=libraries,
+    )
+
+
+def _reload_problems(folder: Path, record: RunRecord) -> Callable[[list[Path]], list[str]]:
+    """A check for `push_folder`: what is wrong with the artefacts among some folders when they are loaded afresh."""
+
+    def check(places: list[Path]) -> list[str]:
+        wanted = {place.resolve() for place in places}
+        chosen = []
+        for step in record.steps:
+            kept = [item for item in step.artefacts if (folder / item.folder).resolve() in wanted]
+            if kept:
+                chosen.append(dataclasses.replace(step, artefacts=kept))
+        check_reloads(folder, chosen)
+        return [
+            f"{artefact.folder}: {'; '.join(artefact.reload['problems'])}"
+            for step in chosen
+            for artefact in step.artefacts
+            if artefact.reload is not None and not artefact.reload["passed"]
+        ]
+
+    return check

@@ -1,0 +1,62 @@
+"""A run's record, card and pictures, written and read."""
+
+import json
+from pathlib import Path
+
+from hf_mtcompress import records
+from hf_mtcompress.artifacts import (
+    ASSETS,
+    CARD,
+    RECORD,
+    write_text,
+)
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, PICTURE, PICTURES, SENSITIVITY_PICTURE, render_card
+from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
+from hf_mtcompress.publishing.sensitivity import draw_sensitivity
+from hf_mtcompress.recipe.load import dump_recipe
+from hf_mtcompress.recipe.sections import plain_settings
+from hf_mtcompress.records import RunRecord
+from hf_mtcompress.steps.run_context import RunContext
+
+
+def write_results(context: RunContext, record: RunRecord) -> None:
+    """Record, card and pictures of a run that is measured."""
+    assets = context.output / ASSETS
+    assets.mkdir(exist_ok=True)
+    if context.recipe.publish is not None:
+        record.publish = plain_settings(context.recipe.publish)
+    for name in PICTURES:
+        (assets / name).unlink(missing_ok=True)  # where there is nothing to draw now, an older one would be shown
+    draw_comparison(record, assets / PICTURE)
+    draw_interference(record, assets / INTERFERENCE_PICTURE)
+    draw_sensitivity(record, assets / SENSITIVITY_PICTURE)
+    write_text(context.output / RECORD, records.to_json(record))
+    recipe = dump_recipe(context.recipe, portable=True)
+    pictures = [name for name in PICTURES if (assets / name).is_file()]
+    write_text(context.output / CARD, render_card(record, recipe, pictures=pictures))
+
+
+def load_record(folder: Path) -> RunRecord:
+    """The record of a run.
+
+    Raises:
+        ArtifactError: there is none, or it is of a newer format.
+    """
+    path = folder / RECORD
+    try:
+        return records.run_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"expected the folder of a run with {RECORD}, found none in {folder}; run a recipe first"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"expected a readable {path.name} in {folder}, found: {error}") from error
+
+
+def last_record(output: Path) -> RunRecord | None:
+    """What an earlier call measured, if it came that far."""
+    try:
+        return load_record(output)
+    except ArtifactError:
+        return None
