@@ -30,7 +30,7 @@ def load(folder: Path, form: str, threads: int) -> Call:
     """The artefact as a function from arrays of model inputs to arrays of logits."""
     if form in ("onnx", "openvino"):
         # By its path: importing it by name would import this package, and with it torch.
-        path = Path(__file__).resolve().parents[1] / "inference" / f"{form}_session.py"
+        path = Path(__file__).resolve().parents[1] / "formats" / form / "session.py"
         spec = importlib.util.spec_from_file_location(f"{form}_session", path)
         assert spec is not None
         assert spec.loader is not None

@@ -22,7 +22,7 @@ from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.runtimes import folder_form, read_config, task_folders
 from hf_mtcompress.model.marking import is_ours
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _run_child(checks: list[ReloadCheck], scratch: Path, *, plain: bool, timeout
         )
     manifest, results = scratch / "manifest.json", scratch / "results.json"
     manifest.write_text(json.dumps({"threads": torch.get_num_threads(), "checks": rows}), encoding="utf-8")
-    script = str(_PACKAGE / "inference" / "plain_reload.py")
+    script = str(_PACKAGE / "formats" / "reload" / "plain.py")
     start = ["-I", script] if plain else ["-m", "hf_mtcompress.formats.reload.child"]
     try:
         child = subprocess.run(
