@@ -37,7 +37,7 @@ from hf_mtcompress.evaluation.evaluate import evaluate_predictor
 from hf_mtcompress.formats.graph_settings import FILES, read_graph_settings, write_graph_settings
 from hf_mtcompress.formats.openvino.export import convert_openvino
 from hf_mtcompress.formats.predictor import Predictor
-from hf_mtcompress.formats.runtimes import TorchRuntime
+from hf_mtcompress.formats.torch import TorchRuntime
 from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import SplitScores, StepRecord

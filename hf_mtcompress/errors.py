@@ -51,3 +51,8 @@ class PublishingError(MTCompressError, RuntimeError):
 
 class MissingExtraError(MTCompressError, ImportError):
     """An optional dependency is needed; the message holds the command that installs it."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

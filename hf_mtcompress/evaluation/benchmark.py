@@ -27,9 +27,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.environment import available_cores, ending_of, load_average
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.graph_settings import FILES, graph_bytes, read_graph_settings
+from hf_mtcompress.formats.folders import folder_form, load_processor, read_config, task_folders
+from hf_mtcompress.formats.graph_settings import graph_bytes, read_graph_settings
 from hf_mtcompress.formats.reload.check import child_environment, save_arrays
-from hf_mtcompress.formats.runtimes import Form, folder_form, load_processor, read_config, stock_task, task_folders
+from hf_mtcompress.formats.vanilla import stock_task
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.marking import read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -39,7 +40,7 @@ from hf_mtcompress.model.sparse import MASK, VALUES
 from hf_mtcompress.model.surgery import apply_structure
 from hf_mtcompress.model.vanilla import stock_class
 from hf_mtcompress.recipe import BenchmarkConfig
-from hf_mtcompress.records import LatencyRecord, SizeRecord
+from hf_mtcompress.records import FORMS, FormName, LatencyRecord, SizeRecord
 
 _PROCESSOR_FILES = (
     "tokenizer*",
@@ -101,7 +102,7 @@ def benchmark(
     """
     if reference not in folders:
         raise ArtifactError(f"expected the reference among {list(folders)}, found '{reference}'; add it to the folders")
-    forms: dict[str, Form] = {label: folder_form(folder) for label, folder in folders.items()}
+    forms: dict[str, FormName] = {label: folder_form(folder) for label, folder in folders.items()}
     if forms[reference] != "torch":
         raise ArtifactError(
             f"expected a torch folder in float32 as reference, found '{reference}' of form {forms[reference]}; "
@@ -177,14 +178,14 @@ def real_inputs(folder: Path, samples: Sequence[Any], tokens: int, rows: int) ->
         `input_ids`, `attention_mask` ... of shape (rows, tokens), or `pixel_values`.
     """
     form = folder_form(folder)
-    processor = load_processor(next(iter(task_folders(folder).values())) if form == "vanilla" else folder)
+    processor = load_processor(next(iter(task_folders(folder).values())) if FORMS[form].layout == "tasks" else folder)
     chosen = [samples[index % len(samples)] for index in range(rows)]
     if "pixel_values" in processor.model_input_names:
         pictures = [image.convert("RGB") for image in chosen]
         return {"pixel_values": np.stack(processor(pictures, return_tensors="np")["pixel_values"])}
-    if form in FILES:
+    if FORMS[form].graph:
         limit = read_graph_settings(folder, form).preprocessing.get("max_length")
-    elif form == "vanilla":
+    elif FORMS[form].layout == "tasks":
         limit = None
     else:
         limit = (read_config(folder).get("preprocessing") or {}).get("main", {}).get("max_length")
@@ -270,13 +271,13 @@ def measure_size(folder: Path) -> SizeRecord:
         ArtifactError: the folder holds no artefact.
     """
     form = folder_form(folder)
-    if form in FILES:
+    if FORMS[form].graph:
         settings = read_graph_settings(folder, form)
         parts, embedding_bytes = [settings.parameters], settings.embedding_bytes
         weights = graph_bytes(folder, form)
         places = [folder]
     else:
-        places = list(task_folders(folder).values()) if form == "vanilla" else [folder]
+        places = list(task_folders(folder).values()) if FORMS[form].layout == "tasks" else [folder]
         models = [_empty_model(place) for place in places]
         parts = [count_parameters(model) for model in models]
         tables = [_table_bytes(place, model) for place, model in zip(places, models, strict=True)]
@@ -341,7 +342,7 @@ class _Worker:
         self,
         label: str,
         folder: Path,
-        form: Form,
+        form: FormName,
         threads: int,
         batches: Mapping[str, str],
         place: Path,
@@ -351,7 +352,13 @@ class _Worker:
         self._timeout = timeout
         self._last_ms: dict[int, float] = {}
         settings = place / "settings.json"
-        values = {"folder": str(folder.resolve()), "form": form, "threads": threads, "batches": dict(batches)}
+        values = {
+            "folder": str(folder.resolve()),
+            "form": form,
+            "graph": next(iter(FORMS[form].graph), None),
+            "threads": threads,
+            "batches": dict(batches),
+        }
         settings.write_text(json.dumps(values), encoding="utf-8")
         self._errors = (place / "stderr.txt").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
@@ -452,10 +459,10 @@ def _row(times: Sequence[float], reference: Sequence[float], size: int, tokens: 
     )
 
 
-def _cost(folder: Path, form: Form) -> tuple[str, int | None]:
+def _cost(folder: Path, form: FormName) -> tuple[str, int | None]:
     """The group of artefacts that run the same kernels, and the parameters that a call multiplies with."""
     size = measure_size(folder)
-    precision = read_graph_settings(folder, form).precision if form in FILES else ""
+    precision = read_graph_settings(folder, form).precision if FORMS[form].graph else ""
     if size.encoder_parameters is None:
         return f"{form} {precision}", None
     return f"{form} {precision}", size.encoder_parameters - (size.embedding_parameters or 0)

@@ -26,9 +26,9 @@ import numpy as np
 Call = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def load(folder: Path, form: str, threads: int) -> Call:
+def load(folder: Path, form: str, graph: str | None, threads: int) -> Call:
     """The artefact as a function from arrays of model inputs to arrays of logits."""
-    if form in ("onnx", "openvino"):
+    if graph is not None:
         # By its path: importing it by name would import this package, and with it torch.
         path = Path(__file__).resolve().parents[1] / "formats" / form / "session.py"
         spec = importlib.util.spec_from_file_location(f"{form}_session", path)
@@ -36,7 +36,7 @@ def load(folder: Path, form: str, threads: int) -> Call:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        session = module.open_session(folder / ("model.onnx" if form == "onnx" else "model.xml"), threads)
+        session = module.open_session(folder / graph, threads)
         return lambda batch: module.run_session(session, batch)
     import torch
 
@@ -73,7 +73,7 @@ def main(settings_path: str) -> None:
 
     settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
     batches = {name: dict(np.load(path)) for name, path in settings["batches"].items()}
-    call = load(Path(settings["folder"]), settings["form"], settings["threads"])
+    call = load(Path(settings["folder"]), settings["form"], settings["graph"], settings["threads"])
     answer({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)

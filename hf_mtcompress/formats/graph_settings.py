@@ -5,26 +5,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from hf_mtcompress.artifacts import (
-    ONNX_MODEL,
-    ONNX_SETTINGS,
-    OPENVINO_MODEL,
-    OPENVINO_SETTINGS,
-    OPENVINO_WEIGHTS,
-    write_text,
-)
+from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.records import FORMS, FormName
 from hf_mtcompress.tasks import Task, task_from_dict
 
 FORMAT_VERSION = 1
-GraphForm = Literal["onnx", "openvino"]
-FILES: dict[GraphForm, tuple[str, ...]] = {
-    "onnx": (ONNX_SETTINGS, ONNX_MODEL),
-    "openvino": (OPENVINO_SETTINGS, OPENVINO_MODEL, OPENVINO_WEIGHTS),
-}
-"""Settings, and the files of the graph, by the runtime that the folder is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +52,22 @@ class GraphSettings:
         return {task.name: task for task in tasks}
 
 
-def write_graph_settings(folder: Path, settings: GraphSettings, form: GraphForm = "onnx") -> None:
+def write_graph_settings(folder: Path, settings: GraphSettings, form: FormName = "onnx") -> None:
     """Write the settings beside the graph, with the digest of the graph that lies there."""
     written = dataclasses.replace(settings, sha256=graph_digest(folder, form))
-    write_text(folder / FILES[form][0], json.dumps(dataclasses.asdict(written), indent=2) + "\n")
+    write_text(folder / FORMS[form].settings, json.dumps(dataclasses.asdict(written), indent=2) + "\n")
 
 
-def graph_digest(folder: Path, form: GraphForm = "onnx") -> str:
+def graph_digest(folder: Path, form: FormName = "onnx") -> str:
     """SHA-256 of the graph of a folder; of the digests of its files where it has several."""
     digests = []
-    for name in FILES[form][1:]:
+    for name in FORMS[form].graph:
         with (folder / name).open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def check_graph(folder: Path, settings: GraphSettings, form: GraphForm = "onnx") -> None:
+def check_graph(folder: Path, settings: GraphSettings, form: FormName = "onnx") -> None:
     """Make sure that a graph is the one that its settings were written for.
 
     Raises:
@@ -87,26 +75,26 @@ def check_graph(folder: Path, settings: GraphSettings, form: GraphForm = "onnx")
     """
     if settings.sha256 and graph_digest(folder, form) != settings.sha256:
         raise ArtifactError(
-            f"expected in {folder / FILES[form][1]} the graph that was exported, found another content; copy or "
+            f"expected in {folder / FORMS[form].graph[0]} the graph that was exported, found another content; copy or "
             "download the folder again, or export the model again"
         )
 
 
-def graph_bytes(folder: Path, form: GraphForm = "onnx") -> int:
+def graph_bytes(folder: Path, form: FormName = "onnx") -> int:
     """Bytes of graph and weights."""
-    return sum((folder / name).stat().st_size for name in FILES[form][1:])
+    return sum((folder / name).stat().st_size for name in FORMS[form].graph)
 
 
-def read_graph_settings(folder: Path, form: GraphForm = "onnx") -> GraphSettings:
+def read_graph_settings(folder: Path, form: FormName = "onnx") -> GraphSettings:
     """Read the settings of a folder with a graph.
 
     Raises:
         ArtifactError: graph or settings are missing, not readable, or of a newer format.
     """
-    for name in FILES[form]:
+    for name in FORMS[form].files:
         if not (folder / name).is_file():
             raise ArtifactError(f"expected '{name}' in {folder}, found none; export the model again")
-    path = folder / FILES[form][0]
+    path = folder / FORMS[form].settings
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = int(values["format_version"])

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.errors import DataError, TaskError
-from hf_mtcompress.formats.runtimes import Runtime, open_runtime
+from hf_mtcompress.formats.runtime import Runtime
+from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.tasks import Task, TokenClassification
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -5,11 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.formats.onnx.export import split_onnx
 from hf_mtcompress.formats.onnx.quantize import quantize_onnx
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.records.forms import ONNX_MODEL
 
 GRAPH_NAMES = {32: "model.onnx", 8: "model_quantized.onnx", 4: "model_q4.onnx"}
 """By bits of a weight: the names that transformers.js asks for with `dtype` `fp32`, `q8` and `q4`."""

@@ -1,11 +1,18 @@
 """Questions that card, report and picture all ask of a record; pure, and no number is made here."""
 
-from typing import Any, Literal
+from typing import Any
 
 from hf_mtcompress.errors import PublishingError
-from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, RunRecord, SplitScores, StepRecord, TaskRecord
-
-LoadableForm = Literal["torch", "bitsandbytes", "torchao", "vanilla", "onnx", "openvino"]
+from hf_mtcompress.records import (
+    Artefact,
+    Comparison,
+    FormName,
+    LatencyRecord,
+    RunRecord,
+    SplitScores,
+    StepRecord,
+    TaskRecord,
+)
 
 
 def step_named(record: RunRecord, name: str | None) -> StepRecord | None:
@@ -137,7 +144,7 @@ def trimmed_steps(record: RunRecord) -> list[StepRecord]:
     return [step for step in record.steps if step.sparsity is not None]
 
 
-def shipped_artefact(record: RunRecord, form: LoadableForm) -> tuple[StepRecord, Artefact] | None:
+def shipped_artefact(record: RunRecord, form: FormName) -> tuple[StepRecord, Artefact] | None:
     """The artefact of one form that goes into the repository: the delivered one, else the last of that form."""
     delivered = delivered_step(record)
     for step in [delivered, *reversed(record.steps)]:

@@ -30,6 +30,7 @@ from hf_mtcompress.publishing.portable import (
 )
 from hf_mtcompress.publishing.repository import collect_repository, files_of, repository_layout
 from hf_mtcompress.records import RunRecord, run_from_dict
+from hf_mtcompress.records.forms import OPENVINO_MODEL, OPENVINO_SETTINGS, OPENVINO_WEIGHTS
 
 PICKLES = frozenset(
     {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".mar", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
@@ -194,7 +195,7 @@ def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]
             suffix = content.suffix.lower()
         else:
             suffix = Path(name).suffix.lower()
-        if suffix in PICKLES and Path(name).name == artifacts.OPENVINO_WEIGHTS and _is_openvino(name, contents):
+        if suffix in PICKLES and Path(name).name == OPENVINO_WEIGHTS and _is_openvino(name, contents):
             continue  # bare numbers beside a graph
         if suffix in PICKLES or (suffix not in WEIGHTS | TEXTS and _is_pickle(content)):
             problems.append(f"{name}: expected safetensors or ONNX, found a pickled or binary file; save it anew")
@@ -213,7 +214,7 @@ def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]
 
 def _is_openvino(name: str, contents: Mapping[str, Content]) -> bool:
     """Whether weights lie beside an OpenVINO graph that we wrote, and are no pickle under its name."""
-    beside = (artifacts.OPENVINO_MODEL, artifacts.OPENVINO_SETTINGS)
+    beside = (OPENVINO_MODEL, OPENVINO_SETTINGS)
     there = all(str(PurePosixPath(name).with_name(file)) in contents for file in beside)
     return there and not _is_pickle(contents[name])
 

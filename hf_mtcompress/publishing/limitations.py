@@ -13,7 +13,7 @@ from hf_mtcompress.publishing.facts import (
 )
 from hf_mtcompress.publishing.figures import Figures
 from hf_mtcompress.publishing.repository import repository_layout
-from hf_mtcompress.records import RunRecord
+from hf_mtcompress.records import FORMS, RunRecord
 
 FEW_ROWS = 500
 """Below this many test rows a task's score is called uncertain in the card."""
@@ -62,11 +62,10 @@ class Limitations:
                 "Heads or neurons were removed unevenly: the PyTorch form needs hf_mtcompress to be rebuilt, "
                 "transformers alone cannot."
             )
-        name, runtime = {"onnx": ("ONNX", "ONNX Runtime"), "openvino": ("OpenVINO", "OpenVINO")}.get(
-            self.artefact.form, ("", "")
-        )
-        if runtime:
-            facts.append(f"The {name} form runs through {runtime} and is not opened by the `Auto` classes.")
+        form = FORMS[self.artefact.form]
+        if form.layout == "graph":
+            name = form.runtime.removesuffix(" Runtime")
+            facts.append(f"The {name} form runs through {form.runtime} and is not opened by the `Auto` classes.")
         if self.artefact.form == "bitsandbytes":
             facts.append("bitsandbytes saves memory; on a processor without a GPU it is usually slower than float32.")
         facts += self._reload_limits()

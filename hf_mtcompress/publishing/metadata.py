@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_mtcompress.publishing.facts import ancestors, delivered_artefact, delivered_step, final_scores, tasks_of
 from hf_mtcompress.publishing.repository import repository_layout
-from hf_mtcompress.records import RunRecord
+from hf_mtcompress.records import FORMS, RunRecord
 
 LIBRARY_TAG = "hf_mtcompress"
 PIPELINES = {
@@ -49,7 +49,8 @@ def metadata_of(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
         tags.append("multi-task")
     tags += [tag for kind, tag in KIND_TAGS.items() if any(step.kind == kind for step in chain)]
     forms = [artefact.form for _, artefact in repository_layout(record).values()]
-    tags += [form for form in ("onnx", "openvino", "bitsandbytes", "torchao") if form in forms]
+    tags += [form.name for form in FORMS.values() if form.layout == "graph" and form.name in forms]
+    tags += [form.name for form in FORMS.values() if form.in_few_bits and form.name in forms]
     pipelines = list(dict.fromkeys(PIPELINES[task.kind] for task in tasks.values() if task.kind in PIPELINES))
     datasets = [task.dataset_id for task in record.tasks.values() if task.dataset_id]
     base = base_model(record)

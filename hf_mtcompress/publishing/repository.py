@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from hf_mtcompress import artifacts
 from hf_mtcompress.errors import PublishingError
 from hf_mtcompress.publishing.facts import delivered_artefact, root_artefact, shipped_artefact
-from hf_mtcompress.records import Artefact, RunRecord, StepRecord
+from hf_mtcompress.records import FORMS, Artefact, RunRecord, StepRecord
 
 _LEFT_AT_HOME = {
     artifacts.STEP_RECORD,
@@ -36,15 +36,11 @@ def repository_layout(record: RunRecord) -> dict[str, tuple[StepRecord, Artefact
     layout = {}
     if (root := root_artefact(record)) is not None:
         layout[""] = root
-    if (onnx := shipped_artefact(record, "onnx")) is not None:
-        layout[artifacts.ONNX] = onnx
-    if (openvino := shipped_artefact(record, "openvino")) is not None:
-        layout[artifacts.OPENVINO] = openvino
-    form = delivered_artefact(record).form
-    if form in ("bitsandbytes", "torchao") and (small := shipped_artefact(record, form)) is not None:
-        layout[form] = small
-    if (vanilla := shipped_artefact(record, "vanilla")) is not None:
-        layout[artifacts.VANILLA] = vanilla
+    delivered = FORMS[delivered_artefact(record).form]
+    beside = [form for form in FORMS.values() if form.layout != "model" or (form is delivered and form.in_few_bits)]
+    for form in sorted(beside, key=lambda form: ("graph", "model", "tasks").index(form.layout)):
+        if (shipped := shipped_artefact(record, form.name)) is not None:
+            layout[form.name] = shipped
     return layout
 
 

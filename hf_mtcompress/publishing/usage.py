@@ -6,7 +6,7 @@ from hf_mtcompress.publishing.facts import artefacts_of, delivered_artefact, del
 from hf_mtcompress.publishing.figures import Figures
 from hf_mtcompress.publishing.metadata import PIPELINES
 from hf_mtcompress.publishing.repository import repository_layout
-from hf_mtcompress.records import Artefact, RunRecord, StepRecord
+from hf_mtcompress.records import FORMS, Artefact, RunRecord, StepRecord
 
 AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -38,25 +38,16 @@ class Usage:
     def places(self) -> list[list[str]]:
         """What lies where."""
         rows = [["folder", "what it is", "step", "opens with"]]
-        opens = {
-            "torch": "`AutoModel` after `import hf_mtcompress`",
-            "bitsandbytes": "`AutoModel` after `import hf_mtcompress`, with bitsandbytes",
-            "torchao": "`AutoModel` after `import hf_mtcompress`, with torchao",
-            "onnx": "`hf_mtcompress.load_predictor`, or ONNX Runtime itself",
-            "openvino": "`hf_mtcompress.load_predictor`, or OpenVINO itself",
-            "vanilla": "plain transformers, one folder per task",
-        }
         if self.repo_id is not None:
             listed = [(place or ".", *found) for place, found in self.layout.items()]
         else:
             listed = [(artefact.folder, step, artefact) for step, artefact in artefacts_of(self.record)]
         for folder, step, artefact in listed:
-            how = opens[artefact.form]
+            how = FORMS[artefact.form].opens_with
             if artefact.form == "vanilla" and not is_vanilla_shape(self.record, step):
                 how = "transformers after `import hf_mtcompress`, one folder per task"
-            what = f"all tasks, {self.n.text(artefact.precision)}"
-            if artefact.form == "vanilla":
-                what = f"one task each, {self.n.text(artefact.precision)}"
+            which = "one task each" if FORMS[artefact.form].layout == "tasks" else "all tasks"
+            what = f"{which}, {self.n.text(artefact.precision)}"
             rows.append([f"`{folder}`", what, marked_name(self.record, step, artefact), how])
         return rows
 
@@ -88,10 +79,16 @@ class Usage:
             for snippet in (
                 self._torch_snippet(),
                 self._vanilla_snippet(),
-                self._predictor_snippet("onnx", "in ONNX Runtime"),
-                self._predictor_snippet("openvino", "in OpenVINO"),
-                self._predictor_snippet("bitsandbytes", "with bitsandbytes", "  # needs bitsandbytes"),
-                self._predictor_snippet("torchao", "with torchao", "  # needs torchao"),
+                *(
+                    self._predictor_snippet(form.name, f"in {form.runtime}")
+                    for form in FORMS.values()
+                    if form.layout == "graph"
+                ),
+                *(
+                    self._predictor_snippet(form.name, f"with {form.extra}", f"  # needs {form.extra}")
+                    for form in FORMS.values()
+                    if form.in_few_bits
+                ),
             )
             if snippet is not None
         ]
@@ -165,7 +162,7 @@ print(predictor.predict([{self._example()}]))"""
     def requirement(self) -> str:
         """What pip has to install, with the extras of the forms that the run made."""
         forms = {artefact.form for _, artefact in artefacts_of(self.record)}
-        extras = [form for form in ("bitsandbytes", "torchao", "onnx", "openvino") if form in forms]
+        extras = [form.extra for form in FORMS.values() if form.name in forms and form.extra is not None]
         return f'"hf_mtcompress[{",".join(extras)}]"' if extras else "hf_mtcompress"
 
 

@@ -16,8 +16,8 @@ from hf_mtcompress.artifacts import (
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import PublishingError, RecipeError
 from hf_mtcompress.evaluation.benchmark import benchmark
-from hf_mtcompress.formats.runtimes import folder_form, task_folders
-from hf_mtcompress.formats.runtimes import load_processor as read_processor
+from hf_mtcompress.formats.folders import folder_form, task_folders
+from hf_mtcompress.formats.folders import load_processor as read_processor
 from hf_mtcompress.formats.web.page import write_webpage
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
@@ -31,7 +31,7 @@ from hf_mtcompress.recipe import (
     Role,
 )
 from hf_mtcompress.recipe.sections import near
-from hf_mtcompress.records import RunRecord
+from hf_mtcompress.records import FORMS, RunRecord
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
 from hf_mtcompress.runs.results import load_record
@@ -101,7 +101,7 @@ def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
 def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
     """Times of saved folders of any form, side by side; the first is the reference."""
     form = folder_form(folders[0])
-    place = next(iter(task_folders(folders[0]).values())) if form == "vanilla" else folders[0]
+    place = next(iter(task_folders(folders[0]).values())) if FORMS[form].layout == "tasks" else folders[0]
     text = "pixel_values" not in read_processor(place).model_input_names
     labels = {str(folder): folder.absolute() for folder in folders}
     samples = _BENCH_TEXTS if text else [Image.effect_noise((256, 256), 64)]

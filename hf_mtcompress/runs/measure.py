@@ -16,7 +16,7 @@ from hf_mtcompress.recipe import (
     BenchmarkConfig,
     Recipe,
 )
-from hf_mtcompress.records import Artefact, RunRecord, StepRecord
+from hf_mtcompress.records import Artefact, FormName, RunRecord, StepRecord
 from hf_mtcompress.steps.run_context import RunContext, probe_samples
 from hf_mtcompress.steps.scoring import score_folder, task_record
 
@@ -88,7 +88,7 @@ def check_reloads(output: Path, steps: Sequence[StepRecord], samples: Sequence[A
     """Load every artefact in a fresh process and hold its logits against those of the model before it was saved."""
     checks: dict[str, ReloadCheck] = {}
     for step in steps:
-        forms = {within_step(step, artefact): artefact.form for artefact in step.artefacts}
+        forms: dict[str, FormName] = {within_step(step, item): item.form for item in step.artefacts}
         found = reload_checks(output / step.name, forms, samples)
         checks |= {join(step.name, folder): check for folder, check in found.items()}
     results = dict(zip(checks, check_reload(list(checks.values())), strict=True))

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX, ONNX_TASKS, OPENVINO, TRANSFORMERS_JS, VANILLA
+from hf_mtcompress.artifacts import ONNX_TASKS, TRANSFORMERS_JS
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.formats.onnx.export import export_onnx, split_onnx
 from hf_mtcompress.formats.openvino.export import convert_openvino
 from hf_mtcompress.formats.transformers_js import write_transformers_js
+from hf_mtcompress.formats.vanilla import write_vanilla
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import ExportStep
 from hf_mtcompress.records import Artefact
@@ -28,36 +29,35 @@ def export_step(step: ExportStep, source: str | None, context: RunContext, folde
     for form in step.formats:
         match form:
             case "vanilla":
-                for name in model.tasks:
-                    model.export_task(name, folder / VANILLA / name, processor)
-                outcome.artefacts.append(Artefact(form="vanilla", folder=VANILLA, precision="float32"))
-                outcome.probes[VANILLA] = {
+                write_vanilla(model, processor, folder / form)
+                outcome.artefacts.append(Artefact(form=form, folder=form, precision="float32"))
+                outcome.probes[form] = {
                     **probe(model, context, processor),
                     **_probe_merged(model, context, processor),
                 }
             case "onnx":
-                export_onnx(model, processor, folder / ONNX)
-                outcome.artefacts.append(Artefact(form="onnx", folder=ONNX, precision="float32"))
-                outcome.probes[ONNX] = probe(model, context, processor)
+                export_onnx(model, processor, folder / form)
+                outcome.artefacts.append(Artefact(form=form, folder=form, precision="float32"))
+                outcome.probes[form] = probe(model, context, processor)
                 if step.per_task:
-                    for name in split_onnx(folder / ONNX, folder / ONNX_TASKS, model):
+                    for name in split_onnx(folder / form, folder / ONNX_TASKS, model):
                         place = f"{ONNX_TASKS}/{name}"
                         outcome.artefacts.append(
-                            Artefact(form="onnx", folder=place, precision=f"float32, task {name} alone")
+                            Artefact(form=form, folder=place, precision=f"float32, task {name} alone")
                         )
-                        outcome.probes[place] = {name: outcome.probes[ONNX][name]}
+                        outcome.probes[place] = {name: outcome.probes[form][name]}
             case "openvino":
                 with TemporaryDirectory() as scratch:
-                    graph = export_onnx(model, processor, Path(scratch) / ONNX)
-                    convert_openvino(graph, folder / OPENVINO)
-                outcome.artefacts.append(Artefact(form="openvino", folder=OPENVINO, precision="float32"))
-                outcome.probes[OPENVINO] = probe(model, context, processor)
+                    graph = export_onnx(model, processor, Path(scratch) / "onnx")
+                    convert_openvino(graph, folder / form)
+                outcome.artefacts.append(Artefact(form=form, folder=form, precision="float32"))
+                outcome.probes[form] = probe(model, context, processor)
             case "transformers_js":
                 pass  # made from the graph, wherever that stands in the list
     if "transformers_js" in step.formats:
         outcome.quantization = {
             TRANSFORMERS_JS: write_transformers_js(
-                model, processor, folder / ONNX, folder / TRANSFORMERS_JS, partial(_validate_graph, context)
+                model, processor, folder / "onnx", folder / TRANSFORMERS_JS, partial(_validate_graph, context)
             )
         }
     return outcome

@@ -29,7 +29,7 @@ from hf_mtcompress.compression.width import prune_width
 from hf_mtcompress.errors import MTCompressError, RecipeError
 from hf_mtcompress.evaluation.evaluate import evaluate_predictor
 from hf_mtcompress.formats.predictor import Predictor
-from hf_mtcompress.formats.runtimes import Runtime
+from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import (
     DistillStep,

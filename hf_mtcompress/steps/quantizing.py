@@ -13,7 +13,8 @@ import torch
 from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
 from hf_mtcompress.errors import RecipeError
-from hf_mtcompress.formats.graph_settings import GraphForm, read_graph_settings
+from hf_mtcompress.formats.folders import folder_form
+from hf_mtcompress.formats.graph_settings import read_graph_settings
 from hf_mtcompress.formats.onnx.export import export_onnx
 from hf_mtcompress.formats.onnx.quantize import Calibration, quantize_onnx
 from hf_mtcompress.formats.openvino.export import convert_openvino
@@ -112,7 +113,7 @@ def _quantize_graph(step: QuantizeStep, source: str, context: RunContext, folder
         write_text(structure, json.dumps([structure_of(model), quantization, training], default=str))
     shutil.copytree(work / _QUANTIZED, folder, dirs_exist_ok=True)
     shape, chosen, training = json.loads(structure.read_text(encoding="utf-8"))
-    form: GraphForm = "onnx" if step.backend == "onnxruntime" else "openvino"
+    form = folder_form(folder)
     settings = read_graph_settings(folder, form)
     artefact = Artefact(form=form, folder=".", precision=_graph_precision(step, settings.quantization))
     # There is no model in memory with these weights: the graph is held against itself in another process.

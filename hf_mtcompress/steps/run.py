@@ -25,6 +25,7 @@ from hf_mtcompress.recipe import (
     TrimWeightsStep,
     without_auxiliary,
 )
+from hf_mtcompress.records import FORMS, form_of_backend
 from hf_mtcompress.steps.exporting import export_step
 from hf_mtcompress.steps.pruning import prune_step
 from hf_mtcompress.steps.quantizing import quantize_step
@@ -94,10 +95,10 @@ def _extras_of(recipe: Recipe) -> list[str]:
     for step in recipe.steps:
         match step:
             case QuantizeStep():
-                needed += {"onnxruntime": ["onnx"], "openvino": ["onnx", "openvino"]}.get(step.backend, [step.backend])
+                needed += form_of_backend(step.backend).extras_to_write
             case ExportStep():
-                needed += [form for form in ("onnx", "openvino") if form in step.formats]
-                needed += ["onnx"] if "openvino" in step.formats else []
+                for form in FORMS.values():
+                    needed += form.extras_to_write if form.name in step.formats else ()
             case PruneStep() if step.latency and step.timing.runtime != "torch":
                 needed.append("onnx")
             case _:

@@ -14,7 +14,7 @@ from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.data.sources import Sources
 from hf_mtcompress.errors import RecipeError
-from hf_mtcompress.formats.runtimes import load_processor as read_processor
+from hf_mtcompress.formats.folders import load_processor as read_processor
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.surgery import describe_structure
 from hf_mtcompress.recipe import EncoderConfig, Recipe, StepConfig, restricted, without_auxiliary

@@ -26,9 +26,9 @@ from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.selection import select_layers
 from hf_mtcompress.errors import ArtifactError, RecipeError
-from hf_mtcompress.formats.graph_settings import FILES
-from hf_mtcompress.formats.runtimes import Runtime, open_runtime
-from hf_mtcompress.formats.runtimes import load_processor as read_processor
+from hf_mtcompress.formats.folders import load_processor as read_processor
+from hf_mtcompress.formats.runtime import Runtime
+from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Weight
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -43,6 +43,7 @@ from hf_mtcompress.recipe import (
     WeightSchedule,
     teachers_of,
 )
+from hf_mtcompress.records import FORMS
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
 from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, load_processor, new_model, start_of
 from hf_mtcompress.steps.training import (
@@ -337,7 +338,7 @@ def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     """
     if any(step.name == name for step in context.recipe.steps):
         return context.load(name)
-    if any((Path(name) / settings).is_file() for settings, *_ in FILES.values()):
+    if any((Path(name) / form.settings).is_file() for form in FORMS.values() if form.layout == "graph"):
         return open_runtime(Path(name))
     config = _config_of(name, where)
     kind = (config.architectures or [""])[0]

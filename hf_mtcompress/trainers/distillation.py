@@ -20,7 +20,7 @@ from hf_mtcompress.data.teacher_cache import (
     CacheSummary,
 )
 from hf_mtcompress.errors import TaskError, TrainingError
-from hf_mtcompress.formats.runtimes import Runtime
+from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.losses.criteria import AnswerCriterion, Criterion, StateCriterion, criterion_of, scheduled
 from hf_mtcompress.losses.fusion import Weight
 from hf_mtcompress.model.anatomy import encoder_of

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_mtcompress.errors import TaskError
-from hf_mtcompress.formats.runtimes import Runtime
+from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.losses.distillation import match_labels
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.modeling import MultiTaskModel

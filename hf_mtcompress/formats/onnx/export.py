@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings, write_graph_settings
@@ -29,6 +28,7 @@ from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sizes import count_parameters
+from hf_mtcompress.records.forms import ONNX_MODEL
 
 LAYER_MARK = "layer_"
 """Matrix products of encoder layer 2 have names that begin with `layer_2/attention/` or `layer_2/feed_forward/`."""

@@ -15,7 +15,8 @@ import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.graph_settings import FILES, GraphSettings, check_graph, read_graph_settings
+from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings
+from hf_mtcompress.records import FORMS
 
 TOLERANCE = 1e-4
 """Largest difference between graph and model, as a fraction of the largest logit."""
@@ -57,7 +58,7 @@ def float_settings(folder: Path) -> GraphSettings:
 def copy_processor(source: Path, folder: Path) -> None:
     """Copy what lies beside a graph, tokenizer or image processor, but for its settings."""
     for item in source.iterdir():
-        if item.is_file() and item.name not in FILES["onnx"]:
+        if item.is_file() and item.name not in FORMS["onnx"].files:
             shutil.copy2(item, folder / item.name)
 
 

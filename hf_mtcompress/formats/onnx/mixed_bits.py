@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.onnx.graphs import copy_processor, float_settings, random_feed, run_graph
 from hf_mtcompress.formats.onnx.prepare import load_prepared, matrices_of, parts_of, weight_of
 from hf_mtcompress.formats.onnx.quantize import block_size_problems, write_parts, write_quantized_settings
+from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.tasks import Task
 
 MIXED_BITS = (4, 8, 16, 32)

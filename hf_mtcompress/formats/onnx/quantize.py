@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.graph_settings import GraphSettings, write_graph_settings
@@ -27,6 +26,7 @@ from hf_mtcompress.formats.onnx.graphs import (
 )
 from hf_mtcompress.formats.onnx.prepare import last_layers, load_prepared, products_of, weight_of
 from hf_mtcompress.formats.onnx.tables import large_tables, store_tables
+from hf_mtcompress.records.forms import ONNX_MODEL
 
 logger = logging.getLogger(__name__)
 

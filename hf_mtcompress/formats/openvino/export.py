@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_mtcompress.artifacts import ONNX_MODEL, OPENVINO_MODEL
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.graph_settings import write_graph_settings
@@ -24,6 +23,7 @@ from hf_mtcompress.formats.onnx.graphs import (
     random_feed,
     run_graph,
 )
+from hf_mtcompress.records.forms import ONNX_MODEL, OPENVINO_MODEL
 
 
 def convert_openvino(

@@ -19,8 +19,9 @@ import torch
 
 from hf_mtcompress.environment import ending_of
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.runtimes import folder_form, read_config, task_folders
+from hf_mtcompress.formats.folders import folder_form, read_config, task_folders
 from hf_mtcompress.model.marking import is_ours
+from hf_mtcompress.records import FORMS, FormName
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,7 @@ class ReloadCheck:
     tolerance: float = 0.0
     labels: Mapping[str, Sequence[str]] | None = None
     samples: Sequence[Any] | None = None
-    form: str = field(init=False)
+    form: FormName = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "form", folder_form(self.folder))
@@ -83,7 +84,7 @@ def check_reload(checks: Sequence[ReloadCheck], timeout: float = 900.0) -> list[
 
 def _is_plain(check: ReloadCheck) -> bool:
     """Whether a folder must load without this package: plain folders that were not cut unevenly."""
-    if check.form != "vanilla":
+    if FORMS[check.form].layout != "tasks":
         return False
     marks = [read_config(path).get("quantization_config") or {} for path in task_folders(check.folder).values()]
     return not any(is_ours(mark) for mark in marks)

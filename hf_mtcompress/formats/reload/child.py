@@ -18,9 +18,9 @@ from hf_mtcompress.formats.pipeline import PIPELINE, register_pipeline
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.formats.reload.plain import check_plain_folder, largest_difference, read_sample
 from hf_mtcompress.model.registration import register
+from hf_mtcompress.records import FORMS
 from hf_mtcompress.tasks import Task
 
-_RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 SCORE_TOLERANCE = 1e-3
 """Between a row alone, as a pipeline computes it, and the same row in a padded batch."""
 QUANTIZED_SCORE_TOLERANCE = 0.1
@@ -29,13 +29,13 @@ QUANTIZED_SCORE_TOLERANCE = 0.1
 
 def check_folder(check: dict[str, Any]) -> dict[str, Any]:
     """Load one folder of any form and compare its logits with the expected ones."""
-    form = check["form"]
-    if form == "vanilla":
+    form = FORMS[check["form"]]
+    if form.layout == "tasks":
         return check_plain_folder(check)
     try:
-        return _check_torch(check) if form in ("torch", "bitsandbytes", "torchao") else _check_graph(check)
+        return _check_torch(check) if form.layout == "model" else _check_graph(check)
     except Exception as error:  # any failure to load or run is the result that is asked for
-        return {"difference": float("inf"), "problems": [f"{type(error).__name__}: {error}"], "how": form}
+        return {"difference": float("inf"), "problems": [f"{type(error).__name__}: {error}"], "how": form.name}
 
 
 def _check_torch(check: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _check_graph(check: dict[str, Any]) -> dict[str, Any]:
     return {
         "difference": _worst(predictor.logits(inputs), expected),
         "problems": problems,
-        "how": _RUNTIMES[check["form"]],
+        "how": FORMS[check["form"]].runtime,
     }
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hf_mtcompress.formats.graph_settings import FILES
 from hf_mtcompress.formats.reload.check import ReloadCheck
+from hf_mtcompress.records import FORMS, FormName
 
 PROBES = "probes.safetensors"
 GRAPH_TOLERANCE = 1e-3
@@ -36,7 +36,7 @@ def save_probes(
     save_file(arrays, folder / PROBES)
 
 
-def reload_checks(step_folder: Path, forms: Mapping[str, str], samples: Any = None) -> dict[str, ReloadCheck]:
+def reload_checks(step_folder: Path, forms: Mapping[str, FormName], samples: Any = None) -> dict[str, ReloadCheck]:
     """What to check of a step's artefacts, by artefact folder; those without expected logits are left out.
 
     Args:
@@ -56,7 +56,7 @@ def reload_checks(step_folder: Path, forms: Mapping[str, str], samples: Any = No
                 folder=step_folder / artefact,
                 inputs=inputs,
                 expected=expected,
-                tolerance=GRAPH_TOLERANCE if form in FILES else 0.0,
+                tolerance=GRAPH_TOLERANCE if FORMS[form].layout == "graph" else 0.0,
                 samples=samples,
             )
     return checks

@@ -18,12 +18,13 @@ from huggingface_hub import SpaceCardData
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerFast
 
-from hf_mtcompress.artifacts import ONNX_MODEL, whole_folder, write_text
+from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.environment import package_version
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
+from hf_mtcompress.formats.folders import load_processor
 from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings
-from hf_mtcompress.formats.runtimes import load_processor
+from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.tasks import Task, TokenClassification
 
 PAGE = "page.json"

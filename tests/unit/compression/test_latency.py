@@ -17,7 +17,7 @@ from hf_mtcompress.compression.latency import (
 )
 from hf_mtcompress.compression.pruning import TimeBudget, prune
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.runtimes import load_processor
+from hf_mtcompress.formats.folders import load_processor
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut

@@ -9,8 +9,8 @@ from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.quantization import quantize_torchao
 from hf_mtcompress.compression.width import prune_width
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
+from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.predictor import load_predictor
-from hf_mtcompress.formats.runtimes import folder_form
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register

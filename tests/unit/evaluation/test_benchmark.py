@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation import benchmark as module
 from hf_mtcompress.evaluation.benchmark import (
@@ -21,6 +20,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sizes import count_parameters
 from hf_mtcompress.model.surgery import cut, describe_structure
 from hf_mtcompress.recipe import BenchmarkConfig
+from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.tasks import SequenceClassification
 from tests.tiny import tiny_encoder, tiny_image_rows
 from tests.unit.formats.artefacts import saved_images, saved_text

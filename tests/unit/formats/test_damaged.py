@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.graph_settings import read_graph_settings, write_graph_settings
 from hf_mtcompress.formats.predictor import load_predictor
+from hf_mtcompress.records.forms import ONNX_MODEL
 from tests.unit.formats.artefacts import saved_text
 
 

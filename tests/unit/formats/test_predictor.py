@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_mtcompress.artifacts import ONNX_SETTINGS
 from hf_mtcompress.errors import ArtifactError, DataError, TaskError
+from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.predictor import load_predictor
-from hf_mtcompress.formats.runtimes import folder_form, stock_task
+from hf_mtcompress.formats.vanilla import stock_task
+from hf_mtcompress.records.forms import ONNX_SETTINGS
 from tests.tiny import tiny_image_rows, tiny_text_rows, tiny_token_rows
 from tests.unit.formats.artefacts import MAX_LENGTH, saved_images, saved_text
 

@@ -19,7 +19,7 @@ from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import measure_size
-from hf_mtcompress.formats.runtimes import folder_form
+from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.marking import StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel

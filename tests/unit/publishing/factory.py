@@ -5,8 +5,8 @@ from pathlib import Path
 from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.records import (
     Artefact,
-    ArtefactForm,
     Comparison,
+    FormName,
     LatencyRecord,
     RunRecord,
     SizeRecord,
@@ -85,7 +85,7 @@ def latency(batch_size: int, minimum: float, reference: float) -> LatencyRecord:
 
 
 def artefact(
-    form: ArtefactForm,
+    form: FormName,
     folder: str,
     precision: str,
     megabytes: float,

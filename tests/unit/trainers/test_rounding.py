@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer, MultiTaskTrainingArguments, SequenceClassification
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.formats.onnx.export import export_onnx
 from hf_mtcompress.formats.onnx.graphs import run_graph
 from hf_mtcompress.formats.onnx.quantize import quantize_onnx
+from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.trainers.rounding import (
     RoundToBits,
     linear_forward,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from hf_mtcompress.artifacts import ONNX_MODEL, ONNX_SETTINGS
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.graph_settings import read_graph_settings
 from hf_mtcompress.formats.onnx.export import export_onnx, split_onnx
@@ -20,6 +19,7 @@ from hf_mtcompress.formats.onnx.session import open_session, run_session
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sizes import count_parameters
+from hf_mtcompress.records.forms import ONNX_MODEL, ONNX_SETTINGS
 from hf_mtcompress.tasks import SequenceClassification
 from tests.tiny import (
     FAMILIES,

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.formats.graph_settings import read_graph_settings, write_graph_settings
 from hf_mtcompress.formats.onnx import mixed_bits as mixed_precision
@@ -32,6 +31,7 @@ from hf_mtcompress.formats.onnx.quantize import quantize_onnx
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.formats.reload.check import ReloadCheck, check_reload
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification
 from tests.tiny import IMAGE_FAMILIES, TEXT_FAMILIES, randomize, tiny_encoder, tiny_image_processor, tiny_tokenizer
 from tests.unit.formats.artefacts import Saved, saved_images, saved_text

@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.formats.onnx import prepare as preparation
 from hf_mtcompress.formats.onnx.graphs import random_feed, run_graph
+from hf_mtcompress.records.forms import ONNX_MODEL
 from tests.unit.formats.artefacts import saved_text
 
 

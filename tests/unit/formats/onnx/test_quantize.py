@@ -12,7 +12,6 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.compression.pruning import cut
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.graph_settings import read_graph_settings, write_graph_settings
@@ -22,6 +21,7 @@ from hf_mtcompress.formats.onnx.quantize import HALF_TOLERANCE, Calibration, qua
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.formats.reload.check import ReloadCheck, check_reload
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification
 from tests.tiny import FAMILIES, IMAGE_FAMILIES, randomize, tiny_encoder, tiny_image_processor, tiny_inputs
 from tests.tiny import tiny_tokenizer as tokenizer_of

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_mtcompress.artifacts import OPENVINO_MODEL, OPENVINO_SETTINGS, OPENVINO_WEIGHTS
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size
+from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.graph_settings import read_graph_settings, write_graph_settings
 from hf_mtcompress.formats.onnx.graphs import largest_difference
 from hf_mtcompress.formats.openvino.export import convert_openvino
 from hf_mtcompress.formats.predictor import load_predictor
-from hf_mtcompress.formats.runtimes import folder_form
 from hf_mtcompress.recipe import BenchmarkConfig
+from hf_mtcompress.records.forms import OPENVINO_MODEL, OPENVINO_SETTINGS, OPENVINO_WEIGHTS
 from tests.unit.formats.artefacts import Saved, saved_images, saved_text
 
 

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from hf_mtcompress.artifacts import ONNX_MODEL
 from hf_mtcompress.cli import USER_ERROR, main
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.formats.web import page as webpage
 from hf_mtcompress.formats.web.page import LIBRARIES, PAGE, serve_webpage, write_webpage
+from hf_mtcompress.records.forms import ONNX_MODEL
 from tests.unit.formats.artefacts import Saved, saved_images, saved_text
 
 CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)

@@ -8,13 +8,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
+
+from hf_mtcompress.records.forms import FormName
 
 FORMAT_VERSION = 1
 
 Record = TypeVar("Record")
-
-ArtefactForm = Literal["torch", "bitsandbytes", "torchao", "vanilla", "onnx", "openvino"]
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ class LatencyRecord:
 class Artefact:
     """One saved form of a model: where it lies, what it scores, how big and how fast it is."""
 
-    form: ArtefactForm
+    form: FormName
     folder: str
     """Relative to the run."""
     precision: str

@@ -1,0 +1,49 @@
+"""Folders with a graph, on ONNX Runtime or OpenVINO."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_mtcompress.environment import package_version, require_extra
+from hf_mtcompress.errors import ArtifactError, first_line
+from hf_mtcompress.formats.folders import load_processor
+from hf_mtcompress.formats.graph_settings import check_graph, read_graph_settings
+from hf_mtcompress.formats.runtime import Runtime
+from hf_mtcompress.records import FORMS, FormName
+
+
+class GraphRuntime(Runtime):
+    """A folder with a graph, on ONNX Runtime or OpenVINO."""
+
+    def __init__(self, folder: Path, form: FormName, threads: int | None = None) -> None:
+        kind = FORMS[form]
+        require_extra(str(kind.extra))
+        package = str(kind.backend)
+        if form == "onnx":
+            from hf_mtcompress.formats.onnx.session import open_session, run_session
+        else:
+            from hf_mtcompress.formats.openvino.session import open_session, run_session
+
+        self._run: Any = run_session
+        self.form = form
+        self.folder = folder
+        settings = read_graph_settings(folder, form)
+        graph = folder / kind.graph[0]
+        check_graph(folder, settings, form)
+        try:
+            self.session: Any = open_session(graph, threads)
+        except Exception as error:  # whatever the runtime raises: there is no class for all of it
+            raise ArtifactError(
+                f"expected a graph that {package} {package_version(package)} opens in {folder}, found one that it "
+                f"refuses ({first_line(error)}); the graph was made with version "
+                f"{settings.versions.get(package) or 'unknown'}: install that or a newer one, or export the model again"
+            ) from error
+        self.tasks = settings.build_tasks()
+        self.processor = load_processor(folder)
+        self.max_length = settings.preprocessing.get("max_length")
+
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._run(self.session, batch)
+        return {name: found[task.logits_name] for name, task in self.tasks.items()}

@@ -1,0 +1,51 @@
+"""What every saved form is once it is loaded: arrays of model inputs to logits by task."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_mtcompress.records import FormName
+from hf_mtcompress.tasks import Task
+
+
+class Runtime(ABC):
+    """A loaded artefact, whatever it runs on.
+
+    Attributes:
+        form: what kind of folder it is.
+        folder: where it was loaded from.
+        tasks: the tasks by name.
+        processor: tokenizer or image processor.
+        max_length: longest input in tokens, None where nothing says so.
+    """
+
+    form: FormName
+    folder: Path
+    tasks: dict[str, Task]
+    processor: Any
+    max_length: int | None
+
+    @abstractmethod
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All logits of a batch.
+
+        Args:
+            batch: `input_ids`, `attention_mask` (and `token_type_ids` where the encoder takes them) of shape
+                (rows, tokens), or `pixel_values` of shape (rows, channels, height, width).
+
+        Returns:
+            By task: (rows, labels), or (rows, tokens, labels) for word-level tasks.
+        """
+
+    def digest(self) -> str:
+        """Digest of the files it was loaded from, for caches of its answers."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.rglob("*")):
+            if file.suffix in (".safetensors", ".onnx", ".json", ".xml", ".bin"):
+                digest.update(file.relative_to(self.folder).as_posix().encode())
+                digest.update(file.read_bytes())
+        return digest.hexdigest()

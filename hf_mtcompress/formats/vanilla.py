@@ -1,0 +1,94 @@
+"""Folders of stock models, one for each task; every task runs an encoder of its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.formats.folders import load_processor, task_folders
+from hf_mtcompress.formats.runtime import Runtime
+from hf_mtcompress.formats.torch import as_array, as_tensors, load_config, load_weights, set_threads
+from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
+from hf_mtcompress.model.registration import register
+from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
+
+_AUTO_CLASSES: dict[str, Any] = {
+    SequenceClassification.kind: AutoModelForSequenceClassification,
+    TokenClassification.kind: AutoModelForTokenClassification,
+    ImageClassification.kind: AutoModelForImageClassification,
+}
+
+
+class VanillaRuntime(Runtime):
+    """A folder of plain transformers folders, one for each task; every task runs an encoder of its own."""
+
+    form = "vanilla"
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        set_threads(threads)
+        self.folder = folder
+        register()
+        folders = task_folders(folder)
+        self.models: dict[str, PreTrainedModel] = {}
+        self.tasks = {}
+        for name, path in folders.items():
+            config = load_config(path)
+            self.tasks[name] = stock_task(name, config, path)
+            model = load_weights(_AUTO_CLASSES[self.tasks[name].kind], path).eval()
+            align_weights(model)
+            self.models[name] = model
+        first = next(iter(folders.values()))
+        self.processor = load_processor(first)
+        limit = self.processor.model_max_length if "input_ids" in self.processor.model_input_names else None
+        # Tokenizers without a limit of their own say a number far beyond any length.
+        self.max_length = limit if limit is not None and limit < 10**6 else None
+
+    def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        answers = {}
+        with torch.inference_mode():
+            for name, model in self.models.items():
+                inputs = as_tensors(batch)
+                if "type_vocab_size" not in model.config.to_dict():
+                    inputs.pop("token_type_ids", None)
+                answers[name] = as_array(model(**inputs).logits)
+        return answers
+
+
+def write_vanilla(model: MultiTaskModel, processor: Any, folder: Path) -> None:
+    """Write one folder for each task of a model; see `MultiTaskModel.export_task`."""
+    for name in model.tasks:
+        model.export_task(name, folder / name, processor)
+
+
+def stock_task(name: str, config: PreTrainedConfig, folder: Path) -> Task:
+    """The task that a plain transformers folder answers, as its config tells it.
+
+    Raises:
+        ArtifactError: its architecture is none of sequence, token or image classification.
+    """
+    architecture = (config.architectures or [""])[0]
+    names: dict[Any, str] = config.id2label or {}
+    count = len(names)
+    labels = tuple(names[index] for index in range(count))
+    problem = config.problem_type or ("regression" if count == 1 else "single_label_classification")
+    if architecture.endswith("ForTokenClassification"):
+        return TokenClassification(name, labels=labels)
+    known = None if problem == "regression" else labels
+    if architecture.endswith("ForSequenceClassification"):
+        return SequenceClassification(name, labels=known, problem_type=problem)
+    if architecture.endswith("ForImageClassification"):
+        return ImageClassification(name, labels=known, problem_type=problem)
+    raise ArtifactError(
+        f"expected a model for sequence, token or image classification in {folder}, found '{architecture}'; "
+        "only folders written by export_task, or like them, open here"
+    )
