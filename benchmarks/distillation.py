@@ -38,8 +38,9 @@ from typing import Any
 from multitask_text import FOLDERS, RECIPE
 from transformers.utils import logging as transformers_logging
 
-from hf_mtcompress.artifacts import STEP_RECORD, share_work, whole_folder, write_text
+from hf_mtcompress.artifacts import STEP_RECORD, whole_folder, write_text
 from hf_mtcompress.data.sources import load_sources, task_of
+from hf_mtcompress.locks import share_work
 from hf_mtcompress.recipe import Recipe
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord

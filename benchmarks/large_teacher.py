@@ -20,10 +20,11 @@ import numpy as np
 from multitask_text import FOLDERS, RECIPE
 from transformers.utils import logging as transformers_logging
 
-from hf_mtcompress.artifacts import share_work, write_text
+from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import measure_size
+from hf_mtcompress.locks import share_work
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.compare.statistics import paired_difference

@@ -34,12 +34,13 @@ from distillation import Benchmark
 from post_training_pruning import by_torch_pruning, layer_parameters
 from transformers.utils import logging as transformers_logging
 
-from hf_mtcompress.artifacts import share_work, whole_folder, write_text
+from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark
 from hf_mtcompress.formats.onnx.export import export_onnx
 from hf_mtcompress.formats.onnx.quantize import quantize_onnx
+from hf_mtcompress.locks import share_work
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import BenchmarkConfig, PruneStep
 from hf_mtcompress.recipe.load import load_recipe

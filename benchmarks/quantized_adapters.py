@@ -26,10 +26,11 @@ from multitask_text import FOLDERS, RECIPE
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_mtcompress.artifacts import share_work, whole_folder, write_text
+from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.evaluation.benchmark import measure_size
+from hf_mtcompress.locks import share_work
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import FinetuneStep
 from hf_mtcompress.recipe.load import load_recipe

@@ -26,8 +26,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from hf_mtcompress.artifacts import share_work, write_text
+from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.errors import ArtifactError, DataError
+from hf_mtcompress.locks import share_work
 
 Signals = dict[str, list[np.ndarray]]
 """By name of the signal: one array a row."""

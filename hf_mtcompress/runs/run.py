@@ -13,19 +13,12 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import (
-    GRAPHS,
-    RECIPE,
-    STEP_RECORD,
-    WORK,
-    sole_use,
-    whole_folder,
-    write_text,
-)
+from hf_mtcompress.artifacts import GRAPHS, RECIPE, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.evaluation.benchmark import measure_size
 from hf_mtcompress.formats.reload.probes import save_probes
+from hf_mtcompress.locks import sole_use
 from hf_mtcompress.recipe import (
     DistillStep,
     ExportStep,

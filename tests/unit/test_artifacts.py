@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_mtcompress.artifacts import WORK, sole_use, whole_folder, write_text
+from hf_mtcompress.artifacts import WORK, whole_folder, write_text
 from hf_mtcompress.errors import ArtifactError, MTCompressError
+from hf_mtcompress.locks import sole_use
 
 
 def contents(folder: Path) -> dict[str, str]:

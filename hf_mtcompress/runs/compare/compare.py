@@ -26,19 +26,11 @@ from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import (
-    COMPARISON,
-    COMPARISON_PICTURE,
-    RECIPE,
-    RECORD,
-    STEP_RECORD,
-    WORK,
-    share_work,
-    write_text,
-)
+from hf_mtcompress.artifacts import COMPARISON, COMPARISON_PICTURE, RECIPE, RECORD, STEP_RECORD, WORK, write_text
 from hf_mtcompress.data.sources import Sources, load_sources
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.locks import share_work
 from hf_mtcompress.losses.grouping import grouped_by_cost
 from hf_mtcompress.publishing.task_comparison import draw_differences
 from hf_mtcompress.recipe import Recipe
