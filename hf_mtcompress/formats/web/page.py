@@ -147,9 +147,12 @@ def _check_place(output: Path) -> None:
         )
 
 
+_SOURCES = (".html", ".css", ".mjs")
+
+
 def _sources() -> list[Any]:
     """The files of a page that are the same for every model."""
-    return [item for item in files("hf_mtcompress.formats.web").iterdir() if item.is_file()]
+    return [item for item in files("hf_mtcompress.formats.web").iterdir() if item.name.endswith(_SOURCES)]
 
 
 def _describe(

@@ -48,6 +48,7 @@ def test_everything_the_page_loads_lies_beside_it(saved: Any, tmp_path: Path):
         assert "https://" not in text
     assert (page / "model" / "tokenizer.json").is_file() == ("text" in described)
     assert "step.json" not in {path.name for path in page.rglob("*")}
+    assert not [path for path in page.rglob("*") if path.suffix == ".py"], "what writes the page is not part of it"
 
 
 @pytest.mark.usefixtures("without_libraries")
@@ -307,7 +308,7 @@ def _assert_equal(found: Any, expected: Any) -> None:
 
 def test_folder_names_are_those_the_scripts_ask_for():
     """app.mjs writes the names down a second time."""
-    script = (Path(webpage.__file__).parent / "web" / "app.mjs").read_text(encoding="utf-8")
+    script = Path(webpage.__file__).with_name("app.mjs").read_text(encoding="utf-8")
     assert f"./{LIBRARIES}/ort.wasm.min.mjs" in script
     assert f"./{LIBRARIES}/tokenizers.min.mjs" in script
     assert f'"{PAGE}"' in script
