@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FormName = Literal["torch", "bitsandbytes", "torchao", "onnx", "openvino", "vanilla"]
+FormName = Literal["torch", "bitsandbytes", "torchao", "vanilla", "onnx", "openvino"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,12 @@ FORMS: dict[FormName, Form] = {
             opens_with="`AutoModel` after `import hf_mtcompress`, with torchao",
         ),
         Form(
+            name="vanilla",
+            layout="tasks",
+            files=(CONFIG,),
+            opens_with="plain transformers, one folder per task",
+        ),
+        Form(
             name="onnx",
             layout="graph",
             files=(ONNX_SETTINGS, ONNX_MODEL),
@@ -107,12 +113,6 @@ FORMS: dict[FormName, Form] = {
             backend="openvino",
             runtime="OpenVINO",
             opens_with="`hf_mtcompress.load_predictor`, or OpenVINO itself",
-        ),
-        Form(
-            name="vanilla",
-            layout="tasks",
-            files=(CONFIG,),
-            opens_with="plain transformers, one folder per task",
         ),
     )
 }

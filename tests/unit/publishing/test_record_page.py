@@ -20,11 +20,11 @@ def test_page_is_in_step_with_the_classes():
     expected = {
         name: {field.name: type_text(field.type).replace("|", "\\|") for field in dataclasses.fields(cls)}
         for name, cls in vars(records).items()
-        if isinstance(cls, type) and dataclasses.is_dataclass(cls)
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls is not records.Form
     }
     assert found == expected
 
 
 def type_text(annotation: object) -> str:
     text = annotation.__name__ if type(annotation) is type else str(annotation)
-    return text.replace("typing.", "").replace("hf_mtcompress.records.", "")
+    return re.sub(r"typing\.|hf_mtcompress\.records\.\w+\.", "", text)

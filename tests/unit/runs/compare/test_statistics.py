@@ -8,7 +8,7 @@ import pytest
 
 from hf_mtcompress.runs.compare.statistics import PairedDifference, paired_difference, verdict
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[4]
 
 
 def test_three_seeds():
