@@ -18,10 +18,11 @@ from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.adapters import ADAPTERS
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.base import align_weights
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.embeddings import quantized_table
 from hf_mtcompress.model.marking import StructureConfig, read_mark
-from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
+from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.structured import keep_exact, word_embeddings
 
 logger = logging.getLogger(__name__)

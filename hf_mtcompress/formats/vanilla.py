@@ -18,7 +18,8 @@ from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.folders import load_processor, task_folders
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.torch import as_array, as_tensors, load_config, load_weights, set_threads
-from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
+from hf_mtcompress.model.base import align_weights
+from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 

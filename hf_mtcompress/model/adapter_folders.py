@@ -8,7 +8,7 @@ that no stock model has is in a file of its own, and `peft` opens the adapter on
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,14 +26,13 @@ from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.errors import ArtifactError, TaskError
 from hf_mtcompress.model.adapters import Adapter, adapter_of, build_adapter
 from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.base import SharedModel
 from hf_mtcompress.model.vanilla import stock_class
 from hf_mtcompress.recipe import AdapterConfig
 from hf_mtcompress.tasks import Task, task_from_dict
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-    from hf_mtcompress.model.modeling import MultiTaskModel
 
 SETTINGS = "mtcompress_adapter.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -116,7 +115,7 @@ class _Saved:
 
 
 def save_adapters(
-    model: "MultiTaskModel", folder: Path, tasks: Sequence[str] | None = None, base_model: str | None = None
+    model: SharedModel, folder: Path, tasks: Sequence[str] | None = None, base_model: str | None = None
 ) -> list[Path]:
     """See `MultiTaskModel.save_adapters`."""
     having = [name for name in model.tasks if adapter_of(model, name) is not None]
@@ -151,7 +150,7 @@ def _check_hub_id(base_model: str | None) -> None:
     )
 
 
-def _write(model: "MultiTaskModel", name: str, folder: Path, base_model: str | None) -> None:
+def _write(model: SharedModel, name: str, folder: Path, base_model: str | None) -> None:
     task, adapter = model.tasks[name], adapter_of(model, name)
     assert adapter is not None
     head = model.heads[task.head_name]
@@ -197,8 +196,17 @@ def _save(state: Mapping[str, Tensor], file: Path) -> None:
 # ---- reading ----
 
 
-def load_adapters(model: "MultiTaskModel", folder: Path, tasks: Sequence[str] | None = None) -> list[str]:
-    """See `MultiTaskModel.load_adapters`."""
+def load_adapters(
+    model: SharedModel, folder: Path, tasks: Sequence[str] | None, new_head: Callable[[Task], nn.Module]
+) -> dict[str, tuple[Task, nn.Module, Adapter]]:
+    """Saved tasks by name, each with its head and adapter, which the model does not hold yet.
+
+    Args:
+        model: the model that they are for; left as it is.
+        folder: see `MultiTaskModel.load_adapters`; likewise `tasks`, and the errors.
+        tasks: which; default: all that are found.
+        new_head: makes the head of a task that the model does not have.
+    """
     places = [folder] if (folder / SETTINGS).exists() else sorted(file.parent for file in folder.glob(f"*/{SETTINGS}"))
     saved = [_read(place) for place in places]
     names = [item.task.name for item in saved]
@@ -208,15 +216,7 @@ def load_adapters(model: "MultiTaskModel", folder: Path, tasks: Sequence[str] | 
             f"expected one saved adapter of {wanted or 'one or more tasks'} in {folder}, found those of {names}; check "
             "the folder, save_adapters writes one"
         )
-    made = {item.task.name: _made(model, item) for item in saved if item.task.name in wanted}
-    # Nothing fails from here on.
-    for name, (task, head, adapter) in made.items():
-        model.tasks.setdefault(name, task)
-        model.heads[task.head_name] = head
-        model.adapters[task.head_name] = adapter
-    model.freeze_encoder()
-    model.refresh_config()
-    return list(made)
+    return {item.task.name: _made(model, item, new_head) for item in saved if item.task.name in wanted}
 
 
 def _read(folder: Path) -> _Saved:
@@ -258,7 +258,7 @@ def _read(folder: Path) -> _Saved:
     return _Saved(folder, description, task, adapter, head)
 
 
-def _made(model: "MultiTaskModel", saved: _Saved) -> tuple[Task, nn.Module, Adapter]:
+def _made(model: SharedModel, saved: _Saved, new_head: Callable[[Task], nn.Module]) -> tuple[Task, nn.Module, Adapter]:
     """Task, head and adapter with their weights, while nothing of the model changes.
 
     Raises:
@@ -280,7 +280,7 @@ def _made(model: "MultiTaskModel", saved: _Saved) -> tuple[Task, nn.Module, Adap
             f"{folder}; load the encoder that it was trained on, in float or in few bits"
         )
     _fill(adapter, saved)
-    head = copy.deepcopy(model.heads[task.head_name]) if name in model.tasks else model.new_head(task)
+    head = copy.deepcopy(model.heads[task.head_name]) if name in model.tasks else new_head(task)
     wanted = {key: tuple(value.shape) for key, value in head.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in saved.head.items()}
     if wanted != found:
@@ -331,7 +331,7 @@ def _matrices(adapter: Adapter) -> dict[tuple[str, str], nn.Parameter]:
 # ---- knowing an encoder again ----
 
 
-def _known_by(model: "MultiTaskModel", name: str) -> _Encoder:
+def _known_by(model: SharedModel, name: str) -> _Encoder:
     """Of the layers alone: poolers come and go with the heads that read them, and vocabularies are cut."""
     encoder = model.encoders[name]
     assert isinstance(encoder, PreTrainedModel)

@@ -23,15 +23,13 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Layer, find_anatomy
+from hf_mtcompress.model.base import SharedModel
 from hf_mtcompress.model.branches import twin, whole_encoder
 from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
 from hf_mtcompress.tasks import Task
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
-
-    from hf_mtcompress.model.modeling import MultiTaskModel
-
 
 ADAPTERS = "adapters"
 """Where a model holds its adapters."""
@@ -91,7 +89,7 @@ class Adapter(nn.Module):
         return found
 
 
-def build_adapters(model: "MultiTaskModel") -> nn.ModuleDict:
+def build_adapters(model: SharedModel) -> nn.ModuleDict:
     """The adapters that the model's config describes, by the name of the task's head.
 
     Raises:
@@ -113,7 +111,7 @@ def build_adapters(model: "MultiTaskModel") -> nn.ModuleDict:
     )
 
 
-def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterConfig) -> dict[str, Adapter]:
+def new_adapters(model: SharedModel, tasks: list[str], settings: AdapterConfig) -> dict[str, Adapter]:
     """Fresh adapters by task, on the device of the encoder.
 
     Raises:
@@ -129,7 +127,7 @@ def new_adapters(model: "MultiTaskModel", tasks: list[str], settings: AdapterCon
     return {name: build_adapter(model, model.tasks[name], settings).train(model.training) for name in tasks}
 
 
-def build_adapter(model: "MultiTaskModel", task: Task, settings: AdapterConfig) -> Adapter:
+def build_adapter(model: SharedModel, task: Task, settings: AdapterConfig) -> Adapter:
     """A fresh adapter for a task, on the device of the encoder; the model does not hold it yet.
 
     Raises:
@@ -161,7 +159,7 @@ def passes_gradients(model: PreTrainedModel) -> bool:
     return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
 
 
-def adapter_of(model: "MultiTaskModel", name: str) -> Adapter | None:
+def adapter_of(model: SharedModel, name: str) -> Adapter | None:
     """The adapter of a task; None where it has none."""
     head = model.tasks[name].head_name
     if head not in model.adapters:
@@ -171,7 +169,7 @@ def adapter_of(model: "MultiTaskModel", name: str) -> Adapter | None:
     return adapter
 
 
-def describe_adapters(model: "MultiTaskModel") -> dict[str, dict[str, Any]]:
+def describe_adapters(model: SharedModel) -> dict[str, dict[str, Any]]:
     """What the config says of the adapters, by task."""
     found = {name: adapter_of(model, name) for name in model.tasks}
     return {name: dataclasses.asdict(adapter.settings) for name, adapter in found.items() if adapter is not None}
@@ -184,7 +182,7 @@ def adapted(encoder: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     return twin(encoder, _on(encoder, adapter))
 
 
-def merged_encoder(model: "MultiTaskModel", name: str) -> PreTrainedModel:
+def merged_encoder(model: SharedModel, name: str) -> PreTrainedModel:
     """The encoder that one task reads, its adapter added to the float weights of a copy."""
     encoder, adapter = whole_encoder(model, name), adapter_of(model, name)
     if adapter is None:
@@ -214,7 +212,7 @@ def trains_adapters(model: Any) -> Iterator[None]:
             del model._hf_peft_config_loaded
 
 
-def refuse_adapters(model: "MultiTaskModel", what: str) -> None:
+def refuse_adapters(model: SharedModel, what: str) -> None:
     """Say what cannot be done with adapters.
 
     Raises:
@@ -227,7 +225,7 @@ def refuse_adapters(model: "MultiTaskModel", what: str) -> None:
         )
 
 
-def _build(model: "MultiTaskModel", task: Task, settings: AdapterConfig) -> Adapter:
+def _build(model: SharedModel, task: Task, settings: AdapterConfig) -> Adapter:
     encoder = model.encoders[model.config.root_of(task.encoder)]
     assert isinstance(encoder, PreTrainedModel)
     # The name of the head, since a task may be called like an attribute of a ModuleDict.

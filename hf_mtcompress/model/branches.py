@@ -7,17 +7,15 @@ without a line about any of them here. A twin shares all modules that it does no
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.base import SharedModel
 from hf_mtcompress.model.surgery import keep_layers
-
-if TYPE_CHECKING:
-    from hf_mtcompress.model.modeling import MultiTaskModel
 
 _BEFORE_LAYERS = ("embeddings_project", "pre_layrnorm")
 """Children of an encoder that stand between its embeddings and its layers (ELECTRA's projection, CLIP's norm)."""
@@ -75,7 +73,7 @@ def run_depth(trunk: PreTrainedModel, layer: int, states: tuple[Tensor, ...], in
     return _run_on(trunk, states[layer - 1], nn.ModuleList([last]), {}, inputs)
 
 
-def whole_encoder(model: "MultiTaskModel", name: str) -> PreTrainedModel:
+def whole_encoder(model: SharedModel, name: str) -> PreTrainedModel:
     """The encoder that one task reads, as an encoder of its own: a copy where a branch or a depth is read."""
     task = model.tasks[name]
     root = model.config.root_of(task.encoder)
@@ -97,7 +95,7 @@ def whole_encoder(model: "MultiTaskModel", name: str) -> PreTrainedModel:
     return encoder
 
 
-def check_depth(model: "MultiTaskModel") -> None:
+def check_depth(model: SharedModel) -> None:
     """Every task reads a place that is there.
 
     Raises:
@@ -118,12 +116,12 @@ def check_depth(model: "MultiTaskModel") -> None:
             raise TaskError(f"task '{task.name}': expected a layer from 1 to {depth}, found {task.layer}")
 
 
-def reads_elsewhere(model: "MultiTaskModel") -> bool:
+def reads_elsewhere(model: SharedModel) -> bool:
     """Whether a task reads anything but the end of the main encoder: a branch, another encoder or a lower layer."""
     return any((task.encoder, task.layer) != ("main", None) for task in model.tasks.values())
 
 
-def refuse_sub_models(model: "MultiTaskModel", what: str) -> None:
+def refuse_sub_models(model: SharedModel, what: str) -> None:
     """Say what cannot be done with branches and depths yet.
 
     Raises:

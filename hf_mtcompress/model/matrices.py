@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.base import SharedModel
 from hf_mtcompress.model.branches import Branch
-from hf_mtcompress.model.modeling import MultiTaskModel
 
 
 def encoder_matrices(model: PreTrainedModel, *, embeddings: bool = False) -> dict[str, nn.Parameter]:
@@ -27,8 +27,8 @@ def encoder_matrices(model: PreTrainedModel, *, embeddings: bool = False) -> dic
             f"{type(model).__name__}: expected float weights, found a model that is quantized; start from the float "
             "model, and quantize it afterwards: weights that are 0 stay 0"
         )
-    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [encoder_of(model)]
-    branches = list(model.branches.values()) if isinstance(model, MultiTaskModel) else []
+    encoders = list(model.encoders.values()) if isinstance(model, SharedModel) else [encoder_of(model)]
+    branches = list(model.branches.values()) if isinstance(model, SharedModel) else []
     inside = {module for branch in branches if isinstance(branch, Branch) for module in branch.layers.modules()}
     tables: set[nn.Module] = set()
     for encoder in encoders:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapter_folders import load_adapters, save_adapters
 from hf_mtcompress.model.adapters import adapted, adapter_of, build_adapters, describe_adapters, new_adapters
 from hf_mtcompress.model.anatomy import encoder_of
+from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
@@ -50,19 +51,13 @@ def output_class(tasks: tuple[str, ...]) -> type[ModelOutput]:
     )
 
 
-class MultiTaskModel(PreTrainedModel):
+class MultiTaskModel(SharedModel):
     """One encoder, several heads; saved and loaded like any transformers model.
 
-    Build it from a pretrained encoder with `from_encoder`, reload it with `from_pretrained` (or `AutoModel`).
-
-    Attributes:
-        encoders: encoders by name; a single one is `main`.
-        heads: heads by `task_<name>`.
-        adapters: adapters by `task_<name>`, of the tasks that have one.
-        tasks: the tasks by name.
+    Build it from a pretrained encoder with `from_encoder`, reload it with `from_pretrained` (or `AutoModel`). What it
+    holds is listed in `SharedModel`.
     """
 
-    config_class = MultiTaskConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -74,7 +69,7 @@ class MultiTaskModel(PreTrainedModel):
 
     def __init__(self, config: MultiTaskConfig, encoders: Mapping[str, PreTrainedModel] | None = None) -> None:
         super().__init__(config)
-        self.tasks: dict[str, Task] = config.build_tasks()
+        self.tasks = config.build_tasks()
         self.encoders = nn.ModuleDict(
             {name: self._build_encoder(name) for name in config.encoders or {}} if encoders is None else dict(encoders)
         )
@@ -400,16 +395,17 @@ class MultiTaskModel(PreTrainedModel):
             TaskError: the model has another task of that name, or cannot have a head like that.
             UnsupportedEncoderError: the encoder is quantized by torchao, or the task reads a part of it.
         """
-        return load_adapters(self, Path(folder), tasks)
+        found = load_adapters(self, Path(folder), tasks, self.new_head)
+        # Nothing fails from here on.
+        for name, (task, head, adapter) in found.items():
+            self.tasks.setdefault(name, task)
+            self.heads[task.head_name] = head
+            self.adapters[task.head_name] = adapter
+        self.freeze_encoder()
+        self.refresh_config()
+        return list(found)
 
     # ---- running ----
-
-    @property
-    def encoder(self) -> PreTrainedModel:
-        """The only encoder, or the one called `main`."""
-        encoder = self.encoders["main"]
-        assert isinstance(encoder, PreTrainedModel)
-        return encoder
 
     def get_input_embeddings(self) -> nn.Module:
         """That of the first encoder, for tools that ask any model for it."""
@@ -564,7 +560,6 @@ class MultiTaskModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def refresh_config(self) -> None:
-        """Bring the config in step with the modules, after surgery on an encoder."""
         for name, encoder in self.encoders.items():
             assert isinstance(encoder, PreTrainedModel)
             assert self.config.encoders is not None
@@ -630,17 +625,6 @@ def load_encoder(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel
     return encoder
 
 
-def align_weights(model: nn.Module) -> None:
-    """Move weights that start off a cache line (as tensors inside a safetensors file do) to fresh memory.
-
-    Matrix kernels take other paths, and round otherwise, on unaligned memory: without this a loaded model differs from
-    the saved one in the last bits.
-    """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-
-
 def _reads_pooler(stock: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
     """Whether a stock model keeps the pooler of its encoder."""
     with torch.device("meta"):
@@ -677,8 +661,3 @@ def _config_dict(config: PreTrainedConfig) -> dict[str, Any]:
     for key in ("id2label", "label2id", "problem_type"):
         values.pop(key, None)
     return values
-
-
-def load_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The config of a saved folder or Hub id."""
-    return AutoConfig.from_pretrained(path)

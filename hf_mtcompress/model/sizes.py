@@ -3,13 +3,13 @@
 import torch
 from transformers import PreTrainedModel
 
-from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.base import SharedModel
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Numbers of parameters: `encoder`, with branches and `embedding` (the word embeddings) inside, and `head`."""
-    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [model.base_model]
-    branches = list(model.branches.values()) if isinstance(model, MultiTaskModel) else []
+    encoders = list(model.encoders.values()) if isinstance(model, SharedModel) else [model.base_model]
+    branches = list(model.branches.values()) if isinstance(model, SharedModel) else []
     encoder = sum(parameter.numel() for part in (*encoders, *branches) for parameter in part.parameters())
     tables = [table for part in encoders if (table := word_table(part)) is not None]
     return {

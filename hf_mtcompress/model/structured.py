@@ -18,20 +18,11 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
+from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.embeddings import Bits, swap_embedding
 from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, TORCHAO_METHOD, StructureConfig, write_mark
-from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.sparse import expanding_conversion
-from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
-
-
-def mark_structure(model: PreTrainedModel) -> None:
-    """Put the structure of a stock model's encoder into its config, where its own config cannot express it.
-
-    `cut` and `keep_layers` do this by themselves; call it on a model whose config was made in another way.
-    """
-    encoder = encoder_of(model)
-    write_mark(model.config, None if is_vanilla(encoder) else describe_structure(encoder))
+from hf_mtcompress.model.surgery import apply_structure
 
 
 def keep_exact(model: nn.Module) -> None:
@@ -86,7 +77,7 @@ def word_embeddings(model: PreTrainedModel) -> list[str]:
     Raises:
         UnsupportedEncoderError: an encoder has none, or another part reads its weights too.
     """
-    encoders = list(model.encoders.values()) if isinstance(model, MultiTaskModel) else [encoder_of(model)]
+    encoders = list(model.encoders.values()) if isinstance(model, SharedModel) else [encoder_of(model)]
     names = {module: name for name, module in model.named_modules()}
     found = []
     for encoder in encoders:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
-from hf_mtcompress.model.anatomy import Anatomy, Layer, find_anatomy
+from hf_mtcompress.model.anatomy import Anatomy, Layer, encoder_of, find_anatomy
 from hf_mtcompress.model.blocks import Constant, EmptyAttention, NoFeatures, SelectHeads
 from hf_mtcompress.model.marking import write_mark
 
@@ -129,7 +129,7 @@ def cut(
         if feed_forward is not None and index in feed_forward and len(feed_forward[index]) < layer.feed_forward.width:
             _cut_feed_forward(encoder, layer, sorted(feed_forward[index]))
     _write_config(encoder)
-    _mark(encoder)
+    mark_structure(encoder)
 
 
 def keep_layers(encoder: PreTrainedModel, indices: Sequence[int]) -> None:
@@ -153,7 +153,7 @@ def keep_layers(encoder: PreTrainedModel, indices: Sequence[int]) -> None:
     for position, index in enumerate(kept):
         _set_layer_index(anatomy.stack[index], position)
     _replace_fields(encoder.config, _config_of_layers(encoder.config, kept))
-    _mark(encoder)
+    mark_structure(encoder)
 
 
 def cut_vocabulary(model: PreTrainedModel, rows: Sequence[int]) -> None:
@@ -257,6 +257,15 @@ def is_vanilla(encoder: PreTrainedModel) -> bool:
     # Outside of the stack a part of the stock encoder may be missing (a pooler that no head reads).
     needed = {name for name in theirs if name.startswith(f"{stack}.")}
     return needed <= set(ours) and all(theirs.get(name) == shape for name, shape in ours.items())
+
+
+def mark_structure(model: PreTrainedModel) -> None:
+    """Put the structure of an encoder, alone or in a stock model, into the config, where this cannot express it.
+
+    `cut` and `keep_layers` do this by themselves; call it on a model whose config was made in another way.
+    """
+    encoder = encoder_of(model)
+    write_mark(model.config, None if is_vanilla(encoder) else describe_structure(encoder))
 
 
 def _set_layer_index(layer: nn.Module, index: int) -> None:
@@ -464,10 +473,6 @@ def expresses_width(encoder: PreTrainedModel, width: int) -> bool:
         if built and all(layer.feed_forward.width == width for layer in built):
             return True
     return False
-
-
-def _mark(encoder: PreTrainedModel) -> None:
-    write_mark(encoder.config, None if is_vanilla(encoder) else describe_structure(encoder))
 
 
 def _width_changes(config: PreTrainedConfig, width: int, hidden_size: int) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -11,11 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import merged_encoder
 from hf_mtcompress.model.anatomy import encoder_of
-from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
+from hf_mtcompress.model.base import SharedModel
+from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla, mark_structure
 from hf_mtcompress.tasks import Task
-
-if TYPE_CHECKING:
-    from hf_mtcompress.model.modeling import MultiTaskModel
 
 
 def stock_class(task: Task, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -27,7 +25,7 @@ def stock_class(task: Task, config: PreTrainedConfig) -> type[PreTrainedModel] |
     return found[0] if isinstance(found, tuple) else found
 
 
-def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
+def to_stock(model: SharedModel, name: str) -> PreTrainedModel:
     """See `MultiTaskModel.to_stock`."""
     if name not in model.tasks:
         raise TaskError(f"expected one of the tasks {list(model.tasks)}, found '{name}'")
@@ -69,12 +67,10 @@ def to_stock(model: "MultiTaskModel", name: str) -> PreTrainedModel:
     return stock.train(model.training)
 
 
-def export_folder(model: "MultiTaskModel", name: str, folder: Path, processor: Any | None) -> Path:
+def export_folder(model: SharedModel, name: str, folder: Path, processor: Any | None) -> Path:
     """See `MultiTaskModel.export_task`."""
     stock = to_stock(model, name)
     if not is_vanilla(encoder_of(stock)):
-        from hf_mtcompress.model.structured import mark_structure
-
         mark_structure(stock)
     stock.save_pretrained(folder)
     if processor is not None:

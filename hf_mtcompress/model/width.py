@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import Anatomy, encoder_of, find_anatomy
+from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.modeling import MultiTaskModel, align_weights
 from hf_mtcompress.model.surgery import cut, is_vanilla
 
 _FOLLOWING_FIELDS = ("pooler_hidden_size", "embedding_size")
@@ -81,7 +81,7 @@ def cut_width(
 
 
 def _part(model: PreTrainedModel) -> PreTrainedModel:
-    return model.encoder if isinstance(model, MultiTaskModel) else encoder_of(model)
+    return model.encoder if isinstance(model, SharedModel) else encoder_of(model)
 
 
 def _shell(model: PreTrainedModel, width: int) -> PreTrainedModel:
@@ -162,7 +162,7 @@ def _take_over(narrow: PreTrainedModel, source: PreTrainedModel) -> None:
     for name, parameter in narrow.named_parameters():
         parameter.requires_grad_(trained[name].requires_grad)
     narrow.tie_weights()
-    if isinstance(narrow, MultiTaskModel) and isinstance(source, MultiTaskModel):
+    if isinstance(narrow, SharedModel) and isinstance(source, SharedModel):
         narrow.tasks = dict(source.tasks)
         narrow.refresh_config()
     kernel = _part(source).config._attn_implementation

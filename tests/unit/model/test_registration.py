@@ -25,8 +25,7 @@ from hf_mtcompress.model.marking import StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.sparse import save_sparse
-from hf_mtcompress.model.structured import mark_structure
-from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers
+from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers, mark_structure
 from hf_mtcompress.tasks import SequenceClassification, TokenClassification
 from tests import laws
 from tests.tiny import (
