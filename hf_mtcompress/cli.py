@@ -9,13 +9,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_mtcompress.artifacts import CARD, write_text
 from hf_mtcompress.errors import MTCompressError, RecipeError
-
-if TYPE_CHECKING:
-    from hf_mtcompress.recipe import Recipe
+from hf_mtcompress.recipe import Recipe
 
 USER_ERROR = 2
 
@@ -174,16 +172,16 @@ def _port(text: str) -> int:
     return int(text)
 
 
-# torch and transformers take seconds to import: --help and a misspelt option should not wait for them.
+# Imported late: hf_mtcompress, since torch and transformers take seconds; --help and a misspelt option do not wait.
 
 
-def _recipe(options: argparse.Namespace) -> "Recipe":
+def _recipe(options: argparse.Namespace) -> Recipe:
     from hf_mtcompress.recipe.load import load_recipe
 
     return load_recipe(options.recipe, options.overrides)
 
 
-def _output(options: argparse.Namespace, recipe: "Recipe") -> Path:
+def _output(options: argparse.Namespace, recipe: Recipe) -> Path:
     return (options.output or Path("runs") / recipe.name).absolute()
 
 

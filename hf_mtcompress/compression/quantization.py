@@ -110,7 +110,7 @@ def quantize_torchao(model: PreTrainedModel) -> PreTrainedModel:
         Or et al.: TorchAO: PyTorch-Native Training-to-Serving Model Optimization. ICML 2025 workshop CODEML.
     """
     require_extra("torchao")
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig  # of the extra "torchao"
 
     _check_start(model, "torchao")
     mark = read_mark(model.config)

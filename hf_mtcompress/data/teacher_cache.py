@@ -231,8 +231,6 @@ def _fitting(array: np.ndarray, precision: str, name: str) -> np.ndarray:
 
 
 def _write_arrow(dataset: Dataset, file: Path) -> None:
-    import pyarrow as pa
-
     table = dataset.data.table
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

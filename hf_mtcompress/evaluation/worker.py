@@ -38,7 +38,7 @@ def load(folder: Path, form: str, graph: str | None, threads: int) -> Call:
         spec.loader.exec_module(module)
         session = module.open_session(folder / graph, threads)
         return lambda batch: module.run_session(session, batch)
-    import torch
+    import torch  # here, since a graph runs without it
 
     from hf_mtcompress.formats.runtimes import open_runtime
 
@@ -56,7 +56,7 @@ def peak_mb() -> float | None:
     except OSError:
         pass
     if sys.platform == "darwin":
-        import resource
+        import resource  # Unix alone has it
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return None

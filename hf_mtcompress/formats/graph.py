@@ -22,8 +22,10 @@ class GraphRuntime(Runtime):
         require_extra(str(kind.extra))
         package = str(kind.backend)
         if form == "onnx":
+            # It imports onnxruntime, which is of the extra "onnx".
             from hf_mtcompress.formats.onnx.session import open_session, run_session
         else:
+            # It imports openvino, which is an extra.
             from hf_mtcompress.formats.openvino.session import open_session, run_session
 
         self._run: Any = run_session

@@ -59,7 +59,7 @@ def write_transformers_js(
 
 def _rename_output(source: Path, target: Path, name: str) -> None:
     """Save a graph with its output called `logits`, as stock models call it."""
-    import onnx
+    import onnx  # of the extra "onnx"
 
     model = onnx.load(source)
     for node in model.graph.node:

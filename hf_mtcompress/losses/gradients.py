@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue] - made in C
 
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import MissingExtraError
@@ -149,7 +150,6 @@ def _mean(gramian: Tensor) -> Tensor:
 def _solver(name: str) -> Callable[[Tensor], Tensor | None]:
     """The method on a Gramian of at least two gradients other than zero, with a trace of 1; None where it fails."""
     from cvxpy.error import SolverError  # optional: the extra `surgery`
-    from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue] - made in C
     from torchjd import aggregation
     from torchjd.linalg import QuadprogProjector
 

@@ -28,6 +28,7 @@ from hf_mtcompress.model.branches import twin, whole_encoder
 from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
 from hf_mtcompress.tasks import Task
 
+# Imported late: peft, which takes seconds to import, while most models have no adapters.
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
@@ -49,7 +50,6 @@ class Adapter(nn.Module):
 
     def __init__(self, encoder: PreTrainedModel, settings: AdapterConfig, name: str) -> None:
         super().__init__()
-        # peft takes seconds to import, and most models have no adapters.
         from peft import LoraConfig, inject_adapter_in_model
 
         self.settings = settings

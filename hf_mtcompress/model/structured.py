@@ -24,6 +24,8 @@ from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, TORCHAO_METHOD, 
 from hf_mtcompress.model.sparse import expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure
 
+# Imported late: bitsandbytes, which is an extra.
+
 
 def keep_exact(model: nn.Module) -> None:
     """Compute 4-bit layers in the precision of their input on every processor.

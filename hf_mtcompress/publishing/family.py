@@ -9,6 +9,7 @@ from hf_mtcompress.publishing.picture import DELIVERED_COLOUR, OTHER_COLOUR, REF
 from hf_mtcompress.publishing.report import align
 from hf_mtcompress.records import Candidate, SearchRecord
 
+# Imported late: matplotlib, which is slow to import; whoever only prints the table needs none of it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -70,7 +71,6 @@ def draw_family(record: SearchRecord, path: Path) -> Path | None:
     sizes = [size for size in _batch_sizes(record) if any(_place(item, size) for item in record.candidates)]
     if not sizes:
         return None
-    # Slow to import, and whoever only prints the table needs none of it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

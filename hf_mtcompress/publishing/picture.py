@@ -23,6 +23,7 @@ from hf_mtcompress.publishing.facts import (
 )
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
+# Imported late: matplotlib, which is slow to import; whoever only reads a report needs none of it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
@@ -86,7 +87,6 @@ def draw_comparison(record: RunRecord, path: Path) -> list[Path]:
     points = comparison_points(record)
     if not points:
         return []
-    # Slow to import, and whoever only reads a report needs none of it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

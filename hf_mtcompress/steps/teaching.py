@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -350,8 +351,6 @@ def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     try:
         if config.model_type == MultiTaskConfig.model_type:
             return MultiTaskModel.from_pretrained(name)
-        import transformers
-
         return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(

@@ -331,6 +331,7 @@ def _check_bits(bits: Sequence[int], block_size: int) -> None:
 
 
 def _answers(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    # It imports onnxruntime, which is of the extra "onnx".
     from hf_mtcompress.formats.onnx.session import open_session, run_session
 
     session = open_session(path, None)

@@ -13,6 +13,8 @@ from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.formats.onnx.export import LAYER_MARK
 from hf_mtcompress.formats.onnx.graphs import TOLERANCE, largest_difference, quiet, run_graph
 
+# Imported late: onnx, onnx_ir, onnxruntime, and transformers.exporters with them: the extra "onnx".
+
 EMBEDDINGS = "embeddings"
 OTHER_MATRICES = "other matrices"
 _MARK = re.compile(LAYER_MARK + r"(\d+)/(?:(attention|feed_forward)/)?")

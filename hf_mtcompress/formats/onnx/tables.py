@@ -54,7 +54,7 @@ def store_tables(model: Any, names: Collection[str], block_size: int) -> None:
         names: of Gather nodes whose tables have an even width, as `large_tables` finds them.
         block_size: numbers of a row that share a scale and a zero point.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper  # of the extra "onnx"
 
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):

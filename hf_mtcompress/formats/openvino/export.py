@@ -25,6 +25,8 @@ from hf_mtcompress.formats.onnx.graphs import (
 )
 from hf_mtcompress.records.forms import ONNX_MODEL, OPENVINO_MODEL
 
+# Imported late: openvino, hf_mtcompress.formats.openvino.session with it, and nncf: the extra "openvino".
+
 
 def convert_openvino(
     source_folder: Path,

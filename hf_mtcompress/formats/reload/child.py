@@ -2,7 +2,7 @@
 
     python -m hf_mtcompress.formats.reload.child manifest.json results.json
 
-Manifest and results are those of `plain_reload`, with the `form` of each folder.
+Manifest and results are those of `plain.py`, with the `form` of each folder.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Reloads plain transformers folders as somebody without this package would. Run as a script, by its path.
 
-    python -I plain_reload.py manifest.json results.json
+    python -I plain.py manifest.json results.json
 
 It imports nothing of this package, and refuses to report when something else did. `manifest.json` holds `threads` and a
 list of `checks`, each with `folder` (one plain folder a task inside), `inputs` and `expected` (.npz files), `labels`
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
+from PIL import Image
 
 PIPELINES = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
@@ -55,8 +58,6 @@ def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
 def read_sample(sample: Any) -> Any:
     """A raw input from its JSON form: pictures stand in files of their own."""
     if isinstance(sample, dict) and "image" in sample:
-        from PIL import Image
-
         with Image.open(sample["image"]) as image:
             return image.convert("RGB")
     return sample
@@ -69,9 +70,6 @@ def _check_task(
     labels: list[str] | None,
     samples: list[Any] | None,
 ) -> tuple[float, str, str | None]:
-    import torch
-    import transformers
-
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names: dict[Any, str] = config.id2label or {}
     if labels is not None and [names[index] for index in sorted(names)] != labels:
@@ -127,8 +125,6 @@ def _compare_answer(answer: Any, logits: np.ndarray, config: Any, task: str) -> 
 
 def main(manifest: str, results: str) -> None:
     """Run the checks of a manifest; see above."""
-    import torch
-
     values = json.loads(Path(manifest).read_text(encoding="utf-8"))
     torch.set_num_threads(values["threads"])
     found = [check_plain_folder(check) for check in values["checks"]]
