@@ -31,7 +31,7 @@ from hf_mtcompress.model.vanilla import stock_class
 from hf_mtcompress.recipe import AdapterConfig
 from hf_mtcompress.tasks import Task, task_from_dict
 
-# Imported late: peft, which takes seconds to import, while most models have no adapters.
+# Imported late: peft - it takes seconds to import, and most models have no adapters.
 if TYPE_CHECKING:
     from peft import LoraConfig
 

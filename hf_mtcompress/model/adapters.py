@@ -28,7 +28,7 @@ from hf_mtcompress.model.branches import twin, whole_encoder
 from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
 from hf_mtcompress.tasks import Task
 
-# Imported late: peft, which takes seconds to import, while most models have no adapters.
+# Imported late: peft - it takes seconds to import, and most models have no adapters.
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 

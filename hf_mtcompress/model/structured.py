@@ -24,7 +24,7 @@ from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, TORCHAO_METHOD, 
 from hf_mtcompress.model.sparse import expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure
 
-# Imported late: bitsandbytes, which is an extra.
+# Imported late: bitsandbytes - an extra.
 
 
 def keep_exact(model: nn.Module) -> None:

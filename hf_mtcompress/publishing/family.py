@@ -9,7 +9,7 @@ from hf_mtcompress.publishing.picture import DELIVERED_COLOUR, OTHER_COLOUR, REF
 from hf_mtcompress.publishing.report import align
 from hf_mtcompress.records import Candidate, SearchRecord
 
-# Imported late: matplotlib, which is slow to import; whoever only prints the table needs none of it.
+# Imported late: matplotlib - slow to import, and whoever only prints the table needs none of it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 

@@ -23,7 +23,7 @@ from hf_mtcompress.publishing.facts import (
 )
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
-# Imported late: matplotlib, which is slow to import; whoever only reads a report needs none of it.
+# Imported late: matplotlib - slow to import, and whoever only reads a report needs none of it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage

@@ -10,7 +10,7 @@ from hf_mtcompress import artifacts
 from hf_mtcompress.publishing.figures import Figures
 from hf_mtcompress.records import RunRecord, StepRecord
 
-# Imported late: matplotlib, which is slow to import; whoever only reads the table needs none of it.
+# Imported late: matplotlib - slow to import, and whoever only prints the table needs none of it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 

@@ -106,15 +106,16 @@ def late_imports(text: str) -> Iterator[list[ast.stmt]]:
 
 
 def has_reason(lines: list[str], first: int) -> bool:
-    """Whether a comment stands in the line with this number or, alone or after TYPE_CHECKING, in the one above."""
+    """Whether a comment stands in the line with this number, or above it; TYPE_CHECKING may stand between."""
     comments = re.findall(r"#\s*(.+)", lines[first - 1])
-    comments += re.findall(r"^\s*(?:if TYPE_CHECKING:\s*)?#\s*(.+)", lines[first - 2])
+    above = "\n".join(lines[: first - 1])
+    comments += re.findall(r"(?:^\s*|TYPE_CHECKING:\s*)#\s*(.+)(?:\nif TYPE_CHECKING:)?\Z", above, re.MULTILINE)
     return any(not comment.startswith(NO_REASON) for comment in comments)
 
 
 def unexplained(text: str) -> list[str]:
-    """Late imports without a reason, neither beside them nor for the file: `# Imported late: NAMES, why`."""
-    explained = set(re.findall(r"[\w.]*\w", " ".join(re.findall(r"^# Imported late: (.+)", text, re.MULTILINE))))
+    """Late imports without a reason, neither beside them nor for the file: `# Imported late: NAMES - why`."""
+    explained = set(", ".join(re.findall(r"^# Imported late: ([\w., ]+) - \w", text, re.MULTILINE)).split(", "))
     found = []
     for group in late_imports(text):
         if not has_reason(text.splitlines(), group[0].lineno):
@@ -126,7 +127,7 @@ def unexplained(text: str) -> list[str]:
 def test_late_imports_have_a_reason():
     """Without one, nobody knows whether the import hides a circle, or may move to the top."""
     found = {module: names for module, text in sources().items() if (names := unexplained(text))}
-    assert not found, "say why beside the import, or in the file: # Imported late: NAMES, why"
+    assert not found, "say why beside the import, or in the file: # Imported late: NAMES - why"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,10 @@ def test_late_imports_have_a_reason():
         ("def f():\n    # An extra.\n    import onnx\n    x = 1\n    import ours", ["ours"]),
         ("if TYPE_CHECKING:\n    import onnx", ["onnx"]),
         ("if TYPE_CHECKING:  # slow to import\n    import onnx", []),
-        ("# Imported late: onnx, an extra.\ndef f():\n    from onnx.numpy import x", []),
-        ("# Imported late: onnx, an extra.\ndef f():\n    import ours", ["ours"]),
+        ("# Slow to import.\nif TYPE_CHECKING:\n    import onnx", []),
+        ("# Imported late: ours, onnx - an extra.\ndef f():\n    from onnx.numpy import x", []),
+        ("# Imported late: onnx - of ours.\ndef f():\n    import ours", ["ours"]),
+        ("# Imported late: onnx\ndef f():\n    import onnx", ["onnx"]),
     ],
 )
 def test_only_a_comment_is_a_reason(text: str, without: list[str]):

@@ -30,7 +30,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sizes import count_parameters
 from hf_mtcompress.records.forms import ONNX_MODEL
 
-# Imported late: onnx_ir, and transformers.exporters with it, which are of the extra "onnx".
+# Imported late: onnx_ir, transformers.exporters - they are of the extra "onnx", or need it.
 
 LAYER_MARK = "layer_"
 """Matrix products of encoder layer 2 have names that begin with `layer_2/attention/` or `layer_2/feed_forward/`."""

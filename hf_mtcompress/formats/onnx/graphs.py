@@ -18,7 +18,7 @@ from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings
 from hf_mtcompress.records import FORMS
 
-# Imported late: onnx, and hf_mtcompress.formats.onnx.session with onnxruntime, which are of the extra "onnx".
+# Imported late: onnx, hf_mtcompress.formats.onnx.session - they are of the extra "onnx", or need it.
 
 TOLERANCE = 1e-4
 """Largest difference between graph and model, as a fraction of the largest logit."""

@@ -13,7 +13,7 @@ from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.formats.onnx.export import LAYER_MARK
 from hf_mtcompress.formats.onnx.graphs import TOLERANCE, largest_difference, quiet, run_graph
 
-# Imported late: onnx, onnx_ir, onnxruntime, and transformers.exporters with them: the extra "onnx".
+# Imported late: onnx, onnx_ir, onnxruntime, transformers.exporters - they are of the extra "onnx", or need it.
 
 EMBEDDINGS = "embeddings"
 OTHER_MATRICES = "other matrices"

@@ -28,7 +28,7 @@ from hf_mtcompress.formats.onnx.prepare import last_layers, load_prepared, produ
 from hf_mtcompress.formats.onnx.tables import large_tables, store_tables
 from hf_mtcompress.records.forms import ONNX_MODEL
 
-# Imported late: onnx and onnxruntime, which are of the extra "onnx".
+# Imported late: onnx, onnxruntime - of the extra "onnx".
 
 logger = logging.getLogger(__name__)
 

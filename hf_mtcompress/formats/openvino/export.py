@@ -25,7 +25,7 @@ from hf_mtcompress.formats.onnx.graphs import (
 )
 from hf_mtcompress.records.forms import ONNX_MODEL, OPENVINO_MODEL
 
-# Imported late: openvino, hf_mtcompress.formats.openvino.session with it, and nncf: the extra "openvino".
+# Imported late: openvino, nncf, hf_mtcompress.formats.openvino.session - they are of the extra "openvino", or need it.
 
 
 def convert_openvino(
