@@ -3,26 +3,27 @@
 from hf_mtcompress.records.forms import FORMS, Form, FormName, form_of_backend
 from hf_mtcompress.records.run import (
     FORMAT_VERSION,
-    ArmModel,
-    ArmRecord,
     Artefact,
-    Candidate,
-    ComparedTask,
     Comparison,
     LatencyRecord,
     RunRecord,
-    SearchRecord,
     SizeRecord,
     SplitScores,
     StepRecord,
-    TaskComparisonRecord,
-    TaskDifference,
     TaskRecord,
     TaskScore,
     artefact_from_dict,
     run_from_dict,
     step_from_dict,
     to_json,
+)
+from hf_mtcompress.records.search import Candidate, SearchRecord
+from hf_mtcompress.records.task_comparison import (
+    ArmModel,
+    ArmRecord,
+    ComparedTask,
+    TaskComparisonRecord,
+    TaskDifference,
 )
 
 __all__ = [
