@@ -14,10 +14,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetBuilder, Image, LargeList, List, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetBuilder, DownloadConfig, Image, LargeList, List, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from hf_mtcompress.digests import file_digest, values_digest
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.recipe import DataConfig, Role
 from hf_mtcompress.recipe.overrides import PACKAGED_BUILDERS
@@ -278,8 +280,16 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
     """The builder of `config` with its rows in the cache."""
     arguments = _location(config, base_dir.expanduser().absolute(), what)
     extra = {**(CSV_DEFAULTS if config.path == "csv" else {}), **config.builder_arguments}
+    download = None
     try:
         builder = load_dataset_builder(**arguments, name=config.name, revision=config.revision, **extra)
+        if content := _content_of_local_files(builder):
+            # `datasets` knows a local file by its time of change, and what it unpacks by its path alone: others may
+            # have had both. So the content is a part of the names in the cache.
+            arguments["config_id"] = f"{builder.config_id}-{content[:16]}"
+            builder = load_dataset_builder(**arguments, name=config.name, revision=config.revision, **extra)
+            unpacked = Path(datasets.config.DOWNLOADED_DATASETS_PATH, content[:16])
+            download = DownloadConfig(cache_dir=str(unpacked), use_etag=False)
     except TypeError as error:
         raise _argument_error(error, arguments, config, extra, what) from error
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -296,7 +306,7 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
             "check path, name, data_dir and data_files"
         ) from error
     try:
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_config=download)
     except StopIteration as error:
         raise DataError(f"{what}: expected rows in every file of '{config.path}', found a file without rows") from error
     except (DatasetsError, ValueError, OSError, TypeError) as error:
@@ -305,6 +315,14 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
             f"{_first_line(error.__cause__ or error)}; correct the files or the builder arguments"
         ) from error
     return builder
+
+
+def _content_of_local_files(builder: DatasetBuilder) -> str | None:
+    """Digest of the files of this machine that a builder reads; None where it reads none."""
+    places = [str(file).removeprefix("file://") for files in (builder.config.data_files or {}).values() for file in files]
+    # A file in an archive is written `zip://FILE::ARCHIVE`.
+    local = [place for place in (place.split("::")[-1] for place in places) if not _is_remote(place)]
+    return values_digest([file_digest(place) for place in local]) if local else None
 
 
 def _location(config: DataConfig, base_dir: Path, what: str) -> dict[str, Any]:
@@ -580,5 +598,4 @@ def _image_digest(value: Any) -> str | None:
     """Digest of one undecoded image, `{"bytes": ..., "path": ...}`."""
     if value is None:
         return None
-    content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-    return hashlib.sha256(content).hexdigest()
+    return file_digest(value["path"]) if value["bytes"] is None else hashlib.sha256(value["bytes"]).hexdigest()

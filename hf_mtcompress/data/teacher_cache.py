@@ -3,6 +3,7 @@
 FOLDER/DIGEST/
   shard-00003.arrow   the signals of some rows, whole or not there; written by whichever process took it
   shard-00003.lock    held by the process that works on it
+  shard-00003.json    its digest, widths, seconds: a file that is not what was written is made again
   cache.json          when all are there: names, widths, rows, bytes, seconds
 
 A signal is what a teacher says of one row: an array (width,), or (positions, width). Files are memory-mapped, so that a
@@ -12,6 +13,7 @@ digest stands for everything the content depends on: another teacher, other rows
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -27,8 +29,11 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from hf_mtcompress.artifacts import write_text
+from hf_mtcompress.digests import file_digest, values_digest
 from hf_mtcompress.errors import ArtifactError, DataError
 from hf_mtcompress.locks import share_work
+
+logger = logging.getLogger(__name__)
 
 Signals = dict[str, list[np.ndarray]]
 """By name of the signal: one array a row."""
@@ -40,7 +45,7 @@ EXACT = "logits_"
 _READ_TWICE = 16
 """Rows that are read twice, to find out whether they change."""
 _SUMMARY = "cache.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,7 @@ class CachedSignals:
 
 def digest_of(parts: Mapping[str, Any]) -> str:
     """Digest of plain values, for the name of a cache."""
-    text = json.dumps({"format": _FORMAT, **parts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return values_digest({"format": _FORMAT, **parts})[:24]
 
 
 def input_digest(dataset: Dataset, columns: Sequence[str]) -> str:
@@ -151,7 +155,9 @@ def fill_cache(
     """
     place = folder / digest
     files = _shards(place, rows)
-    numbers = [number for number in range(part[0], len(files), part[1]) if not files[number].exists()]
+    numbers = [number for number in range(part[0], len(files), part[1]) if not _is_whole(files[number])]
+    if damaged := [files[number].name for number in numbers if files[number].exists()]:
+        logger.warning("%s in %s: not what the teacher said, asked again", ", ".join(damaged[:4]), place)
     if numbers:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -163,7 +169,7 @@ def fill_cache(
         with tqdm(total=len(numbers), desc=description, unit="shard") as bar:
 
             def work(number: int) -> None:
-                if not files[number].exists():
+                if not _is_whole(files[number]):
                     chosen = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, rows))
                     _write_shard(files[number], chosen, compute, precision)
                 bar.update()
@@ -176,22 +182,35 @@ def open_cache(folder: Path, digest: str, rows: int, precision: Precision = "flo
     """What `fill_cache` wrote.
 
     Raises:
-        ArtifactError: some of it is missing.
+        ArtifactError: some of it is missing or damaged.
     """
     place = folder / digest
     files = _shards(place, rows)
-    missing = [file.name for file in files if not file.exists()]
+    missing = [file.name for file in files if not _is_whole(file)]
     if missing:
         raise ArtifactError(
             f"expected {len(files)} files of what the teacher says in {place}, found none of {missing[:4]}; ask for "
             "the other parts, and put all files there"
         )
-    summary = _read_summary(place) or _summarize(place, files, precision)
+    summary = _summarize(place, files, rows, precision)
     return CachedSignals(concatenate_datasets([Dataset.from_file(str(file)) for file in files]), summary)
 
 
 def _shards(place: Path, rows: int) -> list[Path]:
     return [place / f"shard-{number:05d}.arrow" for number in range(math.ceil(rows / SHARD_ROWS))]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is there and holds what was written."""
+    try:
+        facts = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        return file.exists() and facts["digest"] == _facts_digest(file, facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _facts_digest(file: Path, facts: Mapping[str, Any]) -> str:
+    return values_digest([file_digest(file), facts["shapes"], facts["seconds"]])
 
 
 def _write_shard(file: Path, rows: Sequence[int], compute: Callable[[Sequence[int]], Signals], precision: str) -> None:
@@ -209,7 +228,7 @@ def _write_shard(file: Path, rows: Sequence[int], compute: Callable[[Sequence[in
     try:
         _write_arrow(Dataset.from_dict(columns, features=features), part)
         facts = {"shapes": shapes, "seconds": time.monotonic() - begin}
-        write_text(file.with_suffix(".json"), json.dumps(facts))
+        write_text(file.with_suffix(".json"), json.dumps({**facts, "digest": _facts_digest(part, facts)}))
         os.replace(part, file)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -236,13 +255,13 @@ def _write_arrow(dataset: Dataset, file: Path) -> None:
         writer.write_table(table)
 
 
-def _summarize(place: Path, files: Sequence[Path], precision: Precision) -> CacheSummary:
+def _summarize(place: Path, files: Sequence[Path], rows: int, precision: Precision) -> CacheSummary:
     facts = [json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) for file in files]
     shapes = facts[0]["shapes"]
     summary = CacheSummary(
         widths={name: shape["width"] for name, shape in shapes.items()},
         positions=tuple(name for name, shape in shapes.items() if shape["positions"]),
-        rows=sum(len(Dataset.from_file(str(file))) for file in files),
+        rows=rows,
         bytes=sum(file.stat().st_size for file in files),
         seconds=math.fsum(fact["seconds"] for fact in facts),
         precision=precision,
@@ -250,10 +269,3 @@ def _summarize(place: Path, files: Sequence[Path], precision: Precision) -> Cach
     write_text(place / _SUMMARY, json.dumps(asdict(summary), indent=2))
     return summary
 
-
-def _read_summary(place: Path) -> CacheSummary | None:
-    try:
-        values = json.loads((place / _SUMMARY).read_text(encoding="utf-8"))
-        return CacheSummary(**{**values, "positions": tuple(values["positions"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

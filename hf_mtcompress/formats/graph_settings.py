@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mtcompress.artifacts import write_text
+from hf_mtcompress.digests import file_digest
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.records import FORMS, FormName
 from hf_mtcompress.tasks import Task, task_from_dict
@@ -60,10 +61,7 @@ def write_graph_settings(folder: Path, settings: GraphSettings, form: FormName =
 
 def graph_digest(folder: Path, form: FormName = "onnx") -> str:
     """SHA-256 of the graph of a folder; of the digests of its files where it has several."""
-    digests = []
-    for name in FORMS[form].graph:
-        with (folder / name).open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [file_digest(folder / name) for name in FORMS[form].graph]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

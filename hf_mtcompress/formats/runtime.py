@@ -1,6 +1,5 @@
 """What every saved form is once it is loaded: arrays of model inputs to logits by task."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_mtcompress.digests import content_digest
 from hf_mtcompress.records import FormName
 from hf_mtcompress.tasks import Task
 
@@ -43,9 +43,4 @@ class Runtime(ABC):
 
     def digest(self) -> str:
         """Digest of the files it was loaded from, for caches of its answers."""
-        digest = hashlib.sha256()
-        for file in sorted(self.folder.rglob("*")):
-            if file.suffix in (".safetensors", ".onnx", ".json", ".xml", ".bin"):
-                digest.update(file.relative_to(self.folder).as_posix().encode())
-                digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return content_digest(self.folder)

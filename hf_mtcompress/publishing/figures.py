@@ -69,7 +69,11 @@ class Figures:
     """
 
     def __init__(self, record: RunRecord) -> None:
-        leaves = list(_leaves(dataclasses.asdict(record)))
+        values = dataclasses.asdict(record)
+        for step in values["steps"]:
+            # Digests: the digits that many of them begin with are no figures.
+            del step["fingerprint"], step["inputs"], step["files"]
+        leaves = list(_leaves(values))
         self._numbers = {float(leaf) for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool)}
         self.allowed: set[str] = set()
         """Every number printed so far and every number inside a string of the record."""

@@ -1,6 +1,7 @@
 """What the command line does beside running: validate, plan, evaluate, time, render, push, show."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hf_mtcompress import records
 from hf_mtcompress.artifacts import (
     RECIPE,
     RECORD,
+    STEP_RECORD,
     WEBPAGE,
 )
 from hf_mtcompress.data.sources import load_sources
@@ -32,14 +34,17 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.recipe.sections import near
 from hf_mtcompress.records import FORMS, RunRecord
+from hf_mtcompress.runs.fingerprint import changes_of
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import prepare_output, step_sources
 from hf_mtcompress.steps.run import check_steps_fit
 from hf_mtcompress.steps.run_context import RunContext, load_processor
-from hf_mtcompress.steps.scoring import score_folder
+from hf_mtcompress.steps.scoring import read_step, score_folder
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
+
+logger = logging.getLogger(__name__)
 
 _BENCH_TEXTS = (
     "The ferry left the harbour an hour late, so we had time for a second coffee and a walk along the old pier.",
@@ -95,6 +100,9 @@ def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] =
 def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
     """Scores of a saved folder of any form on one split of a recipe's data."""
     sources = load_sources(recipe.tasks, recipe.seed)
+    for place in (folder, folder.parent):
+        if (step := read_step(place / STEP_RECORD)) is not None and (changed := changes_of(place, step)):
+            logger.warning("%s: %s; the scores are of what lies there now", place, ", ".join(changed))
     return score_folder(RunContext(recipe, folder.parent, sources, None), folder, role)
 
 
@@ -184,6 +192,8 @@ def _reload_problems(folder: Path, record: RunRecord) -> Callable[[list[Path]], 
             kept = [item for item in step.artefacts if (folder / item.folder).resolve() in wanted]
             if kept:
                 chosen.append(dataclasses.replace(step, artefacts=kept))
+        if changed := [f"{step.name}/{line}" for step in chosen for line in changes_of(folder / step.name, step)]:
+            return [f"{line}; run the recipe again" for line in changed]
         check_reloads(folder, chosen)
         return [
             f"{artefact.folder}: {'; '.join(artefact.reload['problems'])}"

@@ -1,13 +1,14 @@
-"""What the result of a step depends on, as one digest: a step whose digest is that of a finished one is skipped."""
+"""What the result of a step depends on, as digests: a step is done when these and its files are as its record says."""
 
 import dataclasses
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_mtcompress import records
+from hf_mtcompress.artifacts import STEP_RECORD
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
+from hf_mtcompress.digests import content_digest, file_digest, file_names, values_digest
 from hf_mtcompress.recipe import (
     PretrainStep,
     QuantizeStep,
@@ -17,69 +18,55 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps.rows import texts_to_keep
 from hf_mtcompress.steps.run_context import RunContext
+from hf_mtcompress.steps.scoring import result_digest
+
+_KEEP = ("keep",)
+_LIMITS_OF_A_GATE = ("retention", "worst_task_retention", *_KEEP)
+"""Keys of a quantize step that judge what it made, and do not change it."""
+_LOADED = (".json", ".jinja", ".safetensors", ".bin", ".onnx", ".xml", ".model", "vocab.txt", "merges.txt")
+"""Endings of files that change what is loaded by being there."""
 
 
-def step_fingerprint(step: StepConfig, source: str | None, done: dict[str, StepRecord], context: RunContext) -> str:
-    """Digest of everything a step's result depends on: its settings, its inputs, the data and the encoder."""
+def step_inputs(
+    step: StepConfig, source: str | None, done: dict[str, StepRecord], context: RunContext
+) -> dict[str, str]:
+    """Digest of everything that a step's result depends on, by part: its settings, its encoder, its data and so on.
+
+    Files count by their content, wherever they lie.
+    """
     recipe = context.recipe
     # Mixed bits without a size are chosen by these limits.
     judged = isinstance(step, QuantizeStep) and (step.bits != "mixed" or (step.mixed and step.mixed.size_mb))
     limits = _LIMITS_OF_A_GATE if judged else _KEEP if isinstance(step, QuantizeStep) else ()
+    settings = {key: value for key, value in chosen_settings(step).items() if key not in (*limits, "data", "corpus")}
+    encoder = chosen_settings(recipe.encoder)
+    teachers, student = teachers_of(step), getattr(step, "student", None)
+    places = [recipe.encoder.path, *teachers, *([student.path] if student is not None and student.path else [])]
+    saved = {place: content_digest(place) for place in places if place not in done and Path(place).is_dir()}
+    # Which of them stands where is a setting.
+    names = {place: f"folder {number}" for number, place in enumerate(saved)}
     parts = {
         "format": records.FORMAT_VERSION,
-        "step": {
-            "kind": step.kind,
-            **{key: value for key, value in chosen_settings(step).items() if key not in limits},
-        },
-        "source": done[source].fingerprint if source is not None else None,
-        "teachers": [done[name].fingerprint if name in done else _saved(name) for name in teachers_of(step)],
-        **_other_inputs(step, context),
-        "seed": recipe.seed,
-        "encoder": chosen_settings(recipe.encoder),
-        "encoder_files": _folder_digest(Path(recipe.encoder.path)),
+        "settings": {"kind": step.kind, **_renamed(settings, names)},
+        "parent": result_digest(done[source]) if source is not None else None,
+        "teachers": [result_digest(done[name]) if name in done else saved.get(name, name) for name in teachers],
+        "student": saved.get(student.path) if student is not None else None,
+        "encoder": [_renamed(encoder, names), saved.get(recipe.encoder.path)],
         "tasks": {name: {"kind": task.kind, **chosen_settings(task)} for name, task in context.sources.tasks.items()},
-        "data": context.sources.fingerprints,
+        "data": [context.sources.fingerprints, _own_rows(step, context)],
+        "seed": recipe.seed,
         "mixing": chosen_settings(recipe.mixing),
         "fusion": chosen_settings(recipe.fusion),
         "training": chosen_settings(recipe.training),
-        **({"branches": [recipe.branches, recipe.branch_layers]} if recipe.branches else {}),
-        **({"corpus": _corpus_digest(step, context)} if isinstance(step, TrimVocabularyStep) and step.corpus else {}),
+        "branches": [recipe.branches, recipe.branch_layers] if recipe.branches else None,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return {name: values_digest(value) for name, value in parts.items()}
 
 
-_KEEP = ("keep",)
-
-_LIMITS_OF_A_GATE = ("retention", "worst_task_retention", *_KEEP)
-"""Keys of a quantize step that judge what it made, and do not change it."""
-
-_MODEL_FILES = (".safetensors", ".json", ".onnx", ".xml", ".bin")
-
-
-def _saved(place: str) -> Any:
-    """A saved model by its content where it lies here, else by its name."""
-    folder = Path(place)
-    if not folder.is_dir():
-        return place
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.suffix in _MODEL_FILES):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _other_inputs(step: StepConfig, context: RunContext) -> dict[str, Any]:
-    """What a step reads beside its source, its teachers and the tasks' rows."""
-    student = getattr(step, "student", None)
-    parts: dict[str, Any] = {}
-    if student is not None and student.path is not None and Path(student.path).is_dir():
-        parts["student_files"] = _saved(student.path)
-    if isinstance(step, PretrainStep) and step.data is not None:
-        rows = load_unlabelled(step.data, [step.column], Path.cwd(), context.recipe.seed, f"steps.{step.name}.data")
-        parts["own_data"] = content_fingerprint({"train": rows})
-    return parts
+def short(inputs: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the parts as a record keeps them."""
+    return {name: digest[:12] for name, digest in inputs.items()}
 
 
 def chosen_settings(section: Any) -> dict[str, Any]:
@@ -96,14 +83,70 @@ def chosen_settings(section: Any) -> dict[str, Any]:
     return chosen
 
 
-def _corpus_digest(step: TrimVocabularyStep, context: RunContext) -> str:
-    """Digest of the texts whose tokens a step keeps, where they are not the tasks' own."""
-    return hashlib.sha256(repr(texts_to_keep(step, context)).encode("utf-8", "surrogatepass")).hexdigest()
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """Settings with another name for each local folder."""
+    match value:
+        case str():
+            return names.get(value, value)
+        case Mapping():
+            return {key: _renamed(item, names) for key, item in value.items()}
+        case list() | tuple():
+            return [_renamed(item, names) for item in value]
+        case _:
+            return value
 
 
-def _folder_digest(folder: Path) -> str | None:
-    """Digest of names and sizes of a local encoder's files; None for a Hub id."""
-    if not folder.is_dir():
-        return None
-    files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+def _own_rows(step: StepConfig, context: RunContext) -> str | None:
+    """Digest of the rows that a step reads beside those of the tasks."""
+    match step:
+        case PretrainStep(data=data) if data is not None:
+            key = "data"
+        case TrimVocabularyStep(corpus=data) if data is not None:
+            key = "corpus"
+        case _:
+            return None
+    rows = load_unlabelled(data, [step.column], Path.cwd(), context.recipe.seed, f"steps.{step.name}.{key}")
+    return content_fingerprint({"train": rows})
+
+
+# ------------------------------------------------------------------------------------------------- what a step left
+
+
+def why_again(folder: Path, found: StepRecord | None, inputs: Mapping[str, str]) -> str | None:
+    """Why what lies in a step's folder is not its result, in words; None where it is."""
+    if found is None:
+        return f"{STEP_RECORD} cannot be read"
+    if found.fingerprint != values_digest(inputs):
+        parts = [name for name, digest in short(inputs).items() if (found.inputs or {}).get(name) != digest]
+        if not found.inputs or not parts:
+            return "its record is of another version"
+        return f"its {' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))} changed"
+    problems = damaged_files(folder, found)
+    return ", ".join(problems) or None
+
+
+def damaged_files(folder: Path, record: StepRecord) -> list[str]:
+    """What is wrong with the files that a step saved, one line for each."""
+    problems = []
+    for name, digest in (record.files or {}).items():
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif file_digest(folder / name) != digest:
+            problems.append(f"{name} is not what was saved")
+    return problems
+
+
+def foreign_files(folder: Path, record: StepRecord) -> list[str]:
+    """Files in a step's folder that it did not save, and that change what is loaded from it."""
+    if record.files is None:
+        return []
+    return [
+        name
+        for name in file_names(folder)
+        if name not in record.files and name != STEP_RECORD and name.endswith(_LOADED)
+    ]
+
+
+def changes_of(folder: Path, record: StepRecord) -> list[str]:
+    """How what lies in a step's folder differs from what it saved, one line for each file."""
+    return [*damaged_files(folder, record), *(f"{name} is not of the step" for name in foreign_files(folder, record))]

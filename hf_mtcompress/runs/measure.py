@@ -18,7 +18,7 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.records import Artefact, FormName, RunRecord, StepRecord
 from hf_mtcompress.steps.run_context import RunContext, probe_samples
-from hf_mtcompress.steps.scoring import score_folder, task_record
+from hf_mtcompress.steps.scoring import result_digest, score_folder, task_record
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def _keep_measured(steps: Sequence[StepRecord], last: RunRecord | None) -> set[s
     earlier = {step.fingerprint: step for step in last.steps} if last is not None else {}
     known = set()
     for step in steps:
-        if (old := earlier.get(step.fingerprint)) is not None and old.name == step.name:
+        old = earlier.get(step.fingerprint)
+        if old is not None and (old.name, old.files) == (step.name, step.files):
             step.artefacts = old.artefacts
             known.add(step.name)
     return known
@@ -80,7 +81,7 @@ def _same_conditions(last: RunRecord, steps: Sequence[StepRecord], reference: st
         "warmup": config.warmup,
         "threads": config.threads or found.get("threads"),
     }
-    same_steps = [step.fingerprint for step in last.steps] == [step.fingerprint for step in steps]
+    same_steps = [result_digest(step) for step in last.steps] == [result_digest(step) for step in steps]
     return same_steps and last.reference == reference and all(found.get(key) == wanted[key] for key in wanted)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import GRAPHS, RECIPE, STEP_RECORD, WORK, whole_folder, write_text
+from hf_mtcompress.artifacts import DIGESTS, GRAPHS, RECIPE, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.data.sources import load_sources
+from hf_mtcompress.digests import file_digests, keep, recall, values_digest
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.evaluation.benchmark import measure_size
 from hf_mtcompress.formats.reload.probes import save_probes
@@ -35,7 +36,7 @@ from hf_mtcompress.recipe import (
 from hf_mtcompress.recipe.load import dump_recipe
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import RunRecord, StepRecord
-from hf_mtcompress.runs.fingerprint import step_fingerprint
+from hf_mtcompress.runs.fingerprint import foreign_files, short, step_inputs, why_again
 from hf_mtcompress.runs.measure import join, measure_artefacts
 from hf_mtcompress.runs.results import last_record, write_results
 from hf_mtcompress.steps.gate import pass_gate
@@ -60,6 +61,7 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
         ArtifactError: the folder cannot be written, another process works in it, or something saved does not reload.
     """
     transformers_logging.set_verbosity_error()
+    recall(output / WORK / DIGESTS)
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
     context = RunContext(recipe, output, sources, load_processor(recipe))
@@ -69,6 +71,7 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
         done: dict[str, StepRecord] = {}
         for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
             done[str(step.name)] = do_step(step, source, done, context)
+        keep(output / WORK / DIGESTS)
         shutil.rmtree(output / WORK / GRAPHS, ignore_errors=True)
         record = measure_artefacts(context, list(done.values()), last_record(output))
         write_results(context, record)
@@ -117,12 +120,15 @@ def step_sources(recipe: Recipe) -> list[str | None]:
 def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], context: RunContext) -> StepRecord:
     """Run a step unless its folder holds the result of exactly this step."""
     name = str(step.name)
-    fingerprint = step_fingerprint(step, source, done, context)
+    inputs = step_inputs(step, source, done, context)
+    fingerprint = values_digest(inputs)
     folder = context.step_folder(name)
     work = context.output / WORK / f"{name}-{fingerprint[:8]}"
     within, main_alone = context.for_step(step), name in dropping(context.recipe)
     found = read_step(folder / STEP_RECORD)
-    if found is not None and found.fingerprint == fingerprint:
+    again = why_again(folder, found, inputs)
+    if found is not None and again is None:
+        _refuse_foreign_files(folder, found)
         logger.warning("%s: done already, skipped", name)
         if isinstance(step, QuantizeStep):
             # The limits of a gate do not change what was made: they are held against it again.
@@ -130,6 +136,8 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], c
             found.settings = plain_settings(step)
             shutil.rmtree(work, ignore_errors=True)
         return found
+    if folder.exists():
+        logger.warning("%s: made again, %s", name, again)
     logger.warning("%s: %s%s", name, step.kind, f" from {source}" if source else "")
     work.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -153,6 +161,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], c
             pruning=outcome.pruning,
             sparsity=outcome.sparsity,
             quantization=outcome.quantization,
+            inputs=short(inputs),
         )
         for made, artefact in zip(outcome.artefacts, record.artefacts, strict=True):
             artefact.size = measure_size(scratch / made.folder)
@@ -160,11 +169,25 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], c
         if isinstance(step, QuantizeStep):
             pass_gate(step, done[str(source)], record, within, work)
         save_probes(scratch, probe_batch(within, outcome.processor), outcome.probes)
+        record.files = file_digests(scratch)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))
     shutil.rmtree(work, ignore_errors=True)
     logger.warning("%s: done in %.0f s, validation average %s", name, record.seconds, _average(record))
     return record
+
+
+def _refuse_foreign_files(folder: Path, record: StepRecord) -> None:
+    """Making the step again would delete what the user put there.
+
+    Raises:
+        ArtifactError: there are some.
+    """
+    if foreign := foreign_files(folder, record):
+        raise ArtifactError(
+            f"expected in {folder} what the step '{record.name}' saved, found {', '.join(foreign[:4])} besides, which "
+            "changes what is loaded from there; move it elsewhere or delete it, and run again"
+        )
 
 
 def _average(record: StepRecord) -> str:

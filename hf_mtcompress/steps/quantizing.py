@@ -12,9 +12,9 @@ import torch
 
 from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
-from hf_mtcompress.errors import RecipeError
+from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.folders import folder_form
-from hf_mtcompress.formats.graph_settings import read_graph_settings
+from hf_mtcompress.formats.graph_settings import check_graph, read_graph_settings
 from hf_mtcompress.formats.onnx.export import export_onnx
 from hf_mtcompress.formats.onnx.quantize import Calibration, quantize_onnx
 from hf_mtcompress.formats.openvino.export import convert_openvino
@@ -26,6 +26,7 @@ from hf_mtcompress.records import Artefact
 from hf_mtcompress.steps.mixed_bits import mix_bits
 from hf_mtcompress.steps.rows import calibration_rows
 from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, probe, probe_batch, structure_of
+from hf_mtcompress.steps.scoring import read_step, result_digest
 from hf_mtcompress.steps.teaching import recover
 from hf_mtcompress.steps.training import Fit
 from hf_mtcompress.trainers.rounding import RoundToBits
@@ -157,11 +158,14 @@ def float_graph(source: str, context: RunContext, model: MultiTaskModel, process
 
     It lies among the half-done things of the run and goes with them when the run is done.
     """
-    record = json.loads((context.step_folder(source) / STEP_RECORD).read_text(encoding="utf-8"))
+    record = read_step(context.step_folder(source) / STEP_RECORD)
+    assert record is not None
     graphs = context.output / WORK / GRAPHS
     graphs.mkdir(parents=True, exist_ok=True)
-    folder = graphs / f"{source}-{record['fingerprint'][:8]}"
-    if not folder.exists():
+    folder = graphs / f"{source}-{result_digest(record)[:8]}"
+    try:
+        check_graph(folder, read_graph_settings(folder))
+    except ArtifactError:  # none yet, or one that was damaged since
         with whole_folder(folder) as scratch:
             export_onnx(model, processor, scratch)
     return folder

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_mtcompress.digests import values_digest
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.recipe import Role
 from hf_mtcompress.records import SplitScores, StepRecord, TaskRecord, step_from_dict
@@ -16,6 +17,11 @@ def read_step(path: Path) -> StepRecord | None:
         return step_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def result_digest(record: StepRecord) -> str:
+    """Digest of what a step left, for those that build on it: made again, it may be the same or not."""
+    return values_digest([record.fingerprint, record.files])
 
 
 def score_folder(context: RunContext, folder: Path, role: Role) -> SplitScores:

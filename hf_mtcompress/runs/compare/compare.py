@@ -187,6 +187,9 @@ def _train(model: PlannedModel, seed: int, output: Path, keep_models: bool) -> S
         write_text(folder / STEP_RECORD, records.to_json(record))
         fresh = True
     if fresh and not keep_models:
+        # From here on they are not missed.
+        record.files = None
+        write_text(folder / STEP_RECORD, records.to_json(record))
         for item in folder.iterdir():
             if item.name != STEP_RECORD:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()

@@ -1,14 +1,18 @@
 """Laws of reading data: roles are kept apart, draws repeat, labels have one order, mistakes end in one message."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image as PILImage
@@ -21,6 +25,7 @@ from hf_mtcompress.data.load import (
     dataset_revision,
     infer_labels,
     load_splits,
+    load_unlabelled,
 )
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.recipe import DataConfig, Role
@@ -251,6 +256,90 @@ def test_mistakes_in_files(tmp_path: Path, name: str, content: str, message: str
     builder = "csv" if name.endswith("csv") else "json"
     with pytest.raises(DataError, match=message):
         load_splits(DataConfig(path=builder, data_files=name), tmp_path, 0, "data")
+
+
+# ---------------------------------------------------------------------------------------------------- changed content
+
+
+def _packed(content: bytes, kind: str) -> bytes:
+    """An archive with one file of JSON lines; of the same size for contents of one length."""
+    sink = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(sink, "w") as archive:
+            archive.writestr("train.jsonl", content)
+    else:
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            member = tarfile.TarInfo("train.jsonl")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return sink.getvalue()
+
+
+def _parquet(text: str) -> bytes:
+    sink = io.BytesIO()
+    Dataset.from_dict({"text": [text] * 2}).to_parquet(sink)
+    return sink.getvalue()
+
+
+LINES = '{"text": "%s"}\n{"text": "b"}\n'
+CHANGED: dict[str, tuple[dict[str, Any], str, Callable[[str], bytes]]] = {
+    "json": ({"path": "json", "data_files": "train.jsonl"}, "train.jsonl", lambda text: (LINES % text).encode()),
+    "csv": ({"path": "csv", "data_files": "*.csv"}, "train.csv", lambda text: f"text\n{text}\nb\n".encode()),
+    "text": ({"path": "text", "data_dir": "."}, "train.txt", lambda text: f"{text}\nb\n".encode()),
+    "parquet": ({"path": "parquet", "data_files": "train.parquet"}, "train.parquet", _parquet),
+    "folder": ({"path": "."}, "train.jsonl", lambda text: (LINES % text).encode()),
+    "tar": (
+        {"path": "json", "data_files": "train.tar"},
+        "train.tar",
+        lambda text: _packed((LINES % text).encode(), "tar"),
+    ),
+    "zip": (
+        {"path": "json", "data_files": "train.zip"},
+        "train.zip",
+        lambda text: _packed((LINES % text).encode(), "zip"),
+    ),
+    "in zip": (
+        {"path": "json", "data_files": "zip://train.jsonl::train.zip"},
+        "train.zip",
+        lambda text: _packed((LINES % text).encode(), "zip"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_other_content_with_the_old_time_is_read(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` tells files apart by time, and what it unpacked by path: old rows would be trained on, and scored."""
+    settings, name, content = CHANGED[kind]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # else addresses of files in archives are refused
+    path, found, places = tmp_path / name, [], []
+    path.write_bytes(content("x"))
+    before = path.stat()
+    for text in ("x", "y", "x"):
+        path.write_bytes(content(text))
+        assert path.stat().st_size == before.st_size
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        rows = load_unlabelled(DataConfig(**settings), ["text"], tmp_path, 0, "data")
+        found.append(rows[0]["text"])
+        places.append(rows.cache_files[0]["filename"])
+    assert found == ["x", "y", "x"]
+    assert places[0] == places[2] != places[1]  # what was read once is read from the cache
+
+
+def test_other_pixels_with_the_old_time_are_read(tmp_path: Path) -> None:
+    """Their rows are the same, paths, and so was what had been computed of them."""
+    for name in ("train/red/0.png", "train/blue/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        PILImage.new("RGB", (4, 4), "red").save(tmp_path / name)
+    path, settings = tmp_path / "train/red/0.png", DataConfig(path="imagefolder", data_dir=".")
+    before, means = path.stat(), []
+    for colour in ("red", "blue"):
+        PILImage.new("RGB", (4, 4), colour).save(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        rows = load_unlabelled(settings, ["image"], tmp_path, 0, "data")
+        seen = rows.map(lambda row: {"mean": np.asarray(row["image"]).mean(axis=(0, 1))}, remove_columns=["image"])
+        means.append({tuple(row["mean"]) for row in seen})
+    assert means == [{(255, 0, 0)}, {(255, 0, 0), (0, 0, 255)}]
 
 
 # -------------------------------------------------------------------------------------------------------- fingerprint

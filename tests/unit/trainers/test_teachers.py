@@ -1,6 +1,7 @@
 """Teachers of every kind: cached, several, with a tokenizer of their own, stock and ONNX; on tiny real models."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,38 @@ def test_a_cache_is_filled_once_and_read_again(tmp_path: Path, monkeypatch: pyte
     build(student_of(teacher, 2), teacher, tmp_path, teacher_cache=cache)
     changed = {file for file in cache.glob("*/shard-*.arrow") if file.stat().st_mtime_ns != stamps[file]}
     assert changed == {shards[1]}
+
+
+@pytest.mark.parametrize("damaged", ["values", "end", "facts", "no facts"])
+def test_a_damaged_file_of_a_cache_is_asked_again(
+    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numbers are any bytes: without a digest a student is trained on what the teacher never said."""
+    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 3)
+    teacher = teacher_model()
+    student = student_of(teacher, 2)
+    cache = tmp_path / "cache"
+    wanted = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, teacher_cache=cache))
+    shards = sorted(cache.glob("*/shard-*.arrow"))
+    stamps = {file: file.stat().st_mtime_ns for file in shards}
+    content, facts = shards[1].read_bytes(), shards[1].with_suffix(".json")
+    match damaged:
+        case "values":
+            middle = 3 * len(content) // 4
+            shards[1].write_bytes(content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :])
+        case "end":
+            shards[1].write_bytes(content[:-40])
+        case "facts":
+            facts.write_text(facts.read_text().replace('"width": 3', '"width": 1'))
+        case "no facts":
+            facts.unlink()
+    os.utime(shards[1], ns=(stamps[shards[1]], stamps[shards[1]]))
+    caplog.clear()
+    found = first_gradients(build(copy.deepcopy(student), teacher, tmp_path, teacher_cache=cache))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert f"{shards[1].name} in {shards[1].parent}: not what the teacher said, asked again" in caplog.messages
+    assert {file for file in shards if file.stat().st_mtime_ns != stamps[file]} == {shards[1]}
+    assert shards[1].read_bytes() == content
 
 
 @pytest.mark.parametrize("change", ["teacher", "rows", "criteria", "labels"])
