@@ -39,6 +39,8 @@ CARVED_MAXIMUM = 1000
 # pandas reads words such as "None", "NA" and "null" as missing, which are labels and texts of their own.
 CSV_DEFAULTS: Mapping[str, Any] = {"keep_default_na": False, "na_values": [""]}
 HASHED_ROWS = 1000
+_DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
+"""Files in which a local folder may say which files are data; they go unread where the files are named."""
 
 
 def load_splits(config: DataConfig, base_dir: Path | None, seed: int, what: str) -> dict[Role, Dataset]:
@@ -287,6 +289,9 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
             # `datasets` knows a local file by its time of change, and what it unpacks by its path alone: others may
             # have had both. So the content is a part of the names in the cache.
             arguments["config_id"] = f"{builder.config_id}-{content[:16]}"
+            if not any(Path(arguments["path"], name).is_file() for name in _DESCRIPTIONS):
+                # Not looked for twice: among many pictures that takes minutes.
+                arguments["data_files"] = builder.config.data_files
             builder = load_dataset_builder(**arguments, name=config.name, revision=config.revision, **extra)
             unpacked = Path(datasets.config.DOWNLOADED_DATASETS_PATH, content[:16])
             download = DownloadConfig(cache_dir=str(unpacked), use_etag=False)

@@ -326,6 +326,18 @@ def test_other_content_with_the_old_time_is_read(tmp_path: Path, kind: str, monk
     assert places[0] == places[2] != places[1]  # what was read once is read from the cache
 
 
+def test_a_folder_that_describes_itself_is_read_so(tmp_path: Path) -> None:
+    """Its card says which files are data and what the numbers in them mean."""
+    write_lines(tmp_path / "own.jsonl", numbered(3))
+    write_lines(tmp_path / "other.jsonl", numbered(5))
+    features = "[{name: text, dtype: string}, {name: label, dtype: {class_label: {names: {'0': a, '1': b, '2': c}}}}]"
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs: [{{config_name: default, data_files: own.jsonl}}]\ndataset_info: {{features: {features}}}\n---\n"
+    )
+    found = load_unlabelled(DataConfig(path="."), ["text", "label"], tmp_path, 0, "data")
+    assert (found.num_rows, found.features["label"]) == (3, ClassLabel(names=["a", "b", "c"]))
+
+
 def test_other_pixels_with_the_old_time_are_read(tmp_path: Path) -> None:
     """Their rows are the same, paths, and so was what had been computed of them."""
     for name in ("train/red/0.png", "train/blue/1.png"):

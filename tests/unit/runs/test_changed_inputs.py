@@ -23,6 +23,7 @@ from hf_mtcompress.records import RunRecord, StepRecord
 from hf_mtcompress.runs.commands import push
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import do_step, prepare_output, run, step_sources
+from hf_mtcompress.steps.quantizing import float_graph
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.steps.scoring import read_step
 from tests.tiny import tiny_encoder, tiny_tokenizer
@@ -311,6 +312,29 @@ def test_a_step_of_other_files_has_other_children(
     (output / "teacher" / STEP_RECORD).write_text(records.to_json(record))
     do_steps(path, output)
     assert said(caplog) == [SKIPPED[0], "pruned: made again, its parent changed"]
+
+
+def test_a_float_graph_is_of_the_model_that_lies_there(copied: tuple[Path, Path]) -> None:
+    """It serves several steps, and the next run where this one is killed: damaged, or of other weights, it is not used."""
+    recipe = load_recipe(copied[0])
+    context = RunContext(recipe, copied[1], load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+
+    def graph() -> Path:
+        return float_graph("pruned", context, context.load("pruned"), context.processor)
+
+    place = graph()
+    graph_file = place / "model.onnx"
+    content, stamp = graph_file.read_bytes(), graph_file.stat().st_mtime_ns
+    assert (graph(), graph_file.stat().st_mtime_ns) == (place, stamp)
+    replace(graph_file, flipped(graph_file))
+    assert graph() == place
+    assert graph_file.read_bytes() == content
+    record = read_step(copied[1] / "pruned" / STEP_RECORD)
+    assert record is not None
+    assert record.files is not None
+    record.files["model.safetensors"] = "of other weights"
+    (copied[1] / "pruned" / STEP_RECORD).write_text(records.to_json(record))
+    assert graph() != place
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
