@@ -324,9 +324,10 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
 
 def _content_of_local_files(builder: DatasetBuilder) -> str | None:
     """Digest of the files of this machine that a builder reads; None where it reads none."""
-    places = [str(file).removeprefix("file://") for files in (builder.config.data_files or {}).values() for file in files]
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
     # A file in an archive is written `zip://FILE::ARCHIVE`.
-    local = [place for place in (place.split("::")[-1] for place in places) if not _is_remote(place)]
+    places = [file.split("::")[-1].removeprefix("file://") for file in files]
+    local = [place for place in places if not _is_remote(place)]
     return values_digest([file_digest(place) for place in local]) if local else None
 
 

@@ -268,4 +268,3 @@ def _summarize(place: Path, files: Sequence[Path], rows: int, precision: Precisi
     )
     write_text(place / _SUMMARY, json.dumps(asdict(summary), indent=2))
     return summary
-

@@ -129,7 +129,7 @@ class StepRecord:
     quantization: dict[str, Any] | None = None
     """How a quantize step stored weights, and what its gate found."""
     inputs: dict[str, str] | None = None
-    """Short digests of what the fingerprint is made of, by part, to say which of them changed; None in older records."""
+    """Short digests of what the fingerprint is made of, by part, to say which one changed; None in older records."""
     files: dict[str, str] | None = None
     """SHA-256 of each file that was saved, by name relative to the step; None in older records, and where they were
     deleted on purpose."""

@@ -1,4 +1,4 @@
-"""Laws of digests: they follow the content and nothing else, and what is known of a file is never of another content."""
+"""Laws of digests: they follow the content and nothing else; what is known of a file is never of another content."""
 
 import hashlib
 import os

@@ -331,9 +331,8 @@ def test_a_folder_that_describes_itself_is_read_so(tmp_path: Path) -> None:
     write_lines(tmp_path / "own.jsonl", numbered(3))
     write_lines(tmp_path / "other.jsonl", numbered(5))
     features = "[{name: text, dtype: string}, {name: label, dtype: {class_label: {names: {'0': a, '1': b, '2': c}}}}]"
-    (tmp_path / "README.md").write_text(
-        f"---\nconfigs: [{{config_name: default, data_files: own.jsonl}}]\ndataset_info: {{features: {features}}}\n---\n"
-    )
+    configs = "[{config_name: default, data_files: own.jsonl}]"
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\ndataset_info: {{features: {features}}}\n---\n")
     found = load_unlabelled(DataConfig(path="."), ["text", "label"], tmp_path, 0, "data")
     assert (found.num_rows, found.features["label"]) == (3, ClassLabel(names=["a", "b", "c"]))
 

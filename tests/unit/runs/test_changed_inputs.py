@@ -4,7 +4,6 @@ Every case here was once "done already, skipped", with the scores of another enc
 """
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -66,11 +65,7 @@ def scores(steps: dict[str, StepRecord], role: str = "validation") -> dict[str, 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was told of the steps, and nothing of it twice."""
-    found = [
-        record.getMessage()
-        for record in caplog.records
-        if record.levelno == logging.WARNING and ("made again" in record.getMessage() or "skipped" in record.getMessage())
-    ]
+    found = [message for message in caplog.messages if "made again" in message or "skipped" in message]
     caplog.clear()
     return found
 
@@ -282,7 +277,7 @@ def test_a_damaged_run_ends_as_it_was(
 def test_other_files_are_measured_again(
     finished: tuple[Path, Path, RunRecord], copied: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A step that comes out otherwise with the same settings, as on another processor: old test scores are not its own."""
+    """A step may come out otherwise with the same settings, as on another processor: old scores are not its own."""
     path, output = copied
     kept = output / "pruned"
     shutil.rmtree(kept)
@@ -299,9 +294,7 @@ def test_other_files_are_measured_again(
     assert scores({"": found}, "test") != scores({"": original}, "test")
 
 
-def test_a_step_of_other_files_has_other_children(
-    copied: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_step_of_other_files_has_other_children(copied: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     """If only settings counted, a model would stand beside a parent that it was not made of."""
     path, output = copied
     record = read_step(output / "teacher" / STEP_RECORD)
@@ -315,7 +308,7 @@ def test_a_step_of_other_files_has_other_children(
 
 
 def test_a_float_graph_is_of_the_model_that_lies_there(copied: tuple[Path, Path]) -> None:
-    """It serves several steps, and the next run where this one is killed: damaged, or of other weights, it is not used."""
+    """It serves the next run where this one is killed: not if it is damaged, or of other weights."""
     recipe = load_recipe(copied[0])
     context = RunContext(recipe, copied[1], load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
 
@@ -338,9 +331,7 @@ def test_a_float_graph_is_of_the_model_that_lies_there(copied: tuple[Path, Path]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
-def test_a_damaged_record_of_a_step(
-    copied: tuple[Path, Path], caplog: pytest.LogCaptureFixture, content: str
-) -> None:
+def test_a_damaged_record_of_a_step(copied: tuple[Path, Path], caplog: pytest.LogCaptureFixture, content: str) -> None:
     (copied[1] / "teacher" / STEP_RECORD).write_text(content)
     do_steps(*copied)
     assert said(caplog) == ["teacher: made again, step.json cannot be read", SKIPPED[1]]
