@@ -45,7 +45,7 @@ from hf_mtcompress.recipe import Recipe
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.compare.statistics import paired_difference
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.steps.scoring import score_folder
 
@@ -202,7 +202,7 @@ class Benchmark:
         if all((self.results / arm / f"seed-{seed}.json").exists() for arm in wanted):
             return
         recipe, context = self.of_one_task(task, seed)
-        do_step(recipe.steps[0], None, {}, context)
+        do_step(recipe.steps[0], {}, context)
 
     def of_one_task(self, task: str, seed: int) -> tuple[Recipe, RunContext]:
         """The recipe of the teacher of one task, and its rows."""
@@ -222,7 +222,7 @@ class Benchmark:
         records, rows, rate = [], {}, None
         for task in self.sources.tasks:
             recipe, context = self.of_one_task(task, seed)
-            records.append(do_step(recipe.steps[0], None, {}, context))
+            records.append(do_step(recipe.steps[0], {}, context))
             found = {
                 "test": score_folder(context, context.step_folder(f"alone-{task}"), "test"),
                 "validation": records[-1].artefacts[0].scores["validation"],
@@ -263,8 +263,8 @@ class Benchmark:
         recipe = dataclasses.replace(recipe, seed=seed)
         context = RunContext(recipe, folder, self.sources, self.processor)
         done: dict[str, StepRecord] = {}
-        for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-            done[str(step.name)] = do_step(step, source, done, context)
+        for step in recipe.steps:
+            done[str(step.name)] = do_step(step, done, context)
         last = str(recipe.steps[-1].name)
         cut = bool(steps) and not arm.startswith("in-one")
         scores = score_folder(context, folder / last, "test")

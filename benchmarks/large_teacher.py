@@ -47,7 +47,7 @@ def train(step: dict[str, Any], encoder: str, seed: int, folder: Path, options: 
     recipe = dataclasses.replace(recipe, tasks=tasks, seed=seed)
     context = RunContext(recipe, folder, sources, load_processor(recipe))
     prepare_output(folder)
-    record: StepRecord = do_step(recipe.steps[0], None, {}, context)
+    record: StepRecord = do_step(recipe.steps[0], {}, context)
     kept = folder / str(record.name) / "test.json"
     if not kept.exists():
         scores = score_folder(context, folder / str(record.name), "test")

@@ -45,7 +45,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import BenchmarkConfig, PruneStep
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.rows import calibration_batches
 from hf_mtcompress.steps.run_context import RunContext, Start, probe_samples
 from hf_mtcompress.steps.scoring import score_folder
@@ -123,8 +123,8 @@ class Recoveries:
         """The teacher's record and those of these steps, by name; what is done is taken."""
         context = self.context(steps)
         done: dict[str, StepRecord] = {}
-        for step, source in zip(context.recipe.steps, step_sources(context.recipe), strict=True):
-            done[str(step.name)] = do_step(step, source, done, context)
+        for step in context.recipe.steps:
+            done[str(step.name)] = do_step(step, done, context)
         return done
 
     def one(self, arm: str) -> None:

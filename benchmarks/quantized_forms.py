@@ -41,7 +41,7 @@ from hf_mtcompress.formats.torch import TorchRuntime
 from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import SplitScores, StepRecord
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.quantizing import float_graph
 from hf_mtcompress.steps.run_context import RunContext, probe_samples
 from hf_mtcompress.steps.scoring import score_folder
@@ -111,8 +111,8 @@ class Forms:
 
     def _do(self, steps: list[dict[str, Any]]) -> None:
         context = self._context(steps)
-        for step, source in zip(context.recipe.steps, step_sources(context.recipe), strict=True):
-            self.records[str(step.name)] = do_step(step, source, self.records, context)
+        for step in context.recipe.steps:
+            self.records[str(step.name)] = do_step(step, self.records, context)
 
     def folders(self, model: str) -> Iterator[tuple[str, Path, Callable[[], Path]]]:
         """Name, place and maker of every form of a model."""

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.run_context import RunContext
 from hf_mtcompress.steps.scoring import score_folder
 
@@ -59,8 +59,8 @@ def main() -> int:
     context = RunContext(recipe, output, suite.sources, suite.processor)
     done: dict[str, StepRecord] = {}
     result: dict[str, Any] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        record = done[str(step.name)] = do_step(step, source, done, context)
+    for step in recipe.steps:
+        record = done[str(step.name)] = do_step(step, done, context)
         artefact = record.artefacts[0]
         assert artefact.size is not None
         test = score_folder(context, output / str(step.name), "test")

@@ -72,12 +72,7 @@ def batch_sizes(record: RunRecord) -> list[int]:
 
 def parent_of(record: RunRecord, step: StepRecord) -> StepRecord | None:
     """The step that gave `step` its weights: its source, or the teacher whose layers a student was cut from."""
-    above = step_named(record, step.source)
-    if above is None and step.kind in ("distill", "pretrain"):
-        student = step.settings.get("student")
-        if isinstance(student, dict) and student.get("layers") is not None and not student.get("path"):
-            above = step_named(record, step.settings.get("teacher"))
-    return above if above is not step else None
+    return step_named(record, step.origin or step.source)
 
 
 def short_precision(artefact: Artefact) -> str:

@@ -15,9 +15,7 @@ from hf_mtcompress.recipe.recipe import (
     BudgetConfig,
     PublishConfig,
     Recipe,
-    dropping,
     restricted,
-    without_auxiliary,
 )
 from hf_mtcompress.recipe.schedules import GradualSchedule, IterativeSchedule, OneShotSchedule, ScheduleConfig
 from hf_mtcompress.recipe.search import SearchConfig
@@ -97,8 +95,6 @@ __all__ = [
     "TrimVocabularyStep",
     "TrimWeightsStep",
     "WeightSchedule",
-    "dropping",
     "restricted",
     "teachers_of",
-    "without_auxiliary",
 ]

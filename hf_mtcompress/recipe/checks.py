@@ -3,18 +3,16 @@
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_mtcompress.recipe.data import DataConfig
+from hf_mtcompress.recipe.lineage import parent_of
 from hf_mtcompress.recipe.recipe import (
     BenchmarkConfig,
     BudgetConfig,
     PublishConfig,
     Recipe,
-    dropping,
-    restricted,
-    without_auxiliary,
 )
 from hf_mtcompress.recipe.schedules import GradualSchedule, OneShotSchedule
 from hf_mtcompress.recipe.search import SEARCH_FORMS, SearchConfig
@@ -160,14 +158,11 @@ def check_steps(
     problems: Problems,
 ) -> None:
     """Look at each step that could be built, with the names and kinds of all as they were written."""
-    uneven: dict[str, str] = {}
-    """By step: the one that cut the layers of its model unevenly."""
     for index, (step, path) in enumerate(zip(steps, paths, strict=True)):
         if step is None:
             continue
         earlier = dict(zip(names[:index], kinds[:index], strict=True))
-        made = isinstance(step, DistillStep | PretrainStep) and step.student is not None
-        source = step.source or next((name for name in reversed(earlier) if earlier[name] in FLOAT_STEPS), None)
+        parent = parent_of(step, earlier)
         if step.source is not None:
             _check_earlier(step.source, join(path, "from"), earlier, names, problems)
         match step:
@@ -175,20 +170,14 @@ def check_steps(
                 pass
             case DistillStep() | PretrainStep():
                 _check_distill(step, path, earlier, names, problems)
-                if not made and step.source is None and step.teacher is not None and step.teacher == source:
+                if step.source is None and step.teacher is not None and step.teacher == parent:
                     problems.add(
                         join(path, "student"),
-                        f"expected a student, since '{source}' would be both teacher and student; "
+                        f"expected a student, since '{parent}' would be both teacher and student; "
                         "say student: {layers: N}, or name another step in 'from'",
                     )
             case PruneStep():
                 _check_prune(step, path, earlier, names, problems)
-                if step.width and source in uneven:
-                    problems.add(
-                        join(path, "width"),
-                        f"needs layers that are alike, but '{uneven[source]}' cuts them unevenly before; put this step "
-                        "before that one",
-                    )
             case TrimVocabularyStep():
                 if step.corpus is None and step.column != "text":
                     problems.add(join(path, "column"), "names a column of 'corpus', which is not there; remove the key")
@@ -206,12 +195,7 @@ def check_steps(
                     problems.add(
                         join(path, "formats"), "expected onnx beside transformers_js, which is made from it; add it"
                     )
-        start = step.teacher if made and isinstance(step, DistillStep | PretrainStep) else source
-        if _cuts_unevenly(step):
-            uneven[names[index]] = names[index]
-        elif start in uneven:
-            uneven[names[index]] = uneven[str(start)]
-        if source is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):
+        if parent is None and isinstance(step, PruneStep | TrimWeightsStep | QuantizeStep | ExportStep):
             problems.add(path, "expected a finetune or distill step before it, whose model it can start from")
 
 
@@ -397,13 +381,6 @@ def _check_prune(
     elif isinstance(step.schedule, GradualSchedule):
         _check_gradual(step, step.schedule, path, problems)
     _check_recover(step.recover, path, earlier, names, problems)
-
-
-def _cuts_unevenly(step: StepConfig) -> bool:
-    if not isinstance(step, PruneStep):
-        return False
-    free = step.shape == "free" and (step.feed_forward or step.compute or step.latency)
-    return bool(step.heads or free or isinstance(step.schedule, GradualSchedule))
 
 
 def _check_width(step: PruneStep, path: str, problems: Problems) -> None:
@@ -592,7 +569,7 @@ def check_search(
 
 
 def check_branches(recipe: Recipe, problems: Problems) -> None:
-    """Branches have names and different tasks; what cannot be done with them is said before training."""
+    """Branches have names and different tasks, whose gradients are not compared."""
     taken: dict[str, str] = {}
     for name, tasks in recipe.branches.items():
         path = f"branches.{name}"
@@ -613,29 +590,13 @@ def check_branches(recipe: Recipe, problems: Problems) -> None:
     deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
     if not recipe.branches and not deep:
         return
-    found = _places(recipe, deep)
-    for key in _gradient_settings(recipe):
+    found = f"branches {', '.join(recipe.branches)}" if recipe.branches else f"tasks with a layer: {', '.join(deep)}"
+    for key in gradient_settings(recipe):
         problems.add(
             f"fusion.{key.partition(':')[0]}",
             f"compares the tasks' gradients where all of them read the encoder, found {found}; compare them in a "
             "recipe without these",
         )
-    whole = _whole_again(recipe)
-    for step in recipe.steps:
-        if step.name in whole:
-            continue
-        student = step.student if isinstance(step, DistillStep | PretrainStep) else None
-        layers = student is not None and student.layers is not None
-        in_torch = isinstance(step, QuantizeStep) and step.backend in ("bitsandbytes", "torchao")
-        if isinstance(step, PruneStep) or layers or in_torch:
-            problems.add(f"steps.{step.name}", f"works on models whose tasks read one whole encoder, found {found}")
-
-
-def _whole_again(recipe: Recipe) -> set[str]:
-    """Names of the steps before which all tasks that read a branch or a lower layer were dropped."""
-    main = [name for name, task in recipe.tasks.items() if task.role == "main"]
-    left = restricted(recipe, main).branches or any(recipe.tasks[name].layer is not None for name in main)
-    return set() if left else without_auxiliary(recipe)
 
 
 def check_kinds_and_roles(recipe: Recipe, problems: Problems) -> None:
@@ -659,116 +620,7 @@ def check_kinds_and_roles(recipe: Recipe, problems: Problems) -> None:
         )
 
 
-def check_dropped(recipe: Recipe, problems: Problems) -> None:
-    """A step can drop auxiliary tasks where there are some, and main ones to keep; afterwards nobody answers them."""
-    missing = sorted({"auxiliary", "main"} - {task.role for task in recipe.tasks.values()})
-    bare, dropped = without_auxiliary(recipe), dropping(recipe)
-    for step in recipe.steps:
-        path = f"steps.{step.name}"
-        if isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary:
-            place = join(path, "drop_auxiliary")
-            if missing:
-                words = f"expected tasks of role main and auxiliary, found none of role {missing[0]}; remove the key"
-                problems.add(place, words)
-            elif step.name in bare:
-                problems.add(place, "expected auxiliary tasks to drop, but a step before did that; remove the key")
-        recover = getattr(step, "recover", None)
-        taught = recover if isinstance(recover, DistillStep) else step
-        if isinstance(taught, DistillStep) and step.name not in bare and not missing:
-            lacking = [teacher for teacher in _answering(taught, recipe) if teacher in dropped]
-            if lacking:
-                problems.add(
-                    path,
-                    f"expected teachers that answer the auxiliary tasks of the model, found '{lacking[0]}', which "
-                    "dropped them; teach with a step from before that, or start from one that dropped them",
-                )
-
-
-def _answering(step: DistillStep, recipe: Recipe) -> list[str]:
-    """The teachers that are asked about auxiliary tasks, or whose layers a student has."""
-    if not isinstance(step.teachers, dict):
-        return list(teachers_of(step))
-    auxiliary = [name for name, task in recipe.tasks.items() if task.role == "auxiliary"]
-    asked = [place for task, place in step.teachers.items() if task in auxiliary]
-    made = step.student is not None and step.student.path is None
-    return [*asked, *(list(teachers_of(step))[:1] if made else [])]
-
-
-def _places(recipe: Recipe, deep: Sequence[str]) -> str:
-    return f"branches {', '.join(recipe.branches)}" if recipe.branches else f"tasks with a layer: {', '.join(deep)}"
-
-
-def check_adapters(recipe: Recipe, problems: Problems) -> None:
-    """What cannot be done with adapters, or with a model that has some, is said before training."""
-    adapted: set[str | None] = set()
-    latest: str | None = None
-    for step in recipe.steps:
-        path = f"steps.{step.name}"
-        fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
-        source = None if fresh else step.source or latest
-        match step:
-            case FinetuneStep():
-                if step.adapters is not None:
-                    _check_new_adapters(recipe, step, source in adapted, problems)
-                if step.adapters is not None or source in adapted:
-                    adapted.add(step.name)
-            case DistillStep() | PretrainStep():
-                taught = any(teacher in adapted for teacher in teachers_of(step))
-                _check_distilled_adapters(step, source in adapted, taught, path, problems)
-                if source in adapted:
-                    adapted.add(step.name)
-            case PruneStep() | TrimWeightsStep():
-                if source in adapted:
-                    verb = "prunes" if isinstance(step, PruneStep) else "trims"
-                    problems.add(
-                        path,
-                        f"{verb} models without adapters, found those of '{source}'; {verb.removesuffix('s')} before "
-                        "them",
-                    )
-                _check_recovered_adapters(step.recover, adapted, path, problems)
-            case TrimVocabularyStep():
-                if source in adapted:
-                    adapted.add(step.name)
-            case QuantizeStep() | ExportStep():
-                if isinstance(step, QuantizeStep) and step.recover is not None:
-                    if source in adapted:
-                        words = f"trains models without adapters, found those of '{source}'; remove it"
-                        problems.add(join(path, "recover"), words)
-                    _check_recovered_adapters(step.recover, adapted, path, problems)
-                continue  # leaves, from which no step starts
-        latest = step.name
-
-
-def _check_recovered_adapters(
-    recover: FinetuneStep | DistillStep | None, adapted: Collection[str | None], path: str, problems: Problems
-) -> None:
-    """The training after a cut has no adapters of its own; its teacher may have some."""
-    if isinstance(recover, FinetuneStep) and recover.adapters is not None:
-        problems.add(
-            join(path, "recover.adapters"),
-            "recovery trains the cut model itself; remove the key, and add a finetune step that has it",
-        )
-    elif isinstance(recover, DistillStep):
-        taught = any(teacher in adapted for teacher in teachers_of(recover))
-        _check_distilled_adapters(recover, False, taught, join(path, "recover"), problems)
-
-
-def _check_new_adapters(recipe: Recipe, step: FinetuneStep, already: bool, problems: Problems) -> None:
-    path = f"steps.{step.name}.adapters"
-    if already:
-        problems.add(path, "the model that is trained on has adapters already; remove the key to train these on")
-    deep = [name for name, task in recipe.tasks.items() if task.layer is not None]
-    if (recipe.branches or deep) and step.name not in _whole_again(recipe):
-        problems.add(path, f"need tasks that read one whole encoder, found {_places(recipe, deep)}")
-    for key in _gradient_settings(recipe):
-        problems.add(
-            path,
-            f"expected no fusion.{key} with adapters, which compares the tasks' gradients at weights that they "
-            "share; here they share none that are trained, remove one of both",
-        )
-
-
-def _gradient_settings(recipe: Recipe) -> list[str]:
+def gradient_settings(recipe: Recipe) -> list[str]:
     """What a recipe sets that compares the tasks' gradients."""
     fusion = recipe.fusion
     settings = {
@@ -777,23 +629,6 @@ def _gradient_settings(recipe: Recipe) -> list[str]:
         "kind: gradient_norm": fusion.kind == "gradient_norm",
     }
     return [key for key, used in settings.items() if used]
-
-
-def _check_distilled_adapters(
-    step: DistillStep | PretrainStep, own: bool, teacher: bool, path: str, problems: Problems
-) -> None:
-    states = [item.kind for item in step.criteria if item.kind != "logits"]
-    if teacher and step.student is not None and step.student.layers is not None:
-        problems.add(
-            join(path, "student.layers"),
-            f"takes layers of models without adapters, found those of '{teachers_of(step)[0]}'; name a checkpoint in "
-            "student.path, or another teacher",
-        )
-    elif (own or teacher) and states:
-        problems.add(
-            join(path, "criteria"),
-            f"expected [logits] with adapters, found {', '.join(states)} too; every task has states of its own then",
-        )
 
 
 def check_vocabulary(recipe: Recipe, problems: Problems) -> None:

@@ -10,6 +10,8 @@ from pydantic import TypeAdapter
 
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.recipe import checks
+from hf_mtcompress.recipe.lineage import lineage_of
+from hf_mtcompress.recipe.lineage_checks import check_lineage
 from hf_mtcompress.recipe.overrides import apply_overrides, resolve_paths, step_names, without_local_paths
 from hf_mtcompress.recipe.recipe import FORMAT_VERSION, Recipe
 from hf_mtcompress.recipe.sections import WRITTEN_AS, Problems, build_by_kind, build_section, kinds, shown
@@ -168,9 +170,8 @@ def _check_sections(data: Mapping[str, Any], recipe: Recipe | None, problems: Pr
     if recipe is not None:
         checks.check_benchmark(recipe.benchmark, problems)
         checks.check_branches(recipe, problems)
-        checks.check_adapters(recipe, problems)
+        check_lineage(recipe, lineage_of(recipe), problems)
         checks.check_kinds_and_roles(recipe, problems)
-        checks.check_dropped(recipe, problems)
         checks.check_vocabulary(recipe, problems)
         checks.check_mixing(recipe.mixing, recipe.fusion, list(recipe.tasks), problems)
         if recipe.search is not None:

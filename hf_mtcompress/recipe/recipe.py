@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_mtcompress.recipe.search import SearchConfig
-from hf_mtcompress.recipe.steps import FLOAT_STEPS, DistillStep, FinetuneStep, PretrainStep, StepConfig, teachers_of
+from hf_mtcompress.recipe.steps import StepConfig
 from hf_mtcompress.recipe.tasks import TaskConfig
 from hf_mtcompress.recipe.training import EncoderConfig, FusionConfig, MixingConfig, TrainingConfig
 
@@ -110,32 +110,3 @@ def restricted(recipe: Recipe, names: Collection[str]) -> Recipe:
     fusion = recipe.fusion if len(names) > 1 else FusionConfig(normalize=recipe.fusion.normalize)
     branches = {branch: tasks for branch, tasks in branches.items() if tasks}
     return dataclasses.replace(recipe, branches=branches, mixing=mixing, fusion=fusion)
-
-
-def without_auxiliary(recipe: Recipe) -> set[str]:
-    """Names of the steps that work on main tasks alone: the model or the teachers they build on dropped the others."""
-    return _main_alone(recipe)[0]
-
-
-def dropping(recipe: Recipe) -> set[str]:
-    """Names of the steps that leave a model of main tasks alone, where there were others."""
-    return _main_alone(recipe)[1]
-
-
-def _main_alone(recipe: Recipe) -> tuple[set[str], set[str]]:
-    """Names of the steps that begin so, and of those that end so."""
-    begin: set[str] = set()
-    end: set[str] = set()
-    latest: str | None = None
-    for step in recipe.steps:
-        name = str(step.name)
-        fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
-        source = None if fresh else step.source or latest
-        places = teachers_of(step) if source is None else (source,)
-        if places and end.issuperset(places):
-            begin.add(name)
-        if name in begin or (isinstance(step, FinetuneStep | DistillStep) and step.drop_auxiliary):
-            end.add(name)
-        if step.kind in FLOAT_STEPS:
-            latest = name
-    return begin, end

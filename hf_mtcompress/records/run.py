@@ -112,6 +112,9 @@ class StepRecord:
     settings: dict[str, Any]
     seconds: float
     artefacts: list[Artefact]
+    origin: str | None = None
+    """The step whose weights it began with, if one of this run: `source`, or the teacher that a student has layers of.
+    Older records, which lack it, know of the source alone."""
     tasks: list[str] | None = None
     """Those that the model answers, since a step may drop auxiliary ones; None in older records: all."""
     structure: dict[str, Any] | None = None

@@ -38,7 +38,7 @@ from hf_mtcompress.runs.fingerprint import changes_of
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
 from hf_mtcompress.runs.results import load_record
-from hf_mtcompress.runs.run import prepare_output, step_sources
+from hf_mtcompress.runs.run import prepare_output
 from hf_mtcompress.steps.run import check_steps_fit
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.steps.scoring import read_step, score_folder
@@ -59,7 +59,6 @@ def validate(recipe: Recipe) -> None:
     Raises:
         RecipeError: it cannot be run.
     """
-    step_sources(recipe)
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
     load_processor(recipe)
@@ -67,7 +66,7 @@ def validate(recipe: Recipe) -> None:
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `run` would do, without doing it; see `describe_plan`."""
-    return describe_plan(recipe, step_sources(recipe))
+    return describe_plan(recipe)
 
 
 def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
@@ -91,10 +90,9 @@ def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] =
     if not isinstance(step, DistillStep | PretrainStep):
         usable = [known for known, other in steps.items() if isinstance(other, DistillStep | PretrainStep)]
         raise RecipeError(f"expected a distill or pretrain step, found '{name}'; {near(name, usable)}")
-    source = dict(zip(steps, step_sources(recipe), strict=True))[name]
     context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     prepare_output(output)
-    return steps_ask_teacher(step, source, context.for_step(step), part)
+    return steps_ask_teacher(step, context.lineage[name].parent, context.for_step(step), part)
 
 
 def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:

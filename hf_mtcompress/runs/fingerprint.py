@@ -14,7 +14,6 @@ from hf_mtcompress.recipe import (
     QuantizeStep,
     StepConfig,
     TrimVocabularyStep,
-    teachers_of,
 )
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import StepRecord
@@ -28,20 +27,18 @@ _LOADED = (".json", ".jinja", ".safetensors", ".bin", ".onnx", ".xml", ".model",
 """Endings of files that change what is loaded by being there."""
 
 
-def step_inputs(
-    step: StepConfig, source: str | None, done: dict[str, StepRecord], context: RunContext
-) -> dict[str, str]:
+def step_inputs(step: StepConfig, done: dict[str, StepRecord], context: RunContext) -> dict[str, str]:
     """Digest of everything that a step's result depends on, by part: its settings, its encoder, its data and so on.
 
     Files count by their content, wherever they lie.
     """
-    recipe = context.recipe
+    recipe, lineage = context.recipe, context.lineage[str(step.name)]
     # Mixed bits without a size are chosen by these limits.
     judged = isinstance(step, QuantizeStep) and (step.bits != "mixed" or (step.mixed and step.mixed.size_mb))
     limits = _LIMITS_OF_A_GATE if judged else _KEEP if isinstance(step, QuantizeStep) else ()
     settings = {key: value for key, value in chosen_settings(step).items() if key not in (*limits, "data", "corpus")}
     encoder = chosen_settings(recipe.encoder)
-    teachers, student = teachers_of(step), getattr(step, "student", None)
+    teachers, student = list(lineage.teachers), getattr(step, "student", None)
     places = [recipe.encoder.path, *teachers, *([student.path] if student is not None and student.path else [])]
     saved = {place: content_digest(place) for place in places if place not in done and Path(place).is_dir()}
     # Which of them stands where is a setting.
@@ -49,7 +46,7 @@ def step_inputs(
     parts = {
         "format": records.FORMAT_VERSION,
         "settings": {"kind": step.kind, **_renamed(settings, names)},
-        "parent": result_digest(done[source]) if source is not None else None,
+        "parent": result_digest(done[lineage.parent]) if lineage.parent is not None else None,
         "teachers": [result_digest(done[name]) if name in done else saved.get(name, name) for name in teachers],
         "student": saved.get(student.path) if student is not None else None,
         "encoder": [_renamed(encoder, names), saved.get(recipe.encoder.path)],

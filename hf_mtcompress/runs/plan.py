@@ -1,18 +1,20 @@
 """What a recipe would do, told before it is done: rows, batches, steps, expected parameters and sizes."""
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.compression.vocabulary import count_tokens, trim_tokenizer
 from hf_mtcompress.data.preprocessing import group_tasks
 from hf_mtcompress.data.sources import Sources, load_sources
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.model.anatomy import find_anatomy
+from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.marking import read_mark, write_mark
+from hf_mtcompress.model.surgery import apply_structure
 from hf_mtcompress.recipe import (
     DistillStep,
     EncoderConfig,
@@ -25,16 +27,15 @@ from hf_mtcompress.recipe import (
     StepConfig,
     TrimVocabularyStep,
     TrimWeightsStep,
-    teachers_of,
-    without_auxiliary,
 )
 from hf_mtcompress.steps.pruning import recoveries
 from hf_mtcompress.steps.rows import texts_to_keep
-from hf_mtcompress.steps.run_context import RunContext, load_processor, loading_options
+from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.saved_models import encoder_config, lineage_with_saved_models
 from hf_mtcompress.steps.training import merged_training
 
 
-def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[str, Any]:
+def describe_plan(recipe: Recipe) -> dict[str, Any]:
     """The plan of a recipe as plain values.
 
     Sizes are estimates from shapes alone: four bytes a parameter in float32; with onnxruntime two in 16 bits, one in 8,
@@ -45,33 +46,36 @@ def describe_plan(recipe: Recipe, step_sources: Sequence[str | None]) -> dict[st
 
     Args:
         recipe: what is wanted.
-        step_sources: the step that each step starts from.
 
     Returns:
         `{"rows": by task and role, "groups": tasks encoded together, "steps": one dict a step}`.
 
     Raises:
-        RecipeError: data or encoder cannot be read.
+        RecipeError: data or a saved model cannot be read, or a step cannot do with its models what it says.
     """
     sources = load_sources(recipe.tasks, recipe.seed)
     groups = group_tasks(sources.tasks, sources.role("train"))
-    main = sources.of([name for name, task in sources.tasks.items() if task.role == "main"])
-    bare = without_auxiliary(recipe)
-    shapes: dict[str | None, _Shape] = {None: _encoder_shape(recipe.encoder)}
+    lineage = lineage_with_saved_models(recipe)
+    encoder = encoder_config(recipe.encoder, "encoder.path")
+    trusted = recipe.encoder.trust_remote_code
+    shapes: dict[str, _Shape] = {recipe.encoder.path: _shape_of(encoder, trust_remote_code=trusted)}
     steps = []
-    for step, source in zip(recipe.steps, step_sources, strict=True):
-        start = shapes[_teacher_or(source, step)] if _teacher_or(source, step) in shapes else shapes[None]
-        own = main if step.name in bare else sources
+    for step in recipe.steps:
+        found = lineage[str(step.name)]
+        origin = found.origin or recipe.encoder.path
+        if origin not in shapes:
+            shapes[origin] = _shape_of(AutoConfig.from_pretrained(origin, trust_remote_code=False))
+        start, own = shapes[origin], sources.of(found.begins.tasks)
         if isinstance(step, TrimVocabularyStep):
             shape = start.with_tokens(min(start.tokens, _tokens_left(step, recipe, own)))
         else:
             shape = start.after(step, recipe.encoder)
-        shapes[step.name] = shape
+        shapes[str(step.name)] = shape
         steps.append(
             {
                 "step": step.name,
                 "kind": step.kind,
-                "from": source,
+                "from": found.parent,
                 "layers": shape.layers,
                 "parameters": round(shape.parameters),
                 "estimated_mb": round(shape.megabytes(step), 1),
@@ -128,9 +132,11 @@ class _Shape:
         match step:
             case DistillStep(student=student) | PretrainStep(student=student) if student is not None:
                 if student.path is not None:
-                    return _encoder_shape(EncoderConfig(path=student.path), where=f"steps.{step.name}.student.path")
+                    return self
                 if student.config is not None:
-                    return _encoder_shape(encoder, student.config)
+                    config = encoder_config(encoder, "encoder.path", student.config)
+                    write_mark(config, None)  # whatever was cut from the encoder, the student is whole
+                    return _shape_of(config, trust_remote_code=encoder.trust_remote_code)
                 layers = student.layers or ()
                 kept = self.with_layers(layers if isinstance(layers, int) else len(layers))
                 return kept.narrower(student.heads, student.feed_forward)
@@ -182,18 +188,17 @@ class _Shape:
                 return self.parameters * 4 / 1e6
 
 
-def _encoder_shape(
-    encoder: EncoderConfig, changes: Mapping[str, Any] | None = None, where: str = "encoder.path"
-) -> _Shape:
-    try:
-        config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder), **(changes or {}))
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{where}: expected a local folder or a Hub id of a pretrained encoder, found '{encoder.path}' "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+def _shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> _Shape:
+    """Of a saved model, cut as its config says."""
+    if isinstance(config, MultiTaskConfig):
+        config, structure = config.encoder_config(), (config.structure or {}).get("main")
+    else:
+        mark = read_mark(config)
+        structure = None if mark is None else mark.structure
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=encoder.trust_remote_code)
+        model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        if structure:
+            apply_structure(model, structure)
     anatomy = find_anatomy(model)
     table = model.get_input_embeddings()
     embedding, tokens = (
@@ -228,12 +233,6 @@ def _tokens_left(step: TrimVocabularyStep, recipe: Recipe, sources: Sources) -> 
         return len(trim_tokenizer(tokenizer, counts, minimum_count=step.minimum_count, size=step.size).rows)
     except DataError as error:
         raise RecipeError(f"steps.{step.name}.{error}") from error
-
-
-def _teacher_or(source: str | None, step: StepConfig) -> str | None:
-    if isinstance(step, DistillStep | PretrainStep) and step.student is not None and step.student.layers is not None:
-        return next(iter(teachers_of(step)))
-    return source
 
 
 def _training_size(step: StepConfig, recipe: Recipe, rows: int) -> dict[str, Any]:

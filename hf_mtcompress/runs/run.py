@@ -16,23 +16,11 @@ from hf_mtcompress import records
 from hf_mtcompress.artifacts import DIGESTS, GRAPHS, RECIPE, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.digests import file_digests, keep, recall, values_digest
-from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import measure_size
 from hf_mtcompress.formats.reload.probes import save_probes
 from hf_mtcompress.locks import sole_use
-from hf_mtcompress.recipe import (
-    DistillStep,
-    ExportStep,
-    FinetuneStep,
-    PretrainStep,
-    PruneStep,
-    QuantizeStep,
-    Recipe,
-    StepConfig,
-    TrimVocabularyStep,
-    TrimWeightsStep,
-    dropping,
-)
+from hf_mtcompress.recipe import QuantizeStep, Recipe, StepConfig
 from hf_mtcompress.recipe.load import dump_recipe
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import RunRecord, StepRecord
@@ -69,8 +57,8 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
     with sole_use(output):
         write_text(output / RECIPE, dump_recipe(recipe))
         done: dict[str, StepRecord] = {}
-        for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-            done[str(step.name)] = do_step(step, source, done, context)
+        for step in recipe.steps:
+            done[str(step.name)] = do_step(step, done, context)
         keep(output / WORK / DIGESTS)
         shutil.rmtree(output / WORK / GRAPHS, ignore_errors=True)
         record = measure_artefacts(context, list(done.values()), last_record(output))
@@ -96,35 +84,15 @@ def prepare_output(output: Path) -> None:
         ) from error
 
 
-def step_sources(recipe: Recipe) -> list[str | None]:
-    """The step that each step starts from: `from`, else the latest float torch step, else None (the encoder)."""
-    sources: list[str | None] = []
-    latest: str | None = None
-    for step in recipe.steps:
-        fresh = isinstance(step, DistillStep | PretrainStep) and step.student is not None
-        sources.append(None if fresh else step.source or latest)
-        match step:
-            case (
-                FinetuneStep() | PretrainStep() | DistillStep() | PruneStep() | TrimVocabularyStep() | TrimWeightsStep()
-            ):
-                latest = step.name
-            case QuantizeStep() | ExportStep():
-                if latest is None and step.source is None:
-                    raise RecipeError(
-                        f"steps.{step.name}: expected a finetune, distill or prune step before it, found none; "
-                        "begin with {kind: finetune}"
-                    )
-    return sources
-
-
-def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], context: RunContext) -> StepRecord:
+def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) -> StepRecord:
     """Run a step unless its folder holds the result of exactly this step."""
     name = str(step.name)
-    inputs = step_inputs(step, source, done, context)
+    lineage = context.lineage[name]
+    inputs = step_inputs(step, done, context)
     fingerprint = values_digest(inputs)
     folder = context.step_folder(name)
     work = context.output / WORK / f"{name}-{fingerprint[:8]}"
-    within, main_alone = context.for_step(step), name in dropping(context.recipe)
+    within = context.for_step(step)
     found = read_step(folder / STEP_RECORD)
     again = why_again(folder, found, inputs)
     if found is not None and again is None:
@@ -132,25 +100,26 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], c
         logger.warning("%s: done already, skipped", name)
         if isinstance(step, QuantizeStep):
             # The limits of a gate do not change what was made: they are held against it again.
-            pass_gate(step, done[str(source)], found, within, work)
+            pass_gate(step, done[str(lineage.parent)], found, within, work)
             found.settings = plain_settings(step)
             shutil.rmtree(work, ignore_errors=True)
         return found
     if folder.exists():
         logger.warning("%s: made again, %s", name, again)
-    logger.warning("%s: %s%s", name, step.kind, f" from {source}" if source else "")
+    logger.warning("%s: %s%s", name, step.kind, f" from {lineage.parent}" if lineage.parent else "")
     work.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with whole_folder(folder) as scratch:
-        outcome = run_step(step, source, within, scratch, work)
+        outcome = run_step(step, lineage.parent, within, scratch, work)
         record = StepRecord(
             name=name,
             kind=step.kind,
-            source=source,
+            source=lineage.parent,
+            origin=lineage.origin if lineage.origin in done else None,
             fingerprint=fingerprint,
             settings=plain_settings(step),
             seconds=0.0,
-            tasks=[task.name for task in context.sources.tasks.values() if task.role == "main" or not main_alone],
+            tasks=list(lineage.ends.tasks),
             artefacts=[
                 dataclasses.replace(artefact, folder=join(name, artefact.folder)) for artefact in outcome.artefacts
             ],
@@ -167,7 +136,7 @@ def do_step(step: StepConfig, source: str | None, done: dict[str, StepRecord], c
             artefact.size = measure_size(scratch / made.folder)
             artefact.scores["validation"] = score_folder(context, scratch / made.folder, "validation")
         if isinstance(step, QuantizeStep):
-            pass_gate(step, done[str(source)], record, within, work)
+            pass_gate(step, done[str(lineage.parent)], record, within, work)
         save_probes(scratch, probe_batch(within, outcome.processor), outcome.probes)
         record.files = file_digests(scratch)
         record.seconds = time.monotonic() - begin

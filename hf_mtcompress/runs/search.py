@@ -33,8 +33,9 @@ from hf_mtcompress.recipe import (
     StepConfig,
     teachers_of,
 )
+from hf_mtcompress.recipe.lineage import lineage_of
 from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord
-from hf_mtcompress.runs.run import do_step, prepare_output, run, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.run import check_steps_fit
 from hf_mtcompress.steps.run_context import RunContext, load_processor, probe_samples
 from hf_mtcompress.steps.scoring import task_record
@@ -72,8 +73,8 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     context = RunContext(recipe, output, sources, load_processor(recipe))
     prepare_output(output)
     done: dict[str, StepRecord] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, context)
+    for step in recipe.steps:
+        done[str(step.name)] = do_step(step, done, context)
     first = str(recipe.steps[0].name)
     reference = done[recipe.reference or first].artefacts[0]
     start = settings.source or recipe.reference or first
@@ -89,10 +90,10 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
         for bits in kinds
     }
     made = {str(step.name): step for path in family.values() for step in path}
-    # What a step's model reads with is looked up among the steps of the recipe.
+    # Lineage, and what a model reads with, are those of the steps of the recipe.
     context = dataclasses.replace(context, recipe=dataclasses.replace(recipe, steps=(*recipe.steps, *made.values())))
     for name, step in made.items():
-        done[name] = do_step(step, step.source, done, context)
+        done[name] = do_step(step, done, context)
     last = {member: path[-1].name if path else member[0] for member, path in family.items()}
     artefacts = {member: done[str(name)].artefacts[0] for member, name in last.items()}
     timed = _time([reference, *artefacts.values()], context)
@@ -212,13 +213,13 @@ def _path(
 
 
 def _leading_to(recipe: Recipe, origin: str, path: Sequence[StepConfig]) -> list[StepConfig]:
-    """Those of the recipe's steps that have a part in what is delivered: sources, teachers, and the reference."""
+    """Those of the recipe's steps that have a part in what is delivered: parents, teachers, and the reference."""
     needed = {str(recipe.reference or recipe.steps[0].name), origin}
     needed.update(name for step in path for name in teachers_of(step))
-    # Sources and teachers of a step stand before it.
-    for step, source in reversed(list(zip(recipe.steps, step_sources(recipe), strict=True))):
-        if step.name in needed:
-            needed.update(teachers_of(step), [] if source is None else [source])
+    # Parents and teachers of a step stand before it.
+    for name, lineage in reversed(lineage_of(recipe).items()):
+        if name in needed:
+            needed.update(lineage.teachers, [] if lineage.parent is None else [lineage.parent])
     return [step for step in recipe.steps if step.name in needed]
 
 

@@ -23,13 +23,14 @@ from hf_mtcompress.recipe import (
     StepConfig,
     TrimVocabularyStep,
     TrimWeightsStep,
-    without_auxiliary,
 )
+from hf_mtcompress.recipe.lineage import lineage_of
 from hf_mtcompress.records import FORMS, form_of_backend
 from hf_mtcompress.steps.exporting import export_step
 from hf_mtcompress.steps.pruning import prune_step
 from hf_mtcompress.steps.quantizing import quantize_step
 from hf_mtcompress.steps.run_context import RunContext, StepOutcome
+from hf_mtcompress.steps.saved_models import lineage_with_saved_models
 from hf_mtcompress.steps.teaching import teach_step
 from hf_mtcompress.steps.training import finetune_step
 from hf_mtcompress.steps.trimming import trim_vocabulary_step, trim_weights_step
@@ -64,7 +65,7 @@ def run_step(step: StepConfig, source: str | None, context: RunContext, folder: 
 
 
 def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
-    """Look for what would stop a run late: exports that a head cannot take, packages that are not there.
+    """Look for what would stop a run late: packages that are not there, and what a step cannot do with its models.
 
     Raises:
         RecipeError: one line for each.
@@ -75,13 +76,17 @@ def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
             require_extra(extra)
         except MissingExtraError as error:
             problems.append(str(error))
-    bare = without_auxiliary(recipe)
+    try:
+        lineage_with_saved_models(recipe)
+    except RecipeError as error:
+        problems += error.problems
+    lineage = lineage_of(recipe)
     problems += [
         f"steps.{step.name}: a plain transformers folder needs a stock head, but task '{name}' has head '{task.head}'"
         for step in recipe.steps
         if isinstance(step, ExportStep) and {"vanilla", "transformers_js"}.intersection(step.formats)
         for name, task in tasks.items()
-        if task.head != "stock" and not (task.role == "auxiliary" and step.name in bare)
+        if task.head != "stock" and name in lineage[str(step.name)].begins.tasks
     ]
     if problems:
         raise RecipeError(problems)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.formats.folders import load_processor as read_processor
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.surgery import describe_structure
-from hf_mtcompress.recipe import EncoderConfig, Recipe, StepConfig, restricted, without_auxiliary
+from hf_mtcompress.recipe import EncoderConfig, Recipe, StepConfig, restricted
+from hf_mtcompress.recipe.lineage import Lineage, lineage_of
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.trainers.teachers import same_tokenizer
@@ -40,6 +42,11 @@ class RunContext:
     output: Path
     sources: Sources
     processor: Any
+
+    @cached_property
+    def lineage(self) -> dict[str, Lineage]:
+        """What each step starts from, who teaches it, and what its model is before and after."""
+        return lineage_of(self.recipe)
 
     def step_folder(self, name: str) -> Path:
         """Where a step's result lies."""
@@ -75,9 +82,10 @@ class RunContext:
 
     def for_step(self, step: StepConfig) -> "RunContext":
         """The context with the tasks that a step can have: an earlier step may have dropped auxiliary ones."""
-        if step.name not in without_auxiliary(self.recipe):
+        begins = self.lineage[str(step.name)].begins
+        names = [name for name in self.sources.tasks if name in begins.tasks]
+        if len(names) == len(self.sources.tasks):
             return self
-        names = [name for name, task in self.sources.tasks.items() if task.role == "main"]
         return dataclasses.replace(self, recipe=restricted(self.recipe, names), sources=self.sources.of(names))
 
     @property

@@ -11,15 +11,12 @@ from typing import Any, Literal, assert_never
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     TrainerCallback,
     set_seed,
 )
-from transformers.utils import CONFIG_NAME
 
 from hf_mtcompress.artifacts import WORK
 from hf_mtcompress.compression.importance import block_influence
@@ -44,9 +41,9 @@ from hf_mtcompress.recipe import (
     WeightSchedule,
     teachers_of,
 )
-from hf_mtcompress.records import FORMS
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
 from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, load_processor, new_model, start_of
+from hf_mtcompress.steps.saved_models import graph_form, teacher_config
 from hf_mtcompress.steps.training import (
     Fit,
     MarkComplete,
@@ -282,7 +279,9 @@ def load_faculty(step: DistillStep, context: RunContext) -> Faculty:
 def _load_encoding_teacher(step: PretrainStep, context: RunContext) -> Faculty:
     """The teacher of a pretrain step, whose answers nobody asks for."""
     own = any(other.name == step.teacher for other in context.recipe.steps)
-    saved = own or _config_of(step.teacher, f"steps.{step.name}.teacher").model_type == MultiTaskConfig.model_type
+    saved = own or isinstance(
+        teacher_config(step.teacher, f"steps.{step.name}.teacher", answers=False), MultiTaskConfig
+    )
     if own:
         teacher, processor = context.load(step.teacher), context.processor_of(step.teacher)
     else:
@@ -306,26 +305,6 @@ def _own_processor(place: str, context: RunContext) -> Any:
         return context.processor
 
 
-def _config_of(place: str, where: str) -> PreTrainedConfig:
-    """The config of a saved model; `where` is the key that names it.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    folder = Path(place)
-    expected = f"{where}: expected a step of this recipe, or the folder or Hub id of a saved model"
-    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = f"take one of those in it: {', '.join(inside)}" if inside else "check the path"
-        raise RecipeError(f"{expected}, found the folder {place} without a {CONFIG_NAME}; {hint}")
-    if not folder.is_dir() and (folder.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1):
-        raise RecipeError(f"{expected}, found '{place}', which is no folder; check the path")
-    try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{expected}, found '{place}' ({str(error).splitlines()[0]})") from error
-
-
 def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     """The teacher: a step of this run, or a saved multi-task or stock model, or a graph.
 
@@ -339,19 +318,13 @@ def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     """
     if any(step.name == name for step in context.recipe.steps):
         return context.load(name)
-    if any((Path(name) / form.settings).is_file() for form in FORMS.values() if form.layout == "graph"):
+    if graph_form(name) is not None:
         return open_runtime(Path(name))
-    config = _config_of(name, where)
-    kind = (config.architectures or [""])[0]
-    if config.model_type != MultiTaskConfig.model_type and "For" not in kind:
-        raise RecipeError(
-            f"{where}: expected a model with a head, found a {kind or config.model_type} in '{name}', which answers "
-            "nothing; fine-tune it first, or imitate its states in a pretrain step"
-        )
+    config = teacher_config(name, where, answers=True)
     try:
-        if config.model_type == MultiTaskConfig.model_type:
+        if isinstance(config, MultiTaskConfig):
             return MultiTaskModel.from_pretrained(name)
-        return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)
+        return getattr(transformers, (config.architectures or [""])[0]).from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(
             f"{where}: expected a step of this recipe or a saved model with a head, found '{name}' "

@@ -179,7 +179,7 @@ def _train(model: PlannedModel, seed: int, output: Path, keep_models: bool) -> S
     context = RunContext(recipe, output / model.folder, model.sources, model.processor)
     folder = context.step_folder(str(step.name))
     before = read_step(folder / STEP_RECORD)
-    record = do_step(step, None, {}, context)
+    record = do_step(step, {}, context)
     artefact = record.artefacts[0]
     fresh = before is None or before.fingerprint != record.fingerprint
     if context.sources.role("test") and "test" not in artefact.scores:

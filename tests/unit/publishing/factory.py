@@ -245,6 +245,7 @@ def make_record() -> RunRecord:
                 source=None,
                 fingerprint="cc33",
                 settings={"teacher": "teacher", "student": {"layers": 3, "path": None}, "temperature": 2.0},
+                origin="teacher",
                 seconds=300.0,
                 artefacts=[student],
                 structure=layers(3, [12], [1536]),

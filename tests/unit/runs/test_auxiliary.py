@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from hf_mtcompress.artifacts import CARD
 from hf_mtcompress.errors import RecipeError, UnsupportedEncoderError
 from hf_mtcompress.publishing.picture import draw_comparison
-from hf_mtcompress.recipe import FusionConfig, restricted, without_auxiliary
+from hf_mtcompress.recipe import FusionConfig, Recipe, restricted
+from hf_mtcompress.recipe.lineage import lineage_of
 from hf_mtcompress.recipe.load import load_recipe, parse_recipe
 from hf_mtcompress.runs.fingerprint import chosen_settings
 from hf_mtcompress.runs.grouping import group_tasks_of
 from hf_mtcompress.runs.plan import describe_plan
-from hf_mtcompress.runs.run import run, step_sources
+from hf_mtcompress.runs.run import run
 from tests.tiny_recipe import write_tiny_recipe
 
 TEXT = {"kind": "sequence-classification", "data": {"path": "org/rows"}, "text": "text", "label": "label"}
@@ -26,6 +27,12 @@ RECIPE: dict[str, Any] = {
     "tasks": {"mood": TEXT, "helper": {**TEXT, "data": "mood", "role": "auxiliary"}},
     "steps": [{"kind": "finetune", "name": "teacher", "drop_auxiliary": True}],
 }
+
+
+def main_alone(recipe: Recipe) -> set[str]:
+    """Steps that begin with the main tasks alone."""
+    main = tuple(name for name, task in recipe.tasks.items() if task.role == "main")
+    return {name for name, lineage in lineage_of(recipe).items() if lineage.begins.tasks == main}
 
 
 def recipe_of(*steps: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def test_a_dropped_task_helps_and_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     )
     changed = ["tasks.strength.role=auxiliary"]
     recipe = load_recipe(path, changed)
-    assert without_auxiliary(recipe) == {"pruned", "int8"}
+    assert main_alone(recipe) == {"pruned", "int8"}
     record = run(recipe, tmp_path / "out")
     assert [step.tasks for step in record.steps] == [["mood", "strength"], ["mood"], ["mood"], ["mood"]]
     saved = {
@@ -109,7 +116,7 @@ def test_the_plan_counts_rows_of_the_tasks_that_are_left(tmp_path: Path) -> None
     files = {role: str(tmp_path / name) for role, name in (("train", "test.jsonl"), ("validation", "validation.jsonl"))}
     data = json.dumps({"path": "json", "data_files": files})
     recipe = load_recipe(path, ["tasks.strength.role=auxiliary", f"tasks.strength.data={data}"])
-    plan = describe_plan(recipe, step_sources(recipe))
+    plan = describe_plan(recipe)
     assert [step["optimizer_steps"] for step in plan["steps"]] == [9, 6]
 
 
@@ -133,7 +140,7 @@ def test_the_plan_counts_rows_of_the_tasks_that_are_left(tmp_path: Path) -> None
 )
 def test_steps_without_auxiliary_tasks(steps: list[dict[str, Any]], bare: set[str]) -> None:
     recipe = parse_recipe(recipe_of({"kind": "finetune", "name": "a", "drop_auxiliary": True}, *steps))
-    assert without_auxiliary(recipe) == bare
+    assert main_alone(recipe) == bare
 
 
 def test_a_step_from_before_still_has_them() -> None:
@@ -145,7 +152,7 @@ def test_a_step_from_before_still_has_them() -> None:
             {"kind": "distill", "name": "d", "teachers": {"helper": "a", "mood": "b"}, "student": {"layers": 1}},
         )
     )
-    assert without_auxiliary(recipe) == set()
+    assert main_alone(recipe) == set()
 
 
 def test_a_recipe_about_some_tasks() -> None:
@@ -214,7 +221,7 @@ def test_nothing_is_dropped_twice() -> None:
 def test_teachers_that_dropped_what_they_are_asked(step: dict[str, Any]) -> None:
     first = ({"kind": "finetune", "name": "both"}, {"kind": "finetune", "name": "main", "drop_auxiliary": True})
     with pytest.raises(
-        RecipeError, match=r"steps\.x: expected teachers that answer the auxiliary tasks of the model, fou"
+        RecipeError, match=r"steps\.x(\.recover)?: expected teachers that answer the auxiliary tasks of the model, fou"
     ):
         parse_recipe(recipe_of(*first, step))
 

@@ -207,7 +207,7 @@ def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: st
     def fingerprint(*overrides: str) -> str:
         recipe = load_recipe(path, overrides)
         context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
-        return step_fingerprint(recipe.steps[0], None, {}, context)
+        return step_fingerprint(recipe.steps[0], {}, context)
 
     assert (fingerprint(override) == fingerprint()) == same
 

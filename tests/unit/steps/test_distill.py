@@ -19,7 +19,7 @@ from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.runs.commands import plan
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.tasks import SequenceClassification
 from tests.tiny import FEELING_LABELS, tiny_bpe_tokenizer, tiny_encoder, tiny_text_rows, tiny_tokenizer
@@ -37,8 +37,8 @@ def run_steps(folder: Path, steps: list[dict[str, Any]], *overrides: str) -> tup
     context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     prepare_output(output)
     done: dict[str, Any] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, context)
+    for step in recipe.steps:
+        done[str(step.name)] = do_step(step, done, context)
     return output, done
 
 

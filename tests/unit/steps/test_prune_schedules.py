@@ -20,7 +20,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.fingerprint import chosen_settings
 from hf_mtcompress.runs.results import load_record
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -39,7 +39,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     folder = tmp_path_factory.mktemp("recipe")
     recipe = write_tiny_recipe(folder, steps=[TEACHER, PRUNED])
     context = context_of(recipe, folder / "run")
-    done = {"teacher": do_step(context.recipe.steps[0], None, {}, context)}
+    done = {"teacher": do_step(context.recipe.steps[0], {}, context)}
     return folder, folder / "run", done
 
 
@@ -57,7 +57,7 @@ def prune_as(taught: tuple[Path, Path, dict[str, StepRecord]], name: str, **sett
         folder, steps=[TEACHER, {key: value for key, value in step.items() if value is not None}]
     )
     context = context_of(recipe, output)
-    record = do_step(context.recipe.steps[1], step_sources(context.recipe)[1], dict(done), context)
+    record = do_step(context.recipe.steps[1], dict(done), context)
     return record, output / name
 
 

@@ -18,7 +18,7 @@ from hf_mtcompress.formats.onnx.mixed_bits import BitChoice
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.recipe.load import load_recipe
-from hf_mtcompress.records import Comparison
+from hf_mtcompress.records import Comparison, StepRecord
 from hf_mtcompress.runs.commands import push
 from hf_mtcompress.runs.fingerprint import step_fingerprint
 from hf_mtcompress.runs.results import load_record
@@ -97,11 +97,14 @@ def test_limits_that_choose_and_limits_that_judge(
     tmp_path: Path, options: dict[str, Any], change: dict[str, Any], same: bool
 ):
     """What only judges must not make anything again, and what chooses must."""
+    teacher = StepRecord(
+        name="teacher", kind="finetune", source=None, fingerprint="a", settings={}, seconds=0.0, artefacts=[]
+    )
 
     def fingerprint(step: dict[str, Any]) -> str:
         recipe = load_recipe(write_tiny_recipe(tmp_path, steps=[TEACHER, step], budget=None))
         context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
-        return step_fingerprint(recipe.steps[1], None, {}, context)
+        return step_fingerprint(recipe.steps[1], {"teacher": teacher}, context)
 
     assert (fingerprint(quantized("q", **options)) == fingerprint(quantized("q", **options | change))) == same
 

@@ -20,7 +20,7 @@ from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord
 from hf_mtcompress.runs.results import load_record
-from hf_mtcompress.runs.run import do_step, prepare_output, run, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from tests.tiny import tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
@@ -36,8 +36,8 @@ def steps_done(path: Path) -> dict[str, Any]:
     context = RunContext(recipe, path.parent / "run", load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     prepare_output(context.output)
     done: dict[str, Any] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, context)
+    for step in recipe.steps:
+        done[str(step.name)] = do_step(step, done, context)
     return done
 
 

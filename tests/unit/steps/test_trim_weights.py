@@ -21,7 +21,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.fingerprint import chosen_settings
 from hf_mtcompress.runs.results import load_record
-from hf_mtcompress.runs.run import do_step, prepare_output, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps import trimming
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from tests.tiny_recipe import write_tiny_recipe
@@ -50,8 +50,8 @@ def context_of(path: Path, output: str) -> RunContext:
 def steps_done(context: RunContext) -> dict[str, StepRecord]:
     """Do the steps of a recipe, without measuring."""
     done: dict[str, StepRecord] = {}
-    for step, source in zip(context.recipe.steps, step_sources(context.recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, context)
+    for step in context.recipe.steps:
+        done[str(step.name)] = do_step(step, done, context)
     return done
 
 
