@@ -7,18 +7,21 @@ here, once: checks, plan, run, fingerprint and record read it.
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from hf_mtcompress.recipe.recipe import Recipe
 from hf_mtcompress.recipe.schedules import GradualSchedule
 from hf_mtcompress.recipe.steps import (
     FLOAT_STEPS,
     DistillStep,
+    ExportStep,
     FinetuneStep,
     PretrainStep,
     PruneStep,
+    QuantizeStep,
     StepConfig,
     StudentConfig,
+    TrimVocabularyStep,
     TrimWeightsStep,
     teachers_of,
 )
@@ -151,8 +154,10 @@ def _after(step: StepConfig, begins: Traits, recipe: Recipe, main: tuple[str, ..
         case PruneStep() | TrimWeightsStep():
             # With adapters it is refused, and what comes after it need not be.
             return replace(begins, uneven=uneven, adapted=False)
-        case _:
+        case PretrainStep() | TrimVocabularyStep() | QuantizeStep() | ExportStep():
             return replace(begins, uneven=uneven)
+        case _:
+            assert_never(step)
 
 
 def _cuts_unevenly(step: StepConfig) -> bool:

@@ -21,7 +21,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord, StepRecord
 from hf_mtcompress.runs.commands import push
 from hf_mtcompress.runs.results import load_record
-from hf_mtcompress.runs.run import do_step, prepare_output, run, step_sources
+from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.quantizing import float_graph
 from hf_mtcompress.steps.run_context import RunContext, load_processor
 from hf_mtcompress.steps.scoring import read_step
@@ -51,8 +51,8 @@ def do_steps(recipe_path: Path, output: Path, overrides: Sequence[str] = ()) -> 
     context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
     prepare_output(output)
     done: dict[str, StepRecord] = {}
-    for step, source in zip(recipe.steps, step_sources(recipe), strict=True):
-        done[str(step.name)] = do_step(step, source, done, context)
+    for step in recipe.steps:
+        done[str(step.name)] = do_step(step, done, context)
     return done
 
 

@@ -22,7 +22,7 @@ from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord
-from hf_mtcompress.runs.fingerprint import step_fingerprint
+from hf_mtcompress.runs.fingerprint import step_inputs
 from hf_mtcompress.runs.grouping import group_tasks_of
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import run
@@ -207,7 +207,7 @@ def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: st
     def fingerprint(*overrides: str) -> str:
         recipe = load_recipe(path, overrides)
         context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
-        return step_fingerprint(recipe.steps[0], {}, context)
+        return step_inputs(recipe.steps[0], {}, context)
 
     assert (fingerprint(override) == fingerprint()) == same
 

@@ -20,7 +20,7 @@ from hf_mtcompress.publishing.report import report_rows, report_table
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import Comparison, StepRecord
 from hf_mtcompress.runs.commands import push
-from hf_mtcompress.runs.fingerprint import step_fingerprint
+from hf_mtcompress.runs.fingerprint import step_inputs
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import run
 from hf_mtcompress.steps.mixed_bits import smallest_that_keeps
@@ -104,7 +104,7 @@ def test_limits_that_choose_and_limits_that_judge(
     def fingerprint(step: dict[str, Any]) -> str:
         recipe = load_recipe(write_tiny_recipe(tmp_path, steps=[TEACHER, step], budget=None))
         context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
-        return step_fingerprint(recipe.steps[1], {"teacher": teacher}, context)
+        return step_inputs(recipe.steps[1], {"teacher": teacher}, context)
 
     assert (fingerprint(quantized("q", **options)) == fingerprint(quantized("q", **options | change))) == same
 
