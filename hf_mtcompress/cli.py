@@ -9,11 +9,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hf_mtcompress import __version__
 from hf_mtcompress.artifacts import CARD, write_text
 from hf_mtcompress.errors import MTCompressError, RecipeError
-from hf_mtcompress.recipe import Recipe
+
+if TYPE_CHECKING:  # slow to import
+    from hf_mtcompress.recipe import Recipe
 
 USER_ERROR = 2
 
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train one small checkpoint that does several tasks, and prove it.",
         epilog="Overrides look like steps.teacher.epochs=1 or encoder.path=my/encoder.",
     )
+    parser.add_argument("--version", action="version", version=f"hf-mtcompress {__version__}")
     parser.add_argument("--verbose", action="store_true", help="say more on stderr")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -172,16 +176,16 @@ def _port(text: str) -> int:
     return int(text)
 
 
-# Imported late: hf_mtcompress - torch and transformers take seconds; --help and a misspelt option should not wait.
+# Imported late: hf_mtcompress - torch and transformers take seconds; --help, --version and a misspelt option do not wait.
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def _recipe(options: argparse.Namespace) -> "Recipe":
     from hf_mtcompress.recipe.load import load_recipe
 
     return load_recipe(options.recipe, options.overrides)
 
 
-def _output(options: argparse.Namespace, recipe: Recipe) -> Path:
+def _output(options: argparse.Namespace, recipe: "Recipe") -> Path:
     return (options.output or Path("runs") / recipe.name).absolute()
 
 

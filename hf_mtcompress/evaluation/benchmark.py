@@ -34,7 +34,6 @@ from hf_mtcompress.formats.vanilla import stock_task
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.marking import read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.sizes import count_parameters, word_table
 from hf_mtcompress.model.sparse import MASK, VALUES
 from hf_mtcompress.model.surgery import apply_structure
@@ -299,7 +298,6 @@ def measure_size(folder: Path) -> SizeRecord:
 
 def _empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder without weights, in the shapes that it has in float precision."""
-    register()
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         if isinstance(config, MultiTaskConfig):

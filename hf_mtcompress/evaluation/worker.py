@@ -8,11 +8,11 @@ answers are JSON, one a line, on standard input and output:
     {"do": "time", "batch": "1", "calls": 1}  ->  {"ms": [12.5]}
     {"do": "peak"}                            ->  {"mb": 310.2}
 
-A first line `{"ready": true}` says that the artefact is loaded. A graph is run without importing torch or this
-package, so that its peak memory is that of its runtime.
+A first line `{"ready": true}` says that the artefact is loaded. A graph is run without importing torch, so
+that its peak memory is that of its runtime.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -29,13 +29,7 @@ Call = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 def load(folder: Path, form: str, graph: str | None, threads: int) -> Call:
     """The artefact as a function from arrays of model inputs to arrays of logits."""
     if graph is not None:
-        # By its path: importing it by name would import this package, and with it torch.
-        path = Path(__file__).resolve().parents[1] / "formats" / form / "session.py"
-        spec = importlib.util.spec_from_file_location(f"{form}_session", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"hf_mtcompress.formats.{form}.session")
         session = module.open_session(folder / graph, threads)
         return lambda batch: module.run_session(session, batch)
     import torch  # here, since a graph runs without it

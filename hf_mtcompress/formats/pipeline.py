@@ -5,16 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers import Pipeline
 from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.data.preprocessing import max_length_of
 from hf_mtcompress.errors import ArtifactError, DataError, TaskError
+from hf_mtcompress.formats.registration import PIPELINE
 from hf_mtcompress.model.modeling import INPUT_NAMES, MultiTaskModel
 from hf_mtcompress.tasks import Task, TokenClassification
-
-PIPELINE = "multi-task"
 
 
 class MultiTaskPipeline(Pipeline):
@@ -87,12 +85,6 @@ class MultiTaskPipeline(Pipeline):
         if unknown:
             raise TaskError(f"expected tasks among {list(model.tasks)}, found {unknown}; check the spelling")
         return model.tasks if names is None else {name: model.tasks[name] for name in names}
-
-
-def register_pipeline() -> None:
-    """Make `pipeline("multi-task", ...)` known to transformers; calling it again changes nothing."""
-    if PIPELINE not in PIPELINE_REGISTRY.supported_tasks:
-        PIPELINE_REGISTRY.register_pipeline(PIPELINE, MultiTaskPipeline, pt_model=AutoModel, type="multimodal")
 
 
 def _stack(encoded: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,6 @@ from hf_mtcompress.formats.folders import folder_form, load_processor
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.records import FORMS
 
 
@@ -46,7 +45,6 @@ class TorchRuntime(Runtime):
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The config of a folder of ours or of a stock model."""
-    register()
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 

@@ -20,7 +20,6 @@ from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.torch import as_array, as_tensors, load_config, load_weights, set_threads
 from hf_mtcompress.model.base import align_weights
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
 _AUTO_CLASSES: dict[str, Any] = {
@@ -38,7 +37,6 @@ class VanillaRuntime(Runtime):
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         set_threads(threads)
         self.folder = folder
-        register()
         folders = task_folders(folder)
         self.models: dict[str, PreTrainedModel] = {}
         self.tasks = {}

@@ -1,13 +1,15 @@
 """The config of a multi-task model: encoders, tasks, preprocessing, and what pruning left."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.tasks import Task, task_from_dict
+
+if TYPE_CHECKING:
+    from hf_mtcompress.tasks import Task
 
 FORMAT_VERSION = 1
 
@@ -55,6 +57,9 @@ class MultiTaskConfig(PreTrainedConfig):
 
     def encoder_config(self, name: str = "main") -> PreTrainedConfig:
         """A fresh config object of one encoder, or of the one that a branch shares."""
+        # transformers registers this class while it imports `AutoConfig`.
+        from transformers import AutoConfig
+
         values = copy.deepcopy((self.encoders or {})[self.root_of(name)])
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
@@ -62,7 +67,10 @@ class MultiTaskConfig(PreTrainedConfig):
         """The encoder that a branch shares; an encoder itself."""
         return (self.branches or {}).get(name, {}).get("encoder", name)
 
-    def build_tasks(self) -> dict[str, Task]:
+    def build_tasks(self) -> "dict[str, Task]":
         """The tasks by name, in order."""
+        # Tasks need torch and more, which reading a config does not.
+        from hf_mtcompress.tasks import task_from_dict
+
         tasks = [task_from_dict(values) for values in self.tasks or []]
         return {task.name: task for task in tasks}

@@ -22,6 +22,9 @@ SPARSE_METHOD = f"{FLOAT_METHOD}_sparse"
 """Float weights of which some matrices are stored without their zeros; see `hf_mtcompress.model.sparse`."""
 
 
+OUR_METHODS = (*METHODS.values(), TORCHAO_METHOD, SPARSE_METHOD)
+
+
 class StructureConfig(QuantizationConfigMixin):
     """What pruning left of the encoder, and how its weights are stored.
 
@@ -77,7 +80,7 @@ def read_mark(config: PreTrainedConfig) -> StructureConfig | None:
 
 def is_ours(entry: Mapping[str, Any]) -> bool:
     """Whether an entry `quantization_config` names one of our methods."""
-    return entry.get("quant_method") in (*METHODS.values(), TORCHAO_METHOD, SPARSE_METHOD)
+    return entry.get("quant_method") in OUR_METHODS
 
 
 def write_mark(config: PreTrainedConfig, structure: Mapping[str, Any] | None) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from transformers import AutoModel, pipeline
 
-from hf_mtcompress.formats.pipeline import PIPELINE, register_pipeline
 from hf_mtcompress.formats.predictor import load_predictor
+from hf_mtcompress.formats.registration import PIPELINE
 from hf_mtcompress.formats.reload.plain import check_plain_folder, largest_difference, read_sample
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.records import FORMS
 from hf_mtcompress.tasks import Task
 
@@ -110,8 +109,6 @@ def main(manifest: str, results: str) -> None:
     """Run the checks of a manifest."""
     values = json.loads(Path(manifest).read_text(encoding="utf-8"))
     torch.set_num_threads(values["threads"])
-    register()
-    register_pipeline()
     found = [check_folder(check) for check in values["checks"]]
     Path(results).write_text(json.dumps(found), encoding="utf-8")
 

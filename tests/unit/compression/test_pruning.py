@@ -11,7 +11,6 @@ from hf_mtcompress.compression.pruning import Whole, prune
 from hf_mtcompress.errors import DataError, TrainingError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.surgery import describe_structure, is_vanilla
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, TokenClassification
 from tests.tiny import (
@@ -23,8 +22,6 @@ from tests.tiny import (
     tiny_encoder,
     tiny_inputs,
 )
-
-register()
 
 Batch = dict[str, Tensor]
 

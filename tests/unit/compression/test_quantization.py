@@ -19,14 +19,12 @@ from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.embeddings import QuantizedEmbedding
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.surgery import cut, describe_structure
 from hf_mtcompress.tasks import SequenceClassification
 from tests import laws
 from tests.tiny import FEELING_LABELS, randomize, tiny_config, tiny_encoder, tiny_inputs
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-register()
 
 Bits = Literal[8, 4]
 FAMILIES = ["bert", "mpnet", "deberta-v2", "modernbert"]

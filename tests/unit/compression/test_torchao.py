@@ -13,7 +13,6 @@ from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.sparse import make_sparse
 from hf_mtcompress.model.surgery import cut, describe_structure
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification
@@ -22,7 +21,6 @@ from tests.tiny import FEELING_LABELS, randomize, tiny_config, tiny_encoder, tin
 
 # An extra, which `make test` installs.
 torchao_tensors = pytest.importorskip("torchao.quantization").Int8Tensor
-register()
 
 FAMILIES = ["bert", "mpnet", "deberta-v2", "modernbert", "vit"]
 

@@ -6,19 +6,12 @@ import pytest
 import transformers
 
 from hf_mtcompress.errors import DataError, TaskError
-from hf_mtcompress.formats.pipeline import MultiTaskPipeline, register_pipeline
+from hf_mtcompress.formats.pipeline import MultiTaskPipeline
 from hf_mtcompress.formats.predictor import load_predictor
-from hf_mtcompress.model.registration import register
 from tests.unit.formats.artefacts import saved_images, saved_text
 from tests.unit.formats.test_predictor import TEXTS, same
 
 pipeline: Any = transformers.pipeline  # its type lists the tasks of transformers only
-
-
-@pytest.fixture(autouse=True)
-def _registered():
-    register()
-    register_pipeline()
 
 
 def test_texts():

@@ -23,7 +23,6 @@ from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.marking import StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.sparse import make_sparse, pack, save_sparse, unpack
 from hf_mtcompress.model.surgery import cut
 from hf_mtcompress.tasks import SequenceClassification
@@ -37,8 +36,6 @@ from tests.tiny import (
     tiny_encoder,
     tiny_tokenizer,
 )
-
-register()
 
 
 def classifier(family: str = "bert", uneven: bool = False) -> PreTrainedModel:

@@ -7,12 +7,9 @@ from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
 
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.surgery import apply_structure, cut, describe_structure, is_vanilla, keep_layers
 from tests import laws
 from tests.tiny import FAMILIES, HEADS, LAYERS, tiny_config, tiny_encoder, tiny_inputs
-
-register()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -16,16 +17,20 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
+import hf_mtcompress
 from hf_mtcompress.compression.sparsity import trim_weights
 from hf_mtcompress.errors import ArtifactError, TaskError
+from hf_mtcompress.formats.registration import PIPELINE, register, register_pipeline
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.marking import StructureConfig, read_mark
+from hf_mtcompress.model.marking import OUR_METHODS, StructureConfig, read_mark
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.registration import register
 from hf_mtcompress.model.sparse import save_sparse
+from hf_mtcompress.model.structured import QUANTIZERS
 from hf_mtcompress.model.surgery import cut, describe_structure, keep_layers, mark_structure
+from hf_mtcompress.registration_hooks import PostImportFinder
 from hf_mtcompress.tasks import SequenceClassification, TokenClassification
 from tests import laws
 from tests.tiny import (
@@ -39,13 +44,10 @@ from tests.tiny import (
     tiny_tokenizer,
 )
 
-register()
-
 _FRESH = """
 import sys, torch
 from transformers import AutoModel
-from hf_mtcompress.model.registration import register
-register()
+import hf_mtcompress
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     model = AutoModel.from_pretrained(folder)
@@ -72,9 +74,30 @@ def logits(model: PreTrainedModel, family: str = "bert") -> torch.Tensor:
 
 
 def test_register_twice() -> None:
-    """Reloading the package in a notebook must not fail."""
-    register()
+    """Reloading the package in a notebook must not fail, nor take back what a user put in our place."""
+    own = {"impl": "own.Pipeline", "pt": (), "type": "text"}
+    before, PIPELINE_REGISTRY.supported_tasks[PIPELINE] = PIPELINE_REGISTRY.supported_tasks[PIPELINE], own
+    try:
+        register()
+        register_pipeline()
+        importlib.reload(hf_mtcompress)
+        assert PIPELINE_REGISTRY.supported_tasks[PIPELINE] is own
+    finally:
+        PIPELINE_REGISTRY.supported_tasks[PIPELINE] = before
     assert AutoConfig.for_model("mtcompress").__class__ is MultiTaskConfig
+    assert not [finder for finder in sys.meta_path if isinstance(finder, PostImportFinder)]
+
+
+def test_every_method_has_its_quantizer() -> None:
+    """The methods are registered by their names alone: one without a quantizer would fail when a folder is opened."""
+    assert set(OUR_METHODS) == set(QUANTIZERS)
+
+
+def test_model_from_a_config() -> None:
+    """`from_config` takes another way to the class than `from_pretrained`."""
+    model = AutoModel.from_config(multi_task().config)
+    assert type(model) is MultiTaskModel
+    assert list(model.tasks) == ["mood", "same", "places"]
 
 
 def test_fresh_process_is_bit_equal(tmp_path: Path) -> None:
