@@ -6,6 +6,7 @@ neither torch nor transformers: every name below is imported when it is first us
 
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hf_mtcompress import environment as environment  # filters log lines of libraries, so it comes before them
@@ -161,5 +162,14 @@ if not TYPE_CHECKING:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
+
+class _Package(ModuleType):
+    """Pickled by its name. `datasets` pickles what a mapped function uses, and modules outside site-packages whole."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
+
+
+sys.modules[__name__].__class__ = _Package
 
 install()

@@ -1,5 +1,6 @@
 """`pipeline("multi-task")` answers like `predict`, and transformers finds it by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,14 @@ def test_chosen_tasks_and_pairs():
         pipe("the fox", tasks=["moods"])
     with pytest.raises(TypeError, match="top_k"):
         pipe("the fox", top_k=3)
+
+
+def test_saved_pipeline_opens_again(tmp_path: Path):
+    """transformers copies the code of a registered class beside the weights, and then refuses to run it."""
+    pipe = pipeline("multi-task", model=str(saved_text().folders["torch"]), device="cpu")
+    pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert same(pipeline("multi-task", model=str(tmp_path), device="cpu")(TEXTS[0]), pipe(TEXTS[0]))
 
 
 def test_stock_pipelines_open_vanilla_folders():
