@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_mtcompress import environment as environment  # filters log lines of libraries, so it comes before them
 from hf_mtcompress.registration_hooks import install
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # where type checkers find the names that are imported on first use
     from hf_mtcompress.compression.pruning import prune
     from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
     from hf_mtcompress.compression.schedule import GradualPruning

@@ -176,7 +176,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-# Imported late: hf_mtcompress - torch and transformers take seconds; --help, --version and a misspelt option do not wait.
+# Imported late: hf_mtcompress - torch and transformers take seconds; --help and a misspelt option should not wait.
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":

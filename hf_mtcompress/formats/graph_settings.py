@@ -11,7 +11,7 @@ from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.digests import file_digest
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.records import FORMS, FormName
-from hf_mtcompress.tasks import Task, task_from_dict
+from hf_mtcompress.tasks import Task, build_tasks
 
 FORMAT_VERSION = 1
 
@@ -49,8 +49,7 @@ class GraphSettings:
 
     def build_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""
-        tasks = [task_from_dict(values) for values in self.tasks]
-        return {task.name: task for task in tasks}
+        return build_tasks(self.tasks)
 
 
 def write_graph_settings(folder: Path, settings: GraphSettings, form: FormName = "onnx") -> None:

@@ -1,17 +1,15 @@
 """What transformers is told about this package; `registration_hooks` says when.
 
-Nothing heavy is imported here: what is registered stands for classes that are loaded when a folder is opened. So a
-program that never opens one of ours pays nothing, and no class is asked for while the module it needs, or its own, is
-still being imported: `transformers.modeling_utils` imports `transformers.quantizers.auto` before it defines the base
-class of our models.
+What is registered stands for classes that are loaded when a folder is opened. So a program that never opens one of ours
+pays nothing, and no class is asked for while the module it needs, or its own, is still being imported:
+`transformers.modeling_utils` imports `transformers.quantizers.auto` before it defines the base class of our models.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from hf_mtcompress.errors import ArtifactError, TaskError
 
-if TYPE_CHECKING:
-    from hf_mtcompress.model.modeling import MultiTaskModel
+# Imported late: transformers, hf_mtcompress - every start loads this module, and nothing slow with it.
 
 PIPELINE = "multi-task"
 
@@ -151,7 +149,7 @@ class OneImageTask(OneTask):
     auto_class = "AutoModelForImageClassification"
 
 
-def _model_class() -> "type[MultiTaskModel]":
+def _model_class() -> Any:
     from hf_mtcompress.model.modeling import MultiTaskModel
 
     return MultiTaskModel

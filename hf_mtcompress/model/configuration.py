@@ -1,15 +1,12 @@
 """The config of a multi-task model: encoders, tasks, preprocessing, and what pruning left."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hf_mtcompress.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from hf_mtcompress.tasks import Task
 
 FORMAT_VERSION = 1
 
@@ -66,11 +63,3 @@ class MultiTaskConfig(PreTrainedConfig):
     def root_of(self, name: str) -> str:
         """The encoder that a branch shares; an encoder itself."""
         return (self.branches or {}).get(name, {}).get("encoder", name)
-
-    def build_tasks(self) -> "dict[str, Task]":
-        """The tasks by name, in order."""
-        # Tasks need torch and more, which reading a config does not.
-        from hf_mtcompress.tasks import task_from_dict
-
-        tasks = [task_from_dict(values) for values in self.tasks or []]
-        return {task.name: task for task in tasks}

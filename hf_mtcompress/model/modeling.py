@@ -25,7 +25,7 @@ from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
 from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
-from hf_mtcompress.tasks import Task
+from hf_mtcompress.tasks import Task, build_tasks
 from hf_mtcompress.tasks.base import NAME_PATTERN, divisor
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -69,7 +69,7 @@ class MultiTaskModel(SharedModel):
 
     def __init__(self, config: MultiTaskConfig, encoders: Mapping[str, PreTrainedModel] | None = None) -> None:
         super().__init__(config)
-        self.tasks = config.build_tasks()
+        self.tasks = build_tasks(config.tasks or [])
         self.encoders = nn.ModuleDict(
             {name: self._build_encoder(name) for name in config.encoders or {}} if encoders is None else dict(encoders)
         )

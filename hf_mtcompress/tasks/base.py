@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -270,6 +270,12 @@ def task_from_dict(values: Mapping[str, Any]) -> Task:
             "(register_task) before loading, or update hf_mtcompress"
         )
     return _KINDS[kind](**rest)
+
+
+def build_tasks(specs: Iterable[Mapping[str, Any]]) -> dict[str, Task]:
+    """Tasks by name, in order, from what `Task.to_dict` gave."""
+    tasks = [task_from_dict(values) for values in specs]
+    return {task.name: task for task in tasks}
 
 
 def cross_entropy_sum(task: Task, logits: Tensor, labels: Tensor) -> Tensor:

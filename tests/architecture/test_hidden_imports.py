@@ -166,11 +166,14 @@ def named_for_types(text: str) -> list[str]:
 
 
 def test_own_types_are_imported_openly():
-    """Such an import hides a circle; a type that both ends know belongs in a file below both."""
+    """Such an import hides a circle; a type that both ends know belongs in a file below both.
+
+    Not at the very top, below which everything else is: there it keeps the start light.
+    """
     found = {
         module: names
         for module, text in sources().items()
-        if module != PACKAGE.name and (names := named_for_types(text))
+        if module not in (PACKAGE.name, f"{PACKAGE.name}.cli") and (names := named_for_types(text))
     }
     assert not found
 
