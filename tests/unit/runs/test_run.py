@@ -204,12 +204,12 @@ def test_a_fingerprint_is_of_what_a_step_depends_on(tmp_path: Path, override: st
     """Another column or weight is another training; a default that is written out is not."""
     path = write_tiny_recipe(tmp_path)
 
-    def fingerprint(*overrides: str) -> str:
+    def inputs(*overrides: str) -> dict[str, str]:
         recipe = load_recipe(path, overrides)
         context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
         return step_inputs(recipe.steps[0], {}, context)
 
-    assert (fingerprint(override) == fingerprint()) == same
+    assert (inputs(override) == inputs()) == same
 
 
 def test_a_training_in_mixed_precision_is_held_against_the_saved_weights(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_limits_that_choose_and_limits_that_judge(
         name="teacher", kind="finetune", source=None, fingerprint="a", settings={}, seconds=0.0, artefacts=[]
     )
 
-    def fingerprint(step: dict[str, Any]) -> str:
+    def fingerprint(step: dict[str, Any]) -> dict[str, str]:
         recipe = load_recipe(write_tiny_recipe(tmp_path, steps=[TEACHER, step], budget=None))
         context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
         return step_inputs(recipe.steps[1], {"teacher": teacher}, context)
