@@ -14,9 +14,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetBuilder, DownloadConfig, Image, LargeList, List, load_dataset_builder
+from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from hf_mtcompress.digests import file_digest, values_digest
@@ -293,7 +293,7 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
                 # Not looked for twice: among many pictures that takes minutes.
                 arguments["data_files"] = builder.config.data_files
             builder = load_dataset_builder(**arguments, name=config.name, revision=config.revision, **extra)
-            unpacked = Path(datasets.config.DOWNLOADED_DATASETS_PATH, content[:16])
+            unpacked = Path(DOWNLOADED_DATASETS_PATH, content[:16])
             download = DownloadConfig(cache_dir=str(unpacked), use_etag=False)
     except TypeError as error:
         raise _argument_error(error, arguments, config, extra, what) from error
