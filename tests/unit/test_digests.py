@@ -12,7 +12,6 @@ from hf_mtcompress import digests
 from hf_mtcompress.digests import content_digest, file_digest, file_digests, keep, recall, values_digest
 from hf_mtcompress.errors import ArtifactError
 
-
 ZEROS = hashlib.sha256(bytes(1 << 20)).hexdigest()
 
 
