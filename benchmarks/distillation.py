@@ -46,7 +46,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.compare.statistics import paired_difference
 from hf_mtcompress.runs.run import do_step, prepare_output
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.scoring import score_folder
 
 HERE = Path(__file__).parent
@@ -178,7 +178,7 @@ class Benchmark:
         self.overrides += [f"encoder.path={options.encoder}", "training.bf16=true", *options.overrides]
         base = load_recipe(self.recipe, self.overrides)
         self.sources = load_sources(base.tasks, base.seed)
-        self.processor = load_processor(base)
+        self.reader = recipe_reader(base)
 
     def run(self) -> None:
         """Everything that is not done yet."""
@@ -214,7 +214,7 @@ class Benchmark:
         sources = dataclasses.replace(
             self.sources.of([task]), tasks={task: dataclasses.replace(task_of(task, own), labels=labels)}
         )
-        return recipe, RunContext(recipe, self.work / f"seed-{seed}", sources, self.processor)
+        return recipe, RunContext(recipe, self.work / f"seed-{seed}", sources, self.reader)
 
     def teachers_scored(self, seed: int) -> dict[str, Any]:
         """What the teachers of one task each reach, as the facts of an arm."""
@@ -261,7 +261,7 @@ class Benchmark:
         recipe = load_recipe(self.recipe, [*self.overrides, f"steps={json.dumps([teacher, *steps])}"])
         # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
         recipe = dataclasses.replace(recipe, seed=seed)
-        context = RunContext(recipe, folder, self.sources, self.processor)
+        context = RunContext(recipe, folder, self.sources, self.reader)
         done: dict[str, StepRecord] = {}
         for step in recipe.steps:
             done[str(step.name)] = do_step(step, done, context)

@@ -29,7 +29,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.compare.statistics import paired_difference
 from hf_mtcompress.runs.run import do_step, prepare_output
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.scoring import score_folder
 
 RESULT = Path(__file__).parent / "results" / "large_teacher.json"
@@ -45,7 +45,7 @@ def train(step: dict[str, Any], encoder: str, seed: int, folder: Path, options: 
     sources = load_sources(tasks, recipe.seed)
     # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
     recipe = dataclasses.replace(recipe, tasks=tasks, seed=seed)
-    context = RunContext(recipe, folder, sources, load_processor(recipe))
+    context = RunContext(recipe, folder, sources, recipe_reader(recipe))
     prepare_output(folder)
     record: StepRecord = do_step(recipe.steps[0], {}, context)
     kept = folder / str(record.name) / "test.json"

@@ -32,7 +32,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import SplitScores
 from hf_mtcompress.steps.rows import calibration_batches
-from hf_mtcompress.steps.run_context import RunContext, Start, load_processor
+from hf_mtcompress.steps.run_context import RunContext, Start, recipe_reader
 from hf_mtcompress.steps.scoring import score_folder
 
 RESULT = Path(__file__).parent / "results" / "post_training_pruning.json"
@@ -128,7 +128,7 @@ def main() -> int:
     overrides = [f"tasks.{task}.data.data_dir={options.data / folder}" for task, folder in FOLDERS.items()]
     recipe = load_recipe(RECIPE, [*overrides, f"encoder.path={options.model}"])
     sources = load_sources(recipe.tasks, recipe.seed)
-    context = RunContext(recipe, options.model.parent, sources, load_processor(recipe))
+    context = RunContext(recipe, options.model.parent, sources, recipe_reader(recipe))
 
     def load() -> MultiTaskModel:
         return context.load(options.model.name).eval()
@@ -136,10 +136,10 @@ def main() -> int:
     def score(model: MultiTaskModel) -> SplitScores:
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
-            context.processor.save_pretrained(scratch)
+            context.reader.save(scratch)
             return score_folder(context, Path(scratch), "test")
 
-    batches = calibration_batches(Start(load(), context.processor), context, options.rows)
+    batches = calibration_batches(Start(load(), context.reader), context, options.rows)
     found: dict[str, Any] = {}
 
     def note(name: str, model: MultiTaskModel, seconds: float) -> None:

@@ -117,7 +117,7 @@ class Recoveries:
         """What these steps after the teacher run in."""
         overrides = [*self.suite.overrides, f"steps={json.dumps([self.teacher, *steps])}"]
         recipe = dataclasses.replace(load_recipe(self.suite.recipe, overrides), seed=1)
-        return RunContext(recipe, self.output, self.suite.sources, self.suite.processor)
+        return RunContext(recipe, self.output, self.suite.sources, self.suite.reader)
 
     def do(self, steps: list[dict[str, Any]]) -> dict[str, StepRecord]:
         """The teacher's record and those of these steps, by name; what is done is taken."""
@@ -162,7 +162,7 @@ class Recoveries:
         """Half of the compute gone in a way that no step of a recipe has, and the same recovery."""
         begin = time.monotonic()
         model = context.load("teacher").eval()
-        batches = calibration_batches(Start(model, context.processor), context, ROWS)
+        batches = calibration_batches(Start(model, context.reader), context, ROWS)
         if arm == "half: torch-pruning":
             # As many parameters as ours leaves, in the better of its settings in `post_training_pruning.py`.
             ours = json.loads((RESULTS / f"{HALF[0].replace(':', '')}.json").read_text(encoding="utf-8"))
@@ -178,12 +178,12 @@ class Recoveries:
         (_, step) = self.context([{"kind": "prune", "compute": 0.5, "recover": self.learn(2)}]).recipe.steps
         assert isinstance(step, PruneStep)
         assert step.recover is not None
-        recover(step.recover, Start(model, context.processor), context, work)
+        recover(step.recover, Start(model, context.reader), context, work)
         with whole_folder(folder) as scratch:
             torch.nn.Module.to(model, "cpu")
             assert isinstance(model, MultiTaskModel)
             model.save_pretrained(scratch)
-            context.processor.save_pretrained(scratch)
+            context.reader.save(scratch)
         return time.monotonic() - begin
 
     def times(self) -> None:
@@ -198,7 +198,7 @@ class Recoveries:
                 work = self.output / "work" / f"{name}-graph"
                 if not work.exists():
                     with whole_folder(work) as scratch:
-                        export_onnx(context.load(name).eval(), context.processor_of("teacher"), scratch)
+                        export_onnx(context.load(name).eval(), context.reader_of_step("teacher"), scratch)
                 with whole_folder(graphs[arm]) as scratch:
                     quantize_onnx(work, scratch)
         config = BenchmarkConfig(threads=self.options.threads, repetitions=self.options.repetitions)

@@ -36,7 +36,7 @@ from hf_mtcompress.recipe import FinetuneStep
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.runs.compare.statistics import paired_difference
 from hf_mtcompress.runs.run import prepare_output
-from hf_mtcompress.steps.run_context import RunContext, Start, load_processor, start_model
+from hf_mtcompress.steps.run_context import RunContext, Start, recipe_reader, start_model
 from hf_mtcompress.steps.scoring import score_folder
 from hf_mtcompress.steps.training import train_finetune
 
@@ -68,7 +68,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, split: str) -> dict[
     # Rows are drawn with the recipe's own seed and are the same for all; this one is of training.
     recipe = dataclasses.replace(recipe, tasks=tasks, seed=seed)
     folder = options.work / "quantized_adapters" / f"seed-{seed}"
-    context = RunContext(recipe, folder, sources, load_processor(recipe))
+    context = RunContext(recipe, folder, sources, recipe_reader(recipe))
     prepare_output(folder)
     set_seed(seed)
     model = build(arm, context, options)
@@ -76,12 +76,12 @@ def train(arm: str, seed: int, options: argparse.Namespace, split: str) -> dict[
     rates = {} if arm == "full" else {**ADAPTED, **({"learning_rate": options.rate} if options.rate else {})}
     step = FinetuneStep(name=arm, epochs=options.epochs, **rates)
     begin = time.monotonic()
-    fit = train_finetune(step, Start(model, context.processor), context, folder / f"{arm}-{options.rate or 'work'}")
+    fit = train_finetune(step, Start(model, context.reader), context, folder / f"{arm}-{options.rate or 'work'}")
     seconds = time.monotonic() - begin
     with whole_folder(folder / arm) as scratch:
         torch.nn.Module.to(model, "cpu")
         model.save_pretrained(scratch)
-        context.processor.save_pretrained(scratch)
+        context.reader.save(scratch)
     scores = score_folder(context, folder / arm, split)
     return {
         "arm": arm,

@@ -107,7 +107,7 @@ class Forms:
     def _context(self, steps: list[dict[str, Any]]) -> RunContext:
         overrides = [*self.suite.overrides, f"steps={json.dumps([*self.made, *steps])}"]
         recipe = dataclasses.replace(load_recipe(self.suite.recipe, overrides), seed=1)
-        return RunContext(recipe, self.output, self.suite.sources, self.suite.processor)
+        return RunContext(recipe, self.output, self.suite.sources, self.suite.reader)
 
     def _do(self, steps: list[dict[str, Any]]) -> None:
         context = self._context(steps)
@@ -136,7 +136,7 @@ class Forms:
             yield form, self.output / name, make
 
     def _graph(self, model: str) -> Path:
-        return float_graph(model, self.context, self.context.load(model).eval(), self.context.processor_of(model))
+        return float_graph(model, self.context, self.context.load(model).eval(), self.context.reader_of_step(model))
 
     def score(self) -> None:
         """Make and score what is not done."""

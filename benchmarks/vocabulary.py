@@ -43,7 +43,7 @@ def main() -> int:
     suite = Benchmark(options)
     output = suite.work / "seed-1"
     prepare_output(output)
-    tokens = len(suite.processor)
+    tokens = len(suite.reader.processor)
     arms: dict[str, dict[str, Any]] = {
         "used": {},
         "used-twice": {"minimum_count": 2},
@@ -56,7 +56,7 @@ def main() -> int:
         for arm, settings in arms.items()
     ]
     recipe = dataclasses.replace(load_recipe(suite.recipe, [*suite.overrides, f"steps={json.dumps(steps)}"]), seed=1)
-    context = RunContext(recipe, output, suite.sources, suite.processor)
+    context = RunContext(recipe, output, suite.sources, suite.reader)
     done: dict[str, StepRecord] = {}
     result: dict[str, Any] = {}
     for step in recipe.steps:

@@ -69,7 +69,9 @@ def aligned(student: Sequence[Start | None], teacher: Sequence[Start | None]) ->
 
 def columns_of_rows(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], *, split: bool) -> list[list[Any]]:
     """Input columns as lists, texts as lists of words where `split`."""
-    found = [list(rows[column]) for column in columns]
-    if not split:
-        return found
-    return [[row.split() if isinstance(row, str) else list(row) for row in column] for column in found]
+    return [split_texts(rows[column]) if split else list(rows[column]) for column in columns]
+
+
+def split_texts(column: Sequence[Any]) -> list[list[str]]:
+    """Texts as lists of words."""
+    return [row.split() if isinstance(row, str) else list(row) for row in column]

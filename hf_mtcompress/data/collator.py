@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED
+from hf_mtcompress.data.readers import Reader, collate_inputs, padded_length, positions_of
 from hf_mtcompress.tasks import Task
-
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass
@@ -23,27 +22,18 @@ class MultiTaskCollator:
 
     Args:
         tasks: tasks by name.
-        processor: tokenizer that pads; not needed for images.
+        reader: what the rows were encoded with; without one they must be of one size.
         pad_to_multiple_of: pad token sequences to a multiple of this.
     """
 
     tasks: Mapping[str, Task]
-    processor: Any | None = None
+    reader: Reader | None = None
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = {}
-        length = None
-        if "input_ids" in rows[0]:
-            inputs = [{key: row[key] for key in _TEXT_INPUTS if key in row} for row in rows]
-            if self.processor is not None:
-                padded = self.processor.pad(inputs, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of)
-                batch.update({key: padded[key] for key in padded})
-            else:
-                batch.update(_stack_equal(inputs))
-            length = batch["input_ids"].shape[1]
-        if "pixel_values" in rows[0]:
-            batch["pixel_values"] = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        batch = collate_inputs(rows, self.reader, self.pad_to_multiple_of)
+        length = padded_length(batch)
+        mask = positions_of(batch) if length is not None else None
         for task in self.tasks.values():
             own = [place for place, row in enumerate(rows) if task.label_name in row]
             if own:
@@ -52,7 +42,7 @@ class MultiTaskCollator:
                 batch[task.rows_name] = torch.tensor(own)
         if any(UNCOUNTED in row for row in rows):
             batch[UNCOUNTED] = torch.tensor([bool(row.get(UNCOUNTED)) for row in rows])
-        return {**batch, **stack_signals(rows, batch.get("attention_mask"))}
+        return {**batch, **stack_signals(rows, mask)}
 
 
 def stack_signals(rows: Sequence[Mapping[str, Any]], attention_mask: Tensor | None) -> dict[str, Tensor]:
@@ -60,7 +50,7 @@ def stack_signals(rows: Sequence[Mapping[str, Any]], attention_mask: Tensor | No
 
     Args:
         rows: with arrays (width,), or (positions that count, width), under names that begin with `SIGNALS`.
-        attention_mask: (batch, tokens) of texts; None for images, which are of one size.
+        attention_mask: (batch, tokens); None where rows have no tokens, and are of one size.
     """
     names = dict.fromkeys(key for row in rows for key in row if key.startswith(SIGNALS))
     stacked = {}
@@ -76,7 +66,3 @@ def stack_signals(rows: Sequence[Mapping[str, Any]], attention_mask: Tensor | No
         else:
             stacked[name] = torch.from_numpy(np.stack(arrays))
     return stacked
-
-
-def _stack_equal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    return {key: torch.tensor([list(row[key]) for row in rows]) for key in rows[0]}

@@ -8,11 +8,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from hf_mtcompress.data.load import check_label_order
+from hf_mtcompress.data.readers import WORD_IDS, Reader, are_encoded, lengths_of
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks import Task
 
-ENCODED_COLUMNS = ("input_ids", "pixel_values")
-_DEFAULT_MAX_LENGTH = 512
 _STREAM_BLOCK = 64
 """Rows of a stream that are encoded together."""
 _STREAM_SAMPLE = 512
@@ -62,18 +61,10 @@ class EncodedStream:
         return self.tasks
 
 
-def max_length_of(processor: Any, wanted: int | None) -> int:
-    """Longest input in tokens: what is wanted, else the tokenizer's own limit, at most 512."""
-    if wanted is not None:
-        return wanted
-    limit = getattr(processor, "model_max_length", None)
-    return min(limit, _DEFAULT_MAX_LENGTH) if isinstance(limit, int) else _DEFAULT_MAX_LENGTH
-
-
 def group_tasks(tasks: Mapping[str, Task], datasets: Mapping[str, Dataset | IterableDataset]) -> list[tuple[str, ...]]:
     """Names of tasks that share rows (the same data set) and columns, so that their rows are encoded once.
 
-    They may read different branches or encoders: all encoders of a model read with one tokenizer or image processor.
+    They may read different branches or encoders: all encoders of a model have one reader.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, dataset in datasets.items():
@@ -85,27 +76,23 @@ def group_tasks(tasks: Mapping[str, Task], datasets: Mapping[str, Dataset | Iter
 def encode_groups(
     tasks: Mapping[str, Task],
     datasets: Mapping[str, Dataset],
-    processor: Any,
-    max_length: int | None,
+    reader: Reader | None,
     role: str,
 ) -> list[EncodedGroup]:
     """Encode each task's rows, those of tasks that share them once.
 
     Args:
         tasks: tasks by name.
-        datasets: rows by task name; rows that hold `input_ids` or `pixel_values` pass untouched.
-        processor: tokenizer or image processor; needed for raw rows.
-        max_length: in tokens, None for the tokenizer's own limit (at most 512).
+        datasets: rows by task name; rows that hold model inputs pass untouched.
+        reader: of the encoder; needed for raw rows.
         role: what the rows are for, for messages: train, validation, test.
 
     Raises:
-        DataError: a column is missing, a split is empty, a label does not fit, or raw rows come without a processor.
+        DataError: a column is missing, a split is empty, a label does not fit, or raw rows come without a reader.
     """
     _refuse_unknown(tasks, datasets, role)
     return [
-        EncodedGroup(
-            names, encode_dataset(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role)
-        )
+        EncodedGroup(names, encode_dataset(datasets[names[0]], [tasks[name] for name in names], reader, role))
         for names in group_tasks(tasks, datasets)
     ]
 
@@ -113,8 +100,7 @@ def encode_groups(
 def encode_streams(
     tasks: Mapping[str, Task],
     datasets: Mapping[str, IterableDataset],
-    processor: Any,
-    max_length: int | None,
+    reader: Reader | None,
     role: str,
 ) -> list[EncodedStream]:
     """As `encode_groups`; tasks share a stream where they are given the same object.
@@ -124,7 +110,7 @@ def encode_streams(
     """
     _refuse_unknown(tasks, datasets, role)
     return [
-        EncodedStream(names, _encode(datasets[names[0]], [tasks[name] for name in names], processor, max_length, role))
+        EncodedStream(names, _encode(datasets[names[0]], [tasks[name] for name in names], reader, role))
         for names in group_tasks(tasks, datasets)
     ]
 
@@ -135,11 +121,24 @@ def _refuse_unknown(tasks: Mapping[str, Task], datasets: Mapping[str, Any], role
         raise DataError(f"{role}: expected rows for the tasks {list(tasks)}, found rows for {unknown}; rename the keys")
 
 
-def encode_dataset(
-    dataset: Dataset, tasks: Sequence[Task], processor: Any, max_length: int | None, role: str
-) -> Dataset:
+def encode_dataset(dataset: Dataset, tasks: Sequence[Task], reader: Reader | None, role: str) -> Dataset:
     """Encode the rows of tasks that share their inputs; see `encode_groups`."""
-    return _encode(dataset, tasks, processor, max_length, role)
+    return _encode(dataset, tasks, reader, role)
+
+
+def columns_for(samples: Sequence[Any], tasks: Iterable[Task], reader: Reader) -> list[list[Any]]:
+    """Raw inputs as a user gives them, as columns that all of the tasks can read.
+
+    Raises:
+        DataError: they are not what the reader reads, or pairs for a task that labels words.
+    """
+    word_task = next((task for task in tasks if task.reads_words), None)
+    columns = reader.columns(samples, words=word_task is not None)
+    if word_task is not None and len(columns) > 1:
+        raise DataError(
+            f"task '{word_task.name}': expected one text, found pairs; name the tasks that take pairs: tasks=[...]"
+        )
+    return columns
 
 
 def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) -> list[EncodedGroup]:
@@ -152,16 +151,17 @@ def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) ->
     """
     widened = []
     for group in groups:
-        if "input_ids" not in group.dataset.column_names:
+        lengths = lengths_of(group.dataset)
+        if lengths is None:
             raise DataError(
                 f"every_task: expected texts, found images for {group.name}; give all tasks labels or open labels on "
                 "the same rows instead"
             )
         texts = len(tasks[group.tasks[0]].input_columns)
         added = [task for name, task in tasks.items() if name not in group.tasks and len(task.input_columns) == texts]
-        dataset, ids = group.dataset, group.dataset.with_format(None)["input_ids"]
+        dataset = group.dataset
         for task in added:
-            open_labels = task.encode_labels([None] * len(dataset), {"word_ids": ids})
+            open_labels = task.encode_labels([None] * len(dataset), {WORD_IDS: [range(length) for length in lengths]})
             dataset = dataset.add_column(task.label_name, open_labels)  # type: ignore[call-arg]  # the stub wants a fingerprint
         guests = tuple(task.name for task in added)
         widened.append(EncodedGroup((*group.tasks, *guests), dataset, guests))
@@ -173,16 +173,16 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def _encode(dataset: Any, tasks: Sequence[Task], processor: Any, max_length: int | None, role: str) -> Any:
+def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: str) -> Any:
     names = ", ".join(task.name for task in tasks)
     columns = columns_of(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise DataError(
             f"task {names}: expected rows in the {role} split, found none; check the source and its filters"
         )
-    if any(column in columns for column in ENCODED_COLUMNS):
+    if are_encoded(columns):
         return _name_labels(dataset, columns, tasks, role)
-    if processor is None:
+    if reader is None:
         raise DataError(
             f"task {names}: expected a processing_class (tokenizer or image processor) for raw rows with columns "
             f"{columns}, found none; pass processing_class=... or encode the rows yourself"
@@ -198,18 +198,17 @@ def _encode(dataset: Any, tasks: Sequence[Task], processor: Any, max_length: int
             require_column(columns, column, f"task '{task.name}'", role)
         if task.label and isinstance(dataset, Dataset):
             check_label_order(dataset, task, f"task '{task.name}'")
-    if "pixel_values" in getattr(processor, "model_input_names", ()):
-        return _encode_images(dataset, tasks, processor)
-    length = max_length_of(processor, max_length)
+    if reader.on_read:
+        return _encode_on_read(dataset, tasks, reader)
+    # Word-level tasks split into words; a shared encoding must do as they do.
+    words = any(task.reads_words for task in tasks)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        # Word-level tasks split into words; a shared encoding must do as they do.
-        leader = next((task for task in tasks if task.problem == "token_classification"), tasks[0])
-        inputs = [rows[column] for column in leader.input_columns]
-        encoded = leader.encode(inputs, processor, length)
+        inputs = [rows[column] for column in tasks[0].input_columns]
+        encoded = reader.encode(inputs, words=words)
         raw = {**encoded, "words": inputs[0]}
         labels = {task.label_name: task.encode_labels(rows[task.label], raw) for task in tasks if task.label}
-        encoded.pop("word_ids", None)
+        encoded.pop(WORD_IDS, None)
         return {**encoded, **labels}
 
     if isinstance(dataset, IterableDataset):
@@ -219,9 +218,9 @@ def _encode(dataset: Any, tasks: Sequence[Task], processor: Any, max_length: int
     )
 
 
-def _encode_images(dataset: Any, tasks: Sequence[Task], processor: Any) -> Any:
-    """Labels are encoded now, pixels when a row is read: encoded images would fill the disk."""
-    image = tasks[0].input_columns[0]
+def _encode_on_read(dataset: Any, tasks: Sequence[Task], reader: Reader) -> Any:
+    """Labels are encoded now, inputs when a row is read."""
+    inputs = tasks[0].input_columns
 
     def encode_labels(*values: list[Any]) -> dict[str, list[Any]]:
         labelled = [task for task in tasks if task.label]
@@ -233,7 +232,8 @@ def _encode_images(dataset: Any, tasks: Sequence[Task], processor: Any) -> Any:
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         labels = {task.label_name: rows[task.label_name] for task in tasks if task.label_name in rows}
-        return {**(tasks[0].encode([rows[image]], processor, None) if image in rows else {}), **labels}
+        found = [rows[column] for column in inputs if column in rows]
+        return {**(reader.encode(found) if len(found) == len(inputs) else {}), **labels}
 
     if isinstance(dataset, IterableDataset):
         columns = columns_of(dataset)

@@ -19,10 +19,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
+from hf_mtcompress.data.readers import Reader
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.losses.gradients import cosine_matrix, gramian
 from hf_mtcompress.model.adapters import refuse_adapters
@@ -50,9 +50,8 @@ class HeldOut:
 def held_out_cosines(
     model: MultiTaskModel,
     datasets: Mapping[str, Dataset],
-    processor: object,
+    reader: Reader,
     *,
-    max_length: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
@@ -61,8 +60,7 @@ def held_out_cosines(
     Args:
         model: trained on the tasks; left as it was.
         datasets: rows by task, raw or encoded, that were not trained on; a few hundred of each are enough.
-        processor: tokenizer or image processor.
-        max_length: in tokens, None for the tokenizer's own limit (at most 512).
+        reader: of the encoder.
         batch_size: rows of a backward pass.
         progress: show a bar.
 
@@ -83,8 +81,8 @@ def held_out_cosines(
             "task out"
         )
     own = {name: datasets[name] for name in model.tasks}
-    groups = encode_groups(model.tasks, own, processor, max_length, "validation")
-    collator = MultiTaskCollator(model.tasks, processor if isinstance(processor, PreTrainedTokenizerBase) else None)
+    groups = encode_groups(model.tasks, own, reader, "validation")
+    collator = MultiTaskCollator(model.tasks, reader)
     found = held_out_gradients(model, groups, collator, batch_size=batch_size, progress=progress)
     for name in model.tasks:
         if name not in found:

@@ -24,10 +24,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_mtcompress.data.preprocessing import max_length_of
+from hf_mtcompress.data.readers import padded_length
 from hf_mtcompress.environment import available_cores, ending_of, load_average
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.folders import folder_form, load_processor, read_config, task_folders
+from hf_mtcompress.formats.folders import folder_form, open_reader, task_folders
 from hf_mtcompress.formats.graph_settings import graph_bytes, read_graph_settings
 from hf_mtcompress.formats.reload.check import child_environment, save_arrays
 from hf_mtcompress.formats.vanilla import stock_task
@@ -118,8 +118,7 @@ def benchmark(
             place = Path(scratch) / str(index)
             place.mkdir()
             inputs = real_inputs(folder, samples, config.tokens, max(config.batch_sizes))
-            first = inputs.get("input_ids")
-            tokens[label] = 0 if first is None else int(first.shape[1])
+            tokens[label] = padded_length(inputs) or 0
             batches = {}
             for size in config.batch_sizes:
                 batches[str(size)] = str(place / f"{size}.npz")
@@ -165,37 +164,16 @@ def benchmark(
 
 
 def real_inputs(folder: Path, samples: Sequence[Any], tokens: int, rows: int) -> dict[str, np.ndarray]:
-    """Model inputs made of real data, without padding, as this artefact's own processor makes them.
+    """Model inputs made of real data, without padding, as this artefact's own reader makes them.
 
     Args:
         folder: a saved artefact.
         samples: texts, lists of words, pairs of texts or images.
-        tokens: wanted length.
+        tokens: wanted length, where inputs have tokens.
         rows: wanted rows; samples are used again when there are fewer.
-
-    Returns:
-        `input_ids`, `attention_mask` ... of shape (rows, tokens), or `pixel_values`.
     """
-    form = folder_form(folder)
-    processor = load_processor(next(iter(task_folders(folder).values())) if FORMS[form].layout == "tasks" else folder)
     chosen = [samples[index % len(samples)] for index in range(rows)]
-    if "pixel_values" in processor.model_input_names:
-        pictures = [image.convert("RGB") for image in chosen]
-        return {"pixel_values": np.stack(processor(pictures, return_tensors="np")["pixel_values"])}
-    if FORMS[form].graph:
-        limit = read_graph_settings(folder, form).preprocessing.get("max_length")
-    elif FORMS[form].layout == "tasks":
-        limit = None
-    else:
-        limit = (read_config(folder).get("preprocessing") or {}).get("main", {}).get("max_length")
-    length = min(tokens, max_length_of(processor, limit))
-    texts = []
-    for sample in chosen:
-        text = sample if isinstance(sample, str) else " ".join(sample)
-        # A word is at least one token in every vocabulary, so this is always long enough.
-        texts.append(" ".join([text or "text"] * length))
-    encoded = processor(texts, truncation=True, max_length=length, return_tensors="np")
-    return {name: np.asarray(array) for name, array in encoded.items()}
+    return open_reader(folder).unpadded(chosen, tokens)
 
 
 def contradictions(

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
+from hf_mtcompress.data.readers import lengths_of
 from hf_mtcompress.formats.predictor import Predictor, load_predictor
 from hf_mtcompress.records import SplitScores, TaskScore
 from hf_mtcompress.tasks import Task
@@ -58,7 +59,7 @@ def evaluate_predictor(
 ) -> SplitScores:
     """Score a loaded artefact; see `evaluate_folder`."""
     answered = {name: rows for name, rows in datasets.items() if name in predictor.tasks}
-    groups = encode_groups(tasks, answered, predictor.processor, predictor.max_length, split)
+    groups = encode_groups(tasks, answered, predictor.reader, split)
     scores: dict[str, TaskScore] = {}
     for group in groups:
         for name, (logits, labels) in _run(predictor, tasks, group, batch_size, split).items():
@@ -81,11 +82,10 @@ def _run(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Logits and labels by task, word-level ones padded to the longest row."""
     own = {name: tasks[name] for name in group.tasks}
-    collator = MultiTaskCollator(own, predictor.processor)
+    collator = MultiTaskCollator(own, predictor.reader)
     dataset = group.dataset
     order: Sequence[int] = range(len(dataset))
-    if "input_ids" in dataset.column_names:
-        lengths = [len(ids) for ids in dataset["input_ids"]]
+    if (lengths := lengths_of(dataset)) is not None:
         order = sorted(order, key=lambda index: -lengths[index])
     found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {name: ([], []) for name in own}
     starts = range(0, len(order), batch_size)

@@ -5,12 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-)
-
+from hf_mtcompress.data.readers import Reader, load_reader
 from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.formats.graph_settings import read_graph_settings
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.records import FORMS, FormName
 from hf_mtcompress.records.forms import CONFIG
@@ -73,26 +70,21 @@ def stores_few_bits(config: Mapping[str, Any]) -> Literal["bitsandbytes", "torch
     return "bitsandbytes" if few else None
 
 
-def load_processor(folder: Path) -> Any:
-    """The tokenizer or image processor saved in a folder.
+def open_reader(folder: Path) -> Reader:
+    """What makes the inputs of a saved model of any form.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: the folder holds no model, or nothing that reads.
     """
-    try:
-        if (folder / "preprocessor_config.json").is_file():
-            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        if (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(
-            f"expected a tokenizer or image processor that loads from {folder}, found one that does not ({error}); "
-            "save it again with processor.save_pretrained(folder)"
-        ) from error
-    raise ArtifactError(
-        f"expected a tokenizer or image processor in {folder}, found {_listing(folder)}; "
-        "save it there with processor.save_pretrained(folder)"
-    )
+    form = FORMS[folder_form(folder)]
+    match form.layout:
+        case "tasks":
+            return load_reader(next(iter(task_folders(folder).values())))
+        case "graph":
+            preprocessing = read_graph_settings(folder, form.name).preprocessing
+        case "model":
+            preprocessing = (read_config(folder).get("preprocessing") or {}).get("main", {})
+    return load_reader(folder, preprocessing.get("max_length"))
 
 
 def _listing(folder: Path) -> str:

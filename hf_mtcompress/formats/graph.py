@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_mtcompress.data.readers import load_reader
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, first_line
-from hf_mtcompress.formats.folders import load_processor
 from hf_mtcompress.formats.graph_settings import check_graph, read_graph_settings
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.records import FORMS, FormName
@@ -43,8 +43,7 @@ class GraphRuntime(Runtime):
                 f"{settings.versions.get(package) or 'unknown'}: install that or a newer one, or export the model again"
             ) from error
         self.tasks = settings.build_tasks()
-        self.processor = load_processor(folder)
-        self.max_length = settings.preprocessing.get("max_length")
+        self.reader = load_reader(folder, settings.preprocessing.get("max_length"))
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self._run(self.session, batch)

@@ -1,18 +1,17 @@
 """`pipeline("multi-task", model=folder)`: one call, the answers of all tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import Pipeline
 from transformers.utils.generic import ModelOutput
 
-from hf_mtcompress.data.preprocessing import max_length_of
-from hf_mtcompress.errors import ArtifactError, DataError, TaskError
+from hf_mtcompress.data.preprocessing import columns_for
+from hf_mtcompress.data.readers import WORD_IDS, reader_of
+from hf_mtcompress.errors import ArtifactError, TaskError
 from hf_mtcompress.formats.registration import PIPELINE
-from hf_mtcompress.model.modeling import INPUT_NAMES, MultiTaskModel
-from hf_mtcompress.tasks import Task, TokenClassification
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.tasks import Task
 
 
 class MultiTaskPipeline(Pipeline):
@@ -39,26 +38,15 @@ class MultiTaskPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
         chosen = self._choose(preprocess_parameters.get("tasks"))
-        first = next(iter(chosen.values()))
-        if self.tokenizer is None:
-            return {**_stack(first.encode([[input_]], self.image_processor, None)), "encoding": {}}
-        if isinstance(input_, dict) and "text" not in input_:
-            raise DataError(f"expected the keys text and perhaps text_pair, found {list(input_)}; rename them")
-        text, pair = (input_["text"], input_.get("text_pair")) if isinstance(input_, dict) else (input_, None)
         settings = (self.model.config.preprocessing or {}).get("main", {})
-        length = max_length_of(self.tokenizer, settings.get("max_length"))
-        word_task = next((task for task in chosen.values() if isinstance(task, TokenClassification)), None)
-        if word_task is None:
-            columns = [[text]] if pair is None else [[text], [pair]]
-            return {**_stack(first.encode(columns, self.tokenizer, length)), "encoding": {}}
-        if pair is not None:
-            raise DataError(
-                f"task '{word_task.name}': expected one text, found a pair; name the tasks that take pairs: tasks=[...]"
-            )
-        words = text.split() if isinstance(text, str) else list(text)
-        encoded = word_task.encode([[words]], self.tokenizer, length)
-        encoding = {"word_ids": encoded.pop("word_ids")[0], "words": words}
-        return {**_stack(encoded), "encoding": encoding}
+        given = (self.processor, self.tokenizer, self.image_processor)
+        processor = next((part for part in given if part is not None), None)
+        reader = reader_of(processor, settings.get("max_length"))
+        columns = columns_for([input_], chosen.values(), reader)
+        encoded = reader.encode(columns, words=any(task.reads_words for task in chosen.values()))
+        word_ids = encoded.pop(WORD_IDS, None)
+        encoding = {} if word_ids is None else {"word_ids": word_ids[0], "words": columns[0][0]}
+        return {**reader.collate([{name: values[0] for name, values in encoded.items()}]), "encoding": encoding}
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> ModelOutput:
         encoding = input_tensors.pop("encoding")
@@ -85,7 +73,3 @@ class MultiTaskPipeline(Pipeline):
         if unknown:
             raise TaskError(f"expected tasks among {list(model.tasks)}, found {unknown}; check the spelling")
         return model.tasks if names is None else {name: model.tasks[name] for name in names}
-
-
-def _stack(encoded: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(np.asarray(encoded[name])) for name in INPUT_NAMES if name in encoded}

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_mtcompress.data.preprocessing import max_length_of
+from hf_mtcompress.data.preprocessing import columns_for
+from hf_mtcompress.data.readers import WORD_IDS, Reader, lengths_of
 from hf_mtcompress.errors import DataError, TaskError
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.runtimes import open_runtime
-from hf_mtcompress.tasks import Task, TokenClassification
+from hf_mtcompress.tasks import Task
 
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _PROGRESS_FROM = 20
 """Batches from which on a progress bar is worth a line."""
 
@@ -39,14 +39,9 @@ class Predictor:
         return self.runtime.tasks
 
     @property
-    def processor(self) -> Any:
-        """The tokenizer or image processor."""
-        return self.runtime.processor
-
-    @property
-    def max_length(self) -> int | None:
-        """Longest input in tokens; longer ones are cut. None for images."""
-        return None if self._takes_images else max_length_of(self.processor, self.runtime.max_length)
+    def reader(self) -> Reader:
+        """What makes its inputs of rows; `reader.max_length` is the longest input in tokens."""
+        return self.runtime.reader
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All logits of a batch of model inputs; see `Runtime.logits`."""
@@ -96,10 +91,6 @@ class Predictor:
                 bar.update(len(indices))
         return answers
 
-    @property
-    def _takes_images(self) -> bool:
-        return "pixel_values" in self.processor.model_input_names
-
     def _choose(self, names: Sequence[str] | None) -> dict[str, Task]:
         unknown = [name for name in names or () if name not in self.tasks]
         if unknown:
@@ -112,53 +103,25 @@ class Predictor:
         """Indices of rows, their model inputs, and what decoding needs beside the logits."""
         if not rows:
             return
-        if self._takes_images:
-            image_task = next(iter(tasks.values()))
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                for row in part:
-                    if isinstance(row, str) or not hasattr(row, "convert"):  # anything that behaves like a PIL image
-                        raise DataError(
-                            f"expected PIL images, found {type(row).__name__}; open them with PIL.Image.open"
-                        )
-                pixels = image_task.encode([part], self.processor, None)["pixel_values"]
-                yield list(range(start, start + len(part))), {"pixel_values": np.stack(pixels)}, [{} for _ in part]
-            return
-        encoded, extras = self._encode_texts(rows, tasks)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        order = sorted(range(len(rows)), key=lambda index: -lengths[index])
-        names = [name for name in _TEXT_INPUTS if name in encoded]
+        reader = self.reader
+        words = any(task.reads_words for task in tasks.values())
+        columns = columns_for(rows, tasks.values(), reader)
+        encoded = {} if reader.on_read else reader.encode(columns, words=words)
+        word_ids = encoded.pop(WORD_IDS, None)
+        order = list(range(len(rows)))
+        if (lengths := lengths_of(encoded)) is not None:
+            order.sort(key=lambda index: -lengths[index])
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            features = [{name: encoded[name][index] for name in names} for index in indices]
-            batch = self.processor.pad(features, return_tensors="np")
-            yield indices, {name: batch[name] for name in names}, [extras[index] for index in indices]
-
-    def _encode_texts(
-        self, rows: list[Any], tasks: Mapping[str, Task]
-    ) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
-        word_task = next((task for task in tasks.values() if isinstance(task, TokenClassification)), None)
-        kinds = {_kind_of(row) for row in rows}
-        if len(kinds) != 1 or "unknown" in kinds:
-            raise DataError(
-                "expected texts, lists of words or (text, text) tuples, all of one kind, found "
-                f"{sorted({type(row).__name__ for row in rows})}; convert the inputs"
-            )
-        kind = kinds.pop()
-        if kind == "pair":
-            if word_task is not None:
-                raise DataError(
-                    f"task '{word_task.name}': expected one text, found pairs; "
-                    "name the tasks that take pairs: tasks=[...]"
-                )
-            columns = [[row[0] for row in rows], [row[1] for row in rows]]
-            return next(iter(tasks.values())).encode(columns, self.processor, self.max_length), [{} for _ in rows]
-        if word_task is None:
-            return next(iter(tasks.values())).encode([rows], self.processor, self.max_length), [{} for _ in rows]
-        words = [row.split() if isinstance(row, str) else list(row) for row in rows]
-        encoded = word_task.encode([words], self.processor, self.max_length)
-        extras = [{"word_ids": ids, "words": row} for ids, row in zip(encoded["word_ids"], words, strict=True)]
-        return encoded, extras
+            if reader.on_read:
+                part = reader.encode([[column[index] for index in indices] for column in columns])
+            else:
+                part = {name: [values[index] for index in indices] for name, values in encoded.items()}
+            batch = reader.collate([{name: part[name][place] for name in part} for place in range(len(indices))])
+            extras: list[dict[str, Any]] = [{} for _ in indices]
+            if word_ids is not None:
+                extras = [{"word_ids": word_ids[index], "words": columns[0][index]} for index in indices]
+            yield indices, {name: tensor.numpy() for name, tensor in batch.items()}, extras
 
 
 def load_predictor(folder: str | Path, threads: int | None = None) -> Predictor:
@@ -174,13 +137,3 @@ def load_predictor(folder: str | Path, threads: int | None = None) -> Predictor:
         MissingExtraError: the form needs a package that is not installed.
     """
     return Predictor(open_runtime(Path(folder), threads))
-
-
-def _kind_of(row: Any) -> str:
-    if isinstance(row, str):
-        return "text"
-    if isinstance(row, tuple) and len(row) == 2 and all(isinstance(part, str) for part in row):
-        return "pair"
-    if isinstance(row, list) and all(isinstance(part, str) for part in row):
-        return "words"
-    return "unknown"

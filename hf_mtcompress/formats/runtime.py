@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from hf_mtcompress.data.readers import Reader
 from hf_mtcompress.digests import content_digest
 from hf_mtcompress.records import FormName
 from hf_mtcompress.tasks import Task
@@ -19,23 +19,20 @@ class Runtime(ABC):
         form: what kind of folder it is.
         folder: where it was loaded from.
         tasks: the tasks by name.
-        processor: tokenizer or image processor.
-        max_length: longest input in tokens, None where nothing says so.
+        reader: what makes its inputs of rows.
     """
 
     form: FormName
     folder: Path
     tasks: dict[str, Task]
-    processor: Any
-    max_length: int | None
+    reader: Reader
 
     @abstractmethod
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All logits of a batch.
 
         Args:
-            batch: `input_ids`, `attention_mask` (and `token_type_ids` where the encoder takes them) of shape
-                (rows, tokens), or `pixel_values` of shape (rows, channels, height, width).
+            batch: model inputs by name, as `reader` makes them.
 
         Returns:
             By task: (rows, labels), or (rows, tokens, labels) for word-level tasks.

@@ -12,9 +12,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from hf_mtcompress.data.readers import load_reader
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import ArtifactError, first_line
-from hf_mtcompress.formats.folders import folder_form, load_processor
+from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -34,8 +35,7 @@ class TorchRuntime(Runtime):
             require_extra(extra)
         self.model: MultiTaskModel = load_weights(MultiTaskModel, folder).eval()
         self.tasks = dict(self.model.tasks)
-        self.processor = load_processor(folder)
-        self.max_length = (config.preprocessing or {}).get("main", {}).get("max_length")
+        self.reader = load_reader(folder, (config.preprocessing or {}).get("main", {}).get("max_length"))
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():

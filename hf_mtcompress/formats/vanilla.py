@@ -14,11 +14,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_mtcompress.data.readers import load_reader
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.folders import load_processor, task_folders
+from hf_mtcompress.formats.folders import task_folders
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.torch import as_array, as_tensors, load_config, load_weights, set_threads
 from hf_mtcompress.model.base import align_weights
+from hf_mtcompress.model.inputs import taken_by
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
@@ -46,20 +48,14 @@ class VanillaRuntime(Runtime):
             model = load_weights(_AUTO_CLASSES[self.tasks[name].kind], path).eval()
             align_weights(model)
             self.models[name] = model
-        first = next(iter(folders.values()))
-        self.processor = load_processor(first)
-        limit = self.processor.model_max_length if "input_ids" in self.processor.model_input_names else None
-        # Tokenizers without a limit of their own say a number far beyond any length.
-        self.max_length = limit if limit is not None and limit < 10**6 else None
+        reader = load_reader(next(iter(folders.values())))
+        self.reader = reader.limited(reader.own_limit)
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         answers = {}
         with torch.inference_mode():
             for name, model in self.models.items():
-                inputs = as_tensors(batch)
-                if "type_vocab_size" not in model.config.to_dict():
-                    inputs.pop("token_type_ids", None)
-                answers[name] = as_array(model(**inputs).logits)
+                answers[name] = as_array(model(**taken_by(model, as_tensors(batch))).logits)
         return answers
 
 

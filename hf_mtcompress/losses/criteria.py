@@ -139,7 +139,7 @@ class StateCriterion(Criterion):
     """Whether items are rows instead of positions."""
     projected: ClassVar[bool] = False
     """Whether states of another width are projected to the teacher's by a linear layer that is learned beside."""
-    images_only: ClassVar[bool] = False
+    on_patches: ClassVar[bool] = False
     """Whether states must be those of a vision encoder."""
 
     @abstractmethod
@@ -263,7 +263,7 @@ class FeatureMapCriterion(StateCriterion):
 
     kind = "feature_map"
     per_row = True
-    images_only = True
+    on_patches = True
 
     def __init__(self, layers: Sequence[int] | None = None, weight: Weight = 1.0) -> None:
         super().__init__(weight)

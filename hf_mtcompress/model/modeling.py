@@ -20,6 +20,7 @@ from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
 from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.inputs import input_names
 from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
@@ -28,7 +29,8 @@ from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
 from hf_mtcompress.tasks import Task, build_tasks
 from hf_mtcompress.tasks.base import NAME_PATTERN, divisor
 
-INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+_ALSO_MADE = ("attention_mask", "token_type_ids")
+"""Tokenizers make them for encoders that take none, too: heads read the one, nobody then reads the other."""
 _FOUND_AT_LEAST = 0.95
 _Place = tuple[str, int | None, str | None]
 """Encoder or branch, depth, and task whose adapter is used; None for the last layer, and for no adapter."""
@@ -59,7 +61,6 @@ class MultiTaskModel(SharedModel):
     """
 
     base_model_prefix = ""
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -73,6 +74,7 @@ class MultiTaskModel(SharedModel):
         self.encoders = nn.ModuleDict(
             {name: self._build_encoder(name) for name in config.encoders or {}} if encoders is None else dict(encoders)
         )
+        self._taken = {name: input_names(type(encoder)) for name, encoder in self.encoders.items()}  # type: ignore[arg-type]  # encoders
         self.branches = nn.ModuleDict(
             {
                 name: Branch(self.encoders[place["encoder"]], place["layers"])  # type: ignore[arg-type]  # an encoder
@@ -413,53 +415,67 @@ class MultiTaskModel(SharedModel):
         assert isinstance(encoder, PreTrainedModel)
         return encoder.get_input_embeddings()
 
+    @property
+    def main_input_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - that of its encoder
+        """What its encoder calls its main input."""
+        return self.encoder.main_input_name
+
+    @property
+    def input_names(self) -> list[str]:
+        """What the encoders take."""
+        return list(dict.fromkeys(name for key in self.encoders for name in self._taken[key]))
+
+    def inputs_in(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the values that an encoder takes."""
+        return {name: value for name, value in values.items() if name in self.input_names}
+
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        *,
         tasks: Sequence[str] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **labels: Tensor,
+        **inputs: Tensor | None,
     ) -> ModelOutput:
         """Encode once (with adapters: once for each that is asked), answer every task.
 
         Args:
-            input_ids: (batch, tokens).
-            attention_mask: (batch, tokens), 1 where a token counts; default all ones.
-            token_type_ids: (batch, tokens), for encoders that have them.
-            pixel_values: (batch, channels, height, width), instead of text.
             tasks: names of the tasks to answer; default: those with labels, or all when none has.
             output_hidden_states: also return the hidden states of all layers.
             return_dict: accepted for compatibility; the answer is always a `ModelOutput`.
-            **labels: `labels_<task>`: encoded labels; the loss is the weighted sum of the tasks' mean losses.
+            **inputs: what the encoders take, by the names of their own `forward`; and `labels_<task>`: encoded labels;
+                the loss is the weighted sum of the tasks' mean losses. Without an `attention_mask` all tokens count.
 
         Returns:
             A `ModelOutput` with `loss`, `logits_<task>` of shape (batch, labels) or (batch, tokens, labels),
             `last_hidden_state` and `hidden_states`: those of the encoder itself where a task reads it, or of the only
             run; None where tasks with different adapters were asked, and no other.
         """
-        unknown = [key for key in labels if key.removeprefix("labels_") not in self.tasks]
-        if unknown:
-            raise TypeError(f"expected inputs {INPUT_NAMES} and labels_<task> of {list(self.tasks)}, found {unknown}")
+        given = {name: value for name, value in inputs.items() if value is not None}
+        labels = {name: given.pop(task.label_name) for name, task in self.tasks.items() if task.label_name in given}
+        if unknown := [name for name in given if name not in (*self.input_names, *_ALSO_MADE)]:
+            raise TypeError(
+                f"expected inputs among {self.input_names} and labels_<task> of {list(self.tasks)}, found {unknown}"
+            )
         if tasks is None:
-            tasks = [name for name, task in self.tasks.items() if task.label_name in labels] or list(self.tasks)
+            tasks = list(labels) or list(self.tasks)
         elif isinstance(tasks, str):
             tasks = [tasks]
         if unknown := [name for name in tasks if name not in self.tasks]:
             raise TaskError(f"tasks: expected names among {list(self.tasks)}, found {unknown}")
-        if input_ids is not None and attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        read = self._read(tasks, (input_ids, attention_mask, token_type_ids, pixel_values), output_hidden_states)
-        logits = {name: self.answer(name, read[self._place(name)], attention_mask) for name in tasks}
+        for encoder in self.encoders.values():
+            main = given.get(str(encoder.main_input_name))
+            # Whole numbers are tokens.
+            if main is not None and not main.is_floating_point():
+                given.setdefault("attention_mask", torch.ones_like(main))
+        read = self._read(tasks, given, output_hidden_states)
+        logits = {name: self.answer(name, read[self._place(name)], given.get("attention_mask")) for name in tasks}
         several = len({adapter for *_, adapter in read}) > 1
         outputs = read.get(("main", None, None), {} if several else next(iter(read.values())))
         loss = None
         for name in tasks:
             task = self.tasks[name]
-            target = labels.get(task.label_name)
+            target = labels.get(name)
             if target is not None:
                 mean = task.loss_sum(logits[name], target) / divisor(task.item_count(target))
                 loss = task.weight * mean + (0.0 if loss is None else loss)
@@ -475,22 +491,20 @@ class MultiTaskModel(SharedModel):
         adapter = name if self.tasks[name].head_name in self.adapters else None
         return self.tasks[name].encoder, self.tasks[name].layer, adapter
 
-    def _read(self, tasks: Sequence[str], inputs: tuple[Tensor | None, ...], output_hidden_states: bool | None) -> Any:
+    def _read(self, tasks: Sequence[str], inputs: Mapping[str, Tensor], output_hidden_states: bool | None) -> Any:
         """Outputs by place, for all places that these tasks read: each of them is run once."""
         places = list(dict.fromkeys(self._place(name) for name in tasks)) or [("main", None, None)]
         found: dict[_Place, Any] = {}
         for place in (place for place in places if place[2] is not None):
-            found[place] = self.encode(
-                *inputs, output_hidden_states=output_hidden_states, name=place[0], adapter=place[2]
-            )
+            found[place] = self.encode(inputs, output_hidden_states, name=place[0], adapter=place[2])
         places = [place for place in places if place[2] is None]
         for root in dict.fromkeys(self.config.root_of(name) for name, *_ in places):
             deeper = [place for place in places if self.config.root_of(place[0]) == root and place[:2] != (root, None)]
             wanted = bool(deeper) or output_hidden_states
-            outputs = found[root, None, None] = self.encode(*inputs, output_hidden_states=wanted, name=root)
+            outputs = found[root, None, None] = self.encode(inputs, wanted, name=root)
             encoder = self.encoders[root]
             assert isinstance(encoder, PreTrainedModel)
-            given = self._encoder_inputs(*inputs, name=root)
+            given = self._inputs_of(root, inputs)
             for name, layer, _ in deeper:
                 if layer is not None:
                     found[name, layer, None] = run_depth(encoder, layer, outputs.hidden_states, given)
@@ -502,42 +516,24 @@ class MultiTaskModel(SharedModel):
 
     def encode(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        pixel_values: Tensor | None,
+        inputs: Mapping[str, Any],
         output_hidden_states: bool | None = None,
         name: str = "main",
         adapter: str | None = None,
     ) -> Any:
         """Run one encoder, with the adapter of the task `adapter` on it where one is named; its own output object."""
-        inputs = self._encoder_inputs(input_ids, attention_mask, token_type_ids, pixel_values, name)
+        given = self._inputs_of(name, inputs)
         if output_hidden_states:
-            inputs["output_hidden_states"] = True
+            given["output_hidden_states"] = True
         encoder = self.encoders[name]
         if adapter is not None and (own := adapter_of(self, adapter)) is not None:
             assert isinstance(encoder, PreTrainedModel)
             encoder = adapted(encoder, own)
-        return encoder(**inputs, return_dict=True)
+        return encoder(**given, return_dict=True)
 
-    def _encoder_inputs(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        name: str,
-    ) -> dict[str, Any]:
+    def _inputs_of(self, encoder: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What one encoder takes of the inputs."""
-        inputs: dict[str, Any] = {}
-        if pixel_values is not None:
-            inputs["pixel_values"] = pixel_values
-        if input_ids is not None:
-            inputs["input_ids"] = input_ids
-            inputs["attention_mask"] = attention_mask
-            if token_type_ids is not None and "type_vocab_size" in (self.config.encoders or {})[name]:
-                inputs["token_type_ids"] = token_type_ids
-        return inputs
+        return {name: value for name, value in inputs.items() if name in self._taken[encoder]}
 
     def answer(self, name: str, outputs: Any, attention_mask: Tensor | None) -> Tensor:
         """Logits of one task from an encoder's output."""

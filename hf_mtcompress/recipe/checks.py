@@ -610,13 +610,15 @@ def check_kinds_and_roles(recipe: Recipe, problems: Problems) -> None:
     ]
     if tasks and not any(map(any, ends)):
         problems.add("tasks", "expected a weight above 0, found 0 for all tasks; nothing would be trained")
-    images = [name for name, task in tasks.items() if isinstance(task, ImageClassificationConfig)]
-    if images and len(images) < len(tasks):
-        texts = [name for name in tasks if name not in images]
+    readers: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        readers.setdefault(" and ".join(f"{kind}s" for kind in task.reads), []).append(name)
+    if len(readers) > 1:
+        found = " and ".join(f"{kind} in {', '.join(readers[kind])}" for kind in sorted(readers))
         problems.add(
             "tasks",
-            f"expected tasks that all read images or all read texts, found images in {', '.join(images)} and texts in "
-            f"{', '.join(texts)}; one tokenizer or image processor reads the rows of all tasks: make two recipes",
+            f"expected tasks that all read images or all read texts, found {found}; one tokenizer or image processor "
+            "reads the rows of all tasks: make two recipes",
         )
 
 
@@ -633,7 +635,7 @@ def gradient_settings(recipe: Recipe) -> list[str]:
 
 def check_vocabulary(recipe: Recipe, problems: Problems) -> None:
     """A vocabulary is cut where there is one."""
-    if all(isinstance(task, ImageClassificationConfig) for task in recipe.tasks.values()):
+    if not any("text" in task.reads for task in recipe.tasks.values()):
         for step in recipe.steps:
             if isinstance(step, TrimVocabularyStep):
                 problems.add(

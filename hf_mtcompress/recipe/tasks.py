@@ -1,11 +1,12 @@
 """What a task is: its data, its columns, its labels and how it is judged."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hf_mtcompress.recipe.data import DataConfig
 
 TaskRole = Literal["main", "auxiliary"]
+Modality = Literal["text", "image"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 RESERVED_TASK_NAMES = frozenset(
@@ -39,6 +40,9 @@ class WeightSchedule:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSettings:
     """What every kind of task has."""
+
+    reads: ClassVar[tuple[Modality, ...]] = ("text",)
+    """What its rows hold; chooses the reader of the encoder."""
 
     data: DataConfig | str
     """A source of rows, or the name of another task whose rows are shared."""
@@ -98,6 +102,8 @@ class TokenClassificationConfig(TaskSettings):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageClassificationConfig(TaskSettings):
     """One label, several labels or a number for an image."""
+
+    reads: ClassVar[tuple[Modality, ...]] = ("image",)
 
     kind: Literal["image-classification"] = "image-classification"
     """Always `image-classification`."""

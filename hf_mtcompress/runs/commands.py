@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import (
     RECIPE,
@@ -18,8 +16,8 @@ from hf_mtcompress.artifacts import (
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import PublishingError, RecipeError
 from hf_mtcompress.evaluation.benchmark import benchmark
-from hf_mtcompress.formats.folders import folder_form, task_folders
-from hf_mtcompress.formats.folders import load_processor as read_processor
+from hf_mtcompress.evaluation.evaluate import evaluate_folder
+from hf_mtcompress.formats.folders import open_reader
 from hf_mtcompress.formats.web.page import write_webpage
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
@@ -33,24 +31,18 @@ from hf_mtcompress.recipe import (
     Role,
 )
 from hf_mtcompress.recipe.sections import near
-from hf_mtcompress.records import FORMS, RunRecord
+from hf_mtcompress.records import RunRecord
 from hf_mtcompress.runs.fingerprint import changes_of
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import prepare_output
 from hf_mtcompress.steps.run import check_steps_fit
-from hf_mtcompress.steps.run_context import RunContext, load_processor
-from hf_mtcompress.steps.scoring import read_step, score_folder
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
+from hf_mtcompress.steps.scoring import read_step
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
 
 logger = logging.getLogger(__name__)
-
-_BENCH_TEXTS = (
-    "The ferry left the harbour an hour late, so we had time for a second coffee and a walk along the old pier.",
-    "Nobody on the committee could say who had ordered forty boxes of green paint, or what they had been meant for.",
-)
-"""What `bench` times when it is given nothing but folders."""
 
 
 def validate(recipe: Recipe) -> None:
@@ -61,7 +53,7 @@ def validate(recipe: Recipe) -> None:
     """
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
-    load_processor(recipe)
+    recipe_reader(recipe)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -90,7 +82,7 @@ def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] =
     if not isinstance(step, DistillStep | PretrainStep):
         usable = [known for known, other in steps.items() if isinstance(other, DistillStep | PretrainStep)]
         raise RecipeError(f"expected a distill or pretrain step, found '{name}'; {near(name, usable)}")
-    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     prepare_output(output)
     return steps_ask_teacher(step, context.lineage[name].parent, context.for_step(step), part)
 
@@ -101,16 +93,14 @@ def evaluate(folder: Path, recipe: Recipe, role: Role) -> records.SplitScores:
     for place in (folder, folder.parent):
         if (step := read_step(place / STEP_RECORD)) is not None and (changed := changes_of(place, step)):
             logger.warning("%s: %s; the scores are of what lies there now", place, ", ".join(changed))
-    return score_folder(RunContext(recipe, folder.parent, sources, None), folder, role)
+    batch_size = recipe.training.eval_batch_size or 64
+    return evaluate_folder(folder, sources.tasks, sources.role(role), split=role, batch_size=batch_size)
 
 
 def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
     """Times of saved folders of any form, side by side; the first is the reference."""
-    form = folder_form(folders[0])
-    place = next(iter(task_folders(folders[0]).values())) if FORMS[form].layout == "tasks" else folders[0]
-    text = "pixel_values" not in read_processor(place).model_input_names
     labels = {str(folder): folder.absolute() for folder in folders}
-    samples = _BENCH_TEXTS if text else [Image.effect_noise((256, 256), 64)]
+    samples = open_reader(folders[0]).samples()
     result = benchmark(labels, reference=str(folders[0]), config=config, samples=samples)
     return dataclasses.asdict(result)
 

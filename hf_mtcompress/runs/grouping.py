@@ -18,7 +18,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord, TaskRecord
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.steps.rows import validation_rows
-from hf_mtcompress.steps.run_context import RunContext, load_processor, start_of
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader, start_of
 from hf_mtcompress.tasks import Task
 
 
@@ -69,12 +69,12 @@ def group_tasks_of(
     if _looks(step):
         return _grouped_by_looks(step, tasks_of(record, step), encoders)
     recipe = load_recipe(folder / RECIPE)
-    context = RunContext(recipe, folder, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, folder, load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     start = start_of(step.name, context)
     if torch.accelerator.is_available():
         torch.nn.Module.to(start.model, torch.accelerator.current_accelerator())
     chosen = validation_rows(context, rows)
-    cosines = held_out_cosines(start.model, chosen, start.processor, max_length=recipe.encoder.max_length)
+    cosines = held_out_cosines(start.model, chosen, start.reader)
     return _grouped(start.model.tasks, list(start.model.tasks), cosines.tolist(), encoders)
 
 

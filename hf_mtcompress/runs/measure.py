@@ -133,7 +133,7 @@ def _encoder_facts(context: RunContext) -> dict[str, Any]:
         "path_or_id": path.name if path.is_absolute() or path.exists() else encoder.path,
         "hub_id": encoder.hub_id or (None if path.is_absolute() or path.exists() else encoder.path),
         "revision": encoder.revision,
-        "max_length": context.max_length,
+        "max_length": context.reader.max_length,
         "image_size": encoder.image_size,
         "model_type": saved["encoders"]["main"]["model_type"],
     }

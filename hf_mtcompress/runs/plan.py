@@ -30,7 +30,7 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.steps.pruning import recoveries
 from hf_mtcompress.steps.rows import texts_to_keep
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.saved_models import encoder_config, lineage_with_saved_models
 from hf_mtcompress.steps.training import merged_training
 
@@ -226,9 +226,9 @@ def _trimmed(step: TrimWeightsStep) -> float | None:
 
 
 def _tokens_left(step: TrimVocabularyStep, recipe: Recipe, sources: Sources) -> int:
-    tokenizer = load_processor(recipe)
-    texts = texts_to_keep(step, RunContext(recipe, Path(), sources, tokenizer))
-    counts = count_tokens(tokenizer, texts)
+    reader = recipe_reader(recipe)
+    tokenizer = reader.processor
+    counts = count_tokens(tokenizer, texts_to_keep(step, RunContext(recipe, Path(), sources, reader)))
     try:
         return len(trim_tokenizer(tokenizer, counts, minimum_count=step.minimum_count, size=step.size).rows)
     except DataError as error:

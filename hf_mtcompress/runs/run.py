@@ -29,7 +29,7 @@ from hf_mtcompress.runs.measure import join, measure_artefacts
 from hf_mtcompress.runs.results import last_record, write_results
 from hf_mtcompress.steps.gate import pass_gate
 from hf_mtcompress.steps.run import check_steps_fit, run_step
-from hf_mtcompress.steps.run_context import RunContext, load_processor, probe_batch
+from hf_mtcompress.steps.run_context import RunContext, probe_batch, recipe_reader
 from hf_mtcompress.steps.scoring import read_step, score_folder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
     recall(output / WORK / DIGESTS)
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
-    context = RunContext(recipe, output, sources, load_processor(recipe))
+    context = RunContext(recipe, output, sources, recipe_reader(recipe))
     prepare_output(output)
     with sole_use(output):
         write_text(output / RECIPE, dump_recipe(recipe))
@@ -137,7 +137,7 @@ def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) 
             artefact.scores["validation"] = score_folder(context, scratch / made.folder, "validation")
         if isinstance(step, QuantizeStep):
             pass_gate(step, done[str(lineage.parent)], record, within, work)
-        save_probes(scratch, probe_batch(within, outcome.processor), outcome.probes)
+        save_probes(scratch, probe_batch(within, outcome.reader), outcome.probes)
         record.files = file_digests(scratch)
         record.seconds = time.monotonic() - begin
         write_text(scratch / STEP_RECORD, records.to_json(record))

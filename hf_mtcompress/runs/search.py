@@ -37,7 +37,7 @@ from hf_mtcompress.recipe.lineage import lineage_of
 from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord
 from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.run import check_steps_fit
-from hf_mtcompress.steps.run_context import RunContext, load_processor, probe_samples
+from hf_mtcompress.steps.run_context import RunContext, probe_samples, recipe_reader
 from hf_mtcompress.steps.scoring import task_record
 from hf_mtcompress.steps.timing import latency_table
 
@@ -70,7 +70,7 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
         raise RecipeError(f"{missing}: expected the section that says what is searched for, found none; add it")
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
-    context = RunContext(recipe, output, sources, load_processor(recipe))
+    context = RunContext(recipe, output, sources, recipe_reader(recipe))
     prepare_output(output)
     done: dict[str, StepRecord] = {}
     for step in recipe.steps:

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from hf_mtcompress.artifacts import ONNX_TASKS, TRANSFORMERS_JS
+from hf_mtcompress.data.readers import Reader
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.formats.onnx.export import export_onnx, split_onnx
 from hf_mtcompress.formats.openvino.export import convert_openvino
 from hf_mtcompress.formats.transformers_js import write_transformers_js
 from hf_mtcompress.formats.vanilla import write_vanilla
+from hf_mtcompress.model.inputs import taken_by
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import ExportStep
 from hf_mtcompress.records import Artefact
@@ -24,21 +25,21 @@ from hf_mtcompress.steps.run_context import RunContext, StepOutcome, probe, prob
 def export_step(step: ExportStep, source: str | None, context: RunContext, folder: Path) -> StepOutcome:
     """The same weights in other forms: plain folders, ONNX graphs, folders for transformers.js."""
     assert source is not None
-    model, processor = context.load(source).eval(), context.processor_of(source)
-    outcome = StepOutcome([], processor, structure_of(model))
+    model, reader = context.load(source).eval(), context.reader_of_step(source)
+    outcome = StepOutcome([], reader, structure_of(model))
     for form in step.formats:
         match form:
             case "vanilla":
-                write_vanilla(model, processor, folder / form)
+                write_vanilla(model, reader.processor, folder / form)
                 outcome.artefacts.append(Artefact(form=form, folder=form, precision="float32"))
                 outcome.probes[form] = {
-                    **probe(model, context, processor),
-                    **_probe_merged(model, context, processor),
+                    **probe(model, context, reader),
+                    **_probe_merged(model, context, reader),
                 }
             case "onnx":
-                export_onnx(model, processor, folder / form)
+                export_onnx(model, reader.processor, folder / form)
                 outcome.artefacts.append(Artefact(form=form, folder=form, precision="float32"))
-                outcome.probes[form] = probe(model, context, processor)
+                outcome.probes[form] = probe(model, context, reader)
                 if step.per_task:
                     for name in split_onnx(folder / form, folder / ONNX_TASKS, model):
                         place = f"{ONNX_TASKS}/{name}"
@@ -48,16 +49,16 @@ def export_step(step: ExportStep, source: str | None, context: RunContext, folde
                         outcome.probes[place] = {name: outcome.probes[form][name]}
             case "openvino":
                 with TemporaryDirectory() as scratch:
-                    graph = export_onnx(model, processor, Path(scratch) / "onnx")
+                    graph = export_onnx(model, reader.processor, Path(scratch) / "onnx")
                     convert_openvino(graph, folder / form)
                 outcome.artefacts.append(Artefact(form=form, folder=form, precision="float32"))
-                outcome.probes[form] = probe(model, context, processor)
+                outcome.probes[form] = probe(model, context, reader)
             case "transformers_js":
                 pass  # made from the graph, wherever that stands in the list
     if "transformers_js" in step.formats:
         outcome.quantization = {
             TRANSFORMERS_JS: write_transformers_js(
-                model, processor, folder / "onnx", folder / TRANSFORMERS_JS, partial(_validate_graph, context)
+                model, reader.processor, folder / "onnx", folder / TRANSFORMERS_JS, partial(_validate_graph, context)
             )
         }
     return outcome
@@ -71,17 +72,12 @@ def _validate_graph(context: RunContext, task: str, folder: Path) -> dict[str, A
     return {str(tasks[task].metric): scores[task].metrics[str(tasks[task].metric)]} if task in scores else {}
 
 
-def _probe_merged(model: MultiTaskModel, context: RunContext, processor: Any) -> dict[str, np.ndarray]:
+def _probe_merged(model: MultiTaskModel, context: RunContext, reader: Reader) -> dict[str, np.ndarray]:
     """Logits of tasks with an adapter as their plain models give them, since a sum of weights rounds otherwise."""
-    batch = {key: torch.as_tensor(value) for key, value in probe_batch(context, processor).items()}
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(context, reader).items()}
     found = {}
     for name in model.config.adapters or {}:
         stock = model.to_stock(name).eval()
-        known = {key: value for key, value in batch.items() if key != "token_type_ids" or _has_token_types(stock)}
         with torch.inference_mode():
-            found[name] = stock(**known).logits.float().numpy()
+            found[name] = stock(**taken_by(stock, batch)).logits.float().numpy()
     return found
-
-
-def _has_token_types(model: PreTrainedModel) -> bool:
-    return "type_vocab_size" in model.config.to_dict()

@@ -54,7 +54,7 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, contex
     if plain and "sensitivity" not in record.quantization:
         logger.warning("%s: a limit is missed; looking for the parts that it comes from", step.name)
         start = start_of(source.name, context)
-        graph = float_graph(source.name, context, start.model.eval(), start.processor)
+        graph = float_graph(source.name, context, start.model.eval(), start.reader)
         work.mkdir(parents=True, exist_ok=True)
         found, _ = sensitivity_of(graph, start, context, work, (4, 8), MixedConfig().rows, step.block_size)
         record.quantization["sensitivity"] = found.to_dict()

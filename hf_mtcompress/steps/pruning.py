@@ -26,6 +26,7 @@ from hf_mtcompress.artifacts import whole_folder, write_text
 from hf_mtcompress.compression.pruning import PruneReport, TimeBudget, Whole, mean_length, prune
 from hf_mtcompress.compression.schedule import GradualPruning
 from hf_mtcompress.compression.width import prune_width
+from hf_mtcompress.data.readers import Reader
 from hf_mtcompress.errors import MTCompressError, RecipeError
 from hf_mtcompress.evaluation.evaluate import evaluate_predictor
 from hf_mtcompress.formats.predictor import Predictor
@@ -95,7 +96,7 @@ def _prune_in_rounds(
     step: PruneStep, source: str | None, context: RunContext, folder: Path, places: Sequence[Path]
 ) -> StepOutcome:
     """Cut and recover in as many rounds as there are work folders; what a round has done is not done again."""
-    processor = context.processor_of(source)
+    reader = context.reader_of_step(source)
     trainings = recoveries(step, context.recipe.training)
     reports: list[dict[str, Any]] = []
     candidates: list[list[dict[str, Any]]] = []
@@ -111,7 +112,7 @@ def _prune_in_rounds(
         if step.latency and source is not None and not (place / "cut").exists():
             table = latency_table(step.timing, context, source)
             wanted["latency"] = TimeBudget(table, step.timing.batch_sizes[0], step.latency)
-        _cut(step, load, processor, context, place, wanted)
+        _cut(step, load, reader, context, place, wanted)
         reports.append(json.loads((place / "cut" / _REPORT).read_text(encoding="utf-8")))
         if step.candidates > 1:
             candidates.append(json.loads((place / _CANDIDATES).read_text(encoding="utf-8")))
@@ -120,7 +121,7 @@ def _prune_in_rounds(
                 fits.append(Fit(**json.loads((recovered / _FIT).read_text(encoding="utf-8"))))
             continue
         model = _loader(place / "cut", context)()
-        fits.append(recover(trainings[number], Start(model, processor), context, place))
+        fits.append(recover(trainings[number], Start(model, reader), context, place))
         if not last:
             with whole_folder(recovered) as scratch:
                 torch.nn.Module.to(model, "cpu")
@@ -128,7 +129,7 @@ def _prune_in_rounds(
                 (scratch / _FIT).write_text(json.dumps(dataclasses.asdict(fits[-1]), default=str))
     if model is None:
         model = _loader(places[-1] / "cut", context)()
-    outcome = save_trained(Start(model, processor), context, folder, _joined(fits))
+    outcome = save_trained(Start(model, reader), context, folder, _joined(fits))
     outcome.pruning = {
         "schedule": step.schedule.kind,
         "rounds": [_summary(report) for report in reports],
@@ -168,7 +169,7 @@ def _loader(place: str | Path | None, context: RunContext) -> Callable[[], Multi
 def _cut(
     step: PruneStep,
     load: Callable[[], MultiTaskModel],
-    processor: Any,
+    reader: Reader,
     context: RunContext,
     place: Path,
     wanted: Mapping[str, Any],
@@ -177,7 +178,7 @@ def _cut(
     if (place / "cut").exists():
         return
     model = load()
-    batches = calibration_batches(Start(model, processor), context, step.rows)
+    batches = calibration_batches(Start(model, reader), context, step.rows)
     if step.width:
         model, report = _narrow(step, model, batches)
         _keep_cut(model, report, place)
@@ -206,7 +207,7 @@ def _cut(
 
     seed = context.recipe.seed
     if step.candidates > 1:
-        seed = _best_seed(step, model, processor, context, place, prune_with)
+        seed = _best_seed(step, model, reader, context, place, prune_with)
     report = prune_with(seed, model)
     for task, share in report.lost_importance.items():
         logger.info("%s: task '%s' lost %.1f %% of the importance of heads and neurons", step.name, task, 100 * share)
@@ -259,7 +260,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
 def _best_seed(
     step: PruneStep,
     model: MultiTaskModel,
-    processor: Any,
+    reader: Reader,
     context: RunContext,
     place: Path,
     prune_with: Callable[[int, MultiTaskModel, bool], PruneReport],
@@ -276,7 +277,7 @@ def _best_seed(
         seed = int(drawn) if number else context.recipe.seed
         pruned = copy.deepcopy(model)
         report = prune_with(seed, pruned, False)
-        predictor = Predictor(_InMemory(pruned, processor))
+        predictor = Predictor(_InMemory(pruned, reader))
         scores = evaluate_predictor(predictor, context.sources.tasks, rows, split="validation")
         tried.append(
             {
@@ -306,12 +307,11 @@ class _InMemory(Runtime):
 
     form = "torch"
 
-    def __init__(self, model: MultiTaskModel, processor: Any) -> None:
+    def __init__(self, model: MultiTaskModel, reader: Reader) -> None:
         self.folder = Path()
         self.model = model.eval()
         self.tasks = dict(model.tasks)
-        self.processor = processor
-        self.max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
+        self.reader = reader
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         device = next(self.model.parameters()).device
@@ -328,14 +328,14 @@ def _prune_gradually(
 ) -> StepOutcome:
     """Drop layers where the step says so, then train while heads and neurons go; a killed training goes on."""
     assert step.recover is not None
-    processor = context.processor_of(source)
+    reader = context.reader_of_step(source)
     reports = []
     load = _loader(source, context)
     if step.layers:
-        _cut(step, load, processor, context, work, {"layers": step.layers})
+        _cut(step, load, reader, context, work, {"layers": step.layers})
         reports.append(json.loads((work / "cut" / _REPORT).read_text(encoding="utf-8")))
         load = _loader(work / "cut", context)
-    start = Start(load(), processor)
+    start = Start(load(), reader)
     length = None
     if step.compute:
         length = step.length or mean_length(start.model, calibration_batches(start, context, step.rows))

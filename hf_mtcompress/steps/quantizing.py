@@ -12,6 +12,7 @@ import torch
 
 from hf_mtcompress.artifacts import GRAPHS, STEP_RECORD, WORK, whole_folder, write_text
 from hf_mtcompress.compression.quantization import quantize_bitsandbytes, quantize_torchao
+from hf_mtcompress.data.readers import Reader
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.graph_settings import check_graph, read_graph_settings
@@ -49,7 +50,7 @@ def quantize_step(step: QuantizeStep, source: str | None, context: RunContext, f
 
 
 def _quantize_in_torch(step: QuantizeStep, source: str, context: RunContext, folder: Path) -> StepOutcome:
-    model, processor = context.load(source).eval(), context.processor_of(source)
+    model, reader = context.load(source).eval(), context.reader_of_step(source)
     if step.backend == "torchao":
         quantized: Any = quantize_torchao(model)
         precision = "int8 linear layers, dynamic, per token, float32 embeddings"
@@ -73,16 +74,16 @@ def _quantize_in_torch(step: QuantizeStep, source: str, context: RunContext, fol
             "embeddings": step.embeddings,
         }
     assert isinstance(quantized, MultiTaskModel)
-    probes = {".": probe(quantized, context, processor)}
+    probes = {".": probe(quantized, context, reader)}
     quantized.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    reader.save(folder)
     assert step.backend in ("bitsandbytes", "torchao")
     artefact = Artefact(form=step.backend, folder=".", precision=precision)
-    return StepOutcome([artefact], processor, structure_of(model), probes=probes, quantization=quantization)
+    return StepOutcome([artefact], reader, structure_of(model), probes=probes, quantization=quantization)
 
 
 def _quantize_graph(step: QuantizeStep, source: str, context: RunContext, folder: Path, work: Path) -> StepOutcome:
-    processor = context.processor_of(source)
+    reader = context.reader_of_step(source)
     structure = work / _STRUCTURE
     if not structure.exists():
         # What is done stays in the work folder until the step is: its gate may send it back.
@@ -90,7 +91,7 @@ def _quantize_graph(step: QuantizeStep, source: str, context: RunContext, folder
         model = context.load(source)
         fit: Fit | None = None
         if step.recover is None:
-            start = float_graph(source, context, model.eval(), processor)
+            start = float_graph(source, context, model.eval(), reader)
         else:
             assert step.bits in (8, 4)
             rounding = RoundToBits(
@@ -99,15 +100,15 @@ def _quantize_graph(step: QuantizeStep, source: str, context: RunContext, folder
                 embedding_bits=step.embedding_bits,
                 float_layers=step.float_layers,
             )
-            fit = recover(step.recover, Start(model, processor), context, work, [rounding])
+            fit = recover(step.recover, Start(model, reader), context, work, [rounding])
             torch.nn.Module.to(model, "cpu")
-            start = export_onnx(model.eval(), processor, work / _FLOAT)
+            start = export_onnx(model.eval(), reader.processor, work / _FLOAT)
         with whole_folder(work / _QUANTIZED) as scratch:
             try:
                 if step.bits == "mixed":
-                    quantization = mix_bits(step, start, scratch, Start(model, processor), source, context, work)
+                    quantization = mix_bits(step, start, scratch, Start(model, reader), source, context, work)
                 else:
-                    _few_bits(step, start, scratch, Start(model, processor), context)
+                    _few_bits(step, start, scratch, Start(model, reader), context)
             except RecipeError as error:
                 raise RecipeError([f"steps.{step.name}.{problem}" for problem in error.problems]) from error
         training = dataclasses.asdict(fit) if fit is not None else {}
@@ -118,10 +119,10 @@ def _quantize_graph(step: QuantizeStep, source: str, context: RunContext, folder
     settings = read_graph_settings(folder, form)
     artefact = Artefact(form=form, folder=".", precision=_graph_precision(step, settings.quantization))
     # There is no model in memory with these weights: the graph is held against itself in another process.
-    answers = load_predictor(folder).logits(probe_batch(context, processor))
+    answers = load_predictor(folder).logits(probe_batch(context, reader))
     return StepOutcome(
         [artefact],
-        processor,
+        reader,
         shape,
         **training,
         probes={".": answers},
@@ -153,7 +154,7 @@ def _few_bits(step: QuantizeStep, graph: Path, folder: Path, start: Start, conte
     )
 
 
-def float_graph(source: str, context: RunContext, model: MultiTaskModel, processor: Any) -> Path:
+def float_graph(source: str, context: RunContext, model: MultiTaskModel, reader: Reader) -> Path:
     """The float graph of a step's model, exported once for all steps that quantize it.
 
     It lies among the half-done things of the run and goes with them when the run is done.
@@ -167,7 +168,7 @@ def float_graph(source: str, context: RunContext, model: MultiTaskModel, process
         check_graph(folder, read_graph_settings(folder))
     except ArtifactError:  # none yet, or one that was damaged since
         with whole_folder(folder) as scratch:
-            export_onnx(model, processor, scratch)
+            export_onnx(model, reader.processor, scratch)
     return folder
 
 

@@ -16,6 +16,7 @@ from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.load import load_unlabelled
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
+from hf_mtcompress.data.readers import positions_of
 from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.recipe import PretrainStep, Role, TrimVocabularyStep
@@ -29,10 +30,8 @@ def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def calibration_batches(start: Start, context: RunContext, rows: int) -> list[dict[str, torch.Tensor]]:
     """About `rows` training rows in batches of one source each, with the labels of all its tasks."""
-    model, processor = start.model, start.processor
-    groups = encode_groups(
-        model.tasks, context.sources.role("train"), processor, context.recipe.encoder.max_length, "train"
-    )
+    model, reader = start.model, start.reader
+    groups = encode_groups(model.tasks, context.sources.role("train"), reader, "train")
     shares = [math.ceil(rows * len(group.dataset) / sum(len(group.dataset) for group in groups)) for group in groups]
     generator = np.random.default_rng(context.recipe.seed)
     chosen = []
@@ -43,7 +42,7 @@ def calibration_batches(start: Start, context: RunContext, rows: int) -> list[di
     loader: DataLoader[Any] = DataLoader(
         MixedDataset([group.dataset for group in chosen]),
         batch_sampler=sampler,
-        collate_fn=MultiTaskCollator(model.tasks, processor if context.max_length is not None else None),
+        collate_fn=MultiTaskCollator(model.tasks, reader),
     )
     return list(loader)
 
@@ -55,13 +54,13 @@ def calibration_rows(start: Start, context: RunContext, rows: int) -> list[dict[
     """
     found = []
     for batch in calibration_batches(start, context, rows):
+        counted = positions_of(batch).numpy()
         inputs = {name: tensor.numpy() for name, tensor in inputs_of(batch).items()}
-        lengths = inputs["attention_mask"].sum(axis=1) if "attention_mask" in inputs else None
-        for row in range(len(next(iter(inputs.values())))):
-            end = None if lengths is None else int(lengths[row])
+        for row in range(len(counted)):
+            end = int(counted[row].sum())
             found.append(
                 {
-                    name: array[row : row + 1, :end] if lengths is not None else array[row : row + 1]
+                    name: array[row : row + 1, :end] if array.shape == counted.shape else array[row : row + 1]
                     for name, array in inputs.items()
                 }
             )
@@ -100,7 +99,7 @@ def texts_of(sources: Sources, roles: Sequence[Role]) -> list[list[Text]]:
     for role in roles:
         for name, rows in sources.role(role).items():
             task = sources.tasks[name]
-            split = task.problem == "token_classification"
+            split = task.reads_words
             for column in task.input_columns:
                 key = (f"{rows._fingerprint} {column}", split or not isinstance(rows[0][column], str))
                 if key not in found:

@@ -9,20 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_mtcompress.data.collator import MultiTaskCollator
-from hf_mtcompress.data.preprocessing import max_length_of
+from hf_mtcompress.data.readers import Reader, load_reader, pretrained_reader
 from hf_mtcompress.data.sources import Sources
-from hf_mtcompress.errors import RecipeError
-from hf_mtcompress.formats.folders import load_processor as read_processor
+from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.surgery import describe_structure
 from hf_mtcompress.recipe import EncoderConfig, Recipe, StepConfig, restricted
 from hf_mtcompress.recipe.lineage import Lineage, lineage_of
+from hf_mtcompress.recipe.tasks import Modality
 from hf_mtcompress.records import Artefact
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.trainers.teachers import same_tokenizer
 
 _PROBE_ROWS = 4
 
@@ -35,13 +32,13 @@ class RunContext:
         recipe: what is wanted.
         output: folder of the run.
         sources: tasks with labels and rows.
-        processor: tokenizer or image processor of the recipe's encoder; see `processor_of`.
+        reader: of the recipe's encoder; see `reader_of_step`.
     """
 
     recipe: Recipe
     output: Path
     sources: Sources
-    processor: Any
+    reader: Reader
 
     @cached_property
     def lineage(self) -> dict[str, Lineage]:
@@ -70,15 +67,15 @@ class RunContext:
             )
         return model
 
-    def processor_of(self, name: str | None) -> Any:
-        """Tokenizer or image processor that a step saved; that of the recipe's encoder for None.
+    def reader_of_step(self, name: str | None) -> Reader:
+        """The reader that a step saved; that of the recipe's encoder for None.
 
         A step may have trimmed the vocabulary, or have made a student of another checkpoint.
         """
         if name is None:
-            return self.processor
-        found = read_processor(self.step_folder(name))
-        return self.processor if same_tokenizer(found, self.processor) else found
+            return self.reader
+        found = load_reader(self.step_folder(name), self.reader.max_length)
+        return self.reader if found.reads_as(self.reader) else found
 
     def for_step(self, step: StepConfig) -> "RunContext":
         """The context with the tasks that a step can have: an earlier step may have dropped auxiliary ones."""
@@ -88,20 +85,13 @@ class RunContext:
             return self
         return dataclasses.replace(self, recipe=restricted(self.recipe, names), sources=self.sources.of(names))
 
-    @property
-    def max_length(self) -> int | None:
-        """Longest input in tokens; None for images."""
-        if "pixel_values" in self.processor.model_input_names:
-            return None
-        return max_length_of(self.processor, self.recipe.encoder.max_length)
-
 
 @dataclass
 class StepOutcome:
     """What a step leaves: its artefacts (folders relative to the step), the shape of the model, how it was trained."""
 
     artefacts: list[Artefact]
-    processor: Any
+    reader: Reader
     """What the model reads with, for the inputs of the probes."""
     structure: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
@@ -116,15 +106,15 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Start:
-    """What a step works on: a model, and the tokenizer or image processor that it reads with."""
+    """What a step works on: a model, and what makes its inputs."""
 
     model: MultiTaskModel
-    processor: Any
+    reader: Reader
 
 
 def start_of(source: str | None, context: RunContext) -> Start:
-    """The model that a step works on, with what it reads with."""
-    return Start(start_model(source, context), context.processor_of(source))
+    """The model that a step works on, with its reader."""
+    return Start(start_model(source, context), context.reader_of_step(source))
 
 
 def start_model(source: str | None, context: RunContext) -> MultiTaskModel:
@@ -151,12 +141,10 @@ def new_model(config: EncoderConfig, context: RunContext) -> MultiTaskModel:
             f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{config.path}' "
             f"({str(error).splitlines()[0]}); check the spelling, or download it first where there is no network"
         ) from error
-    image_size = context.processor.size.get("height") if context.max_length is None else None
     return MultiTaskModel.from_encoder(
         encoder,
         list(context.sources.tasks.values()),
-        max_length=context.max_length,
-        image_size=image_size,
+        **context.reader.preprocessing,
         branches=context.recipe.branches,
         branch_layers=None if context.recipe.branch_layers == "all" else context.recipe.branch_layers,
     )
@@ -168,31 +156,28 @@ def loading_options(encoder: EncoderConfig) -> dict[str, Any]:
     return {"trust_remote_code": encoder.trust_remote_code, **pinned}
 
 
-def load_processor(recipe: Recipe) -> Any:
-    """Tokenizer or image processor of the recipe's encoder, with the wanted image size.
+def recipe_reader(recipe: Recipe) -> Reader:
+    """What makes the inputs of the recipe's encoder, of the wanted length or image size.
 
     Raises:
-        RecipeError: the encoder does not exist, or has neither.
+        RecipeError: the encoder does not exist, or has no reader for what the tasks read.
     """
     encoder = recipe.encoder
-    options = loading_options(encoder)
-    images = all(task.kind == "image-classification" for task in recipe.tasks.values())
     try:
-        if not images:
-            return AutoTokenizer.from_pretrained(encoder.path, **options)
-        processor = AutoImageProcessor.from_pretrained(encoder.path, backend="pil", **options)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"encoder.path: expected a local folder or a Hub id of a pretrained encoder with its "
-            f"{'image processor' if images else 'tokenizer'}, found '{encoder.path}' ({str(error).splitlines()[0]}); "
-            "check the spelling, or download it first where there is no network"
-        ) from error
-    if encoder.image_size is not None:
-        side = {"height": encoder.image_size, "width": encoder.image_size}
-        processor.size = side
-        if processor.crop_size is not None:
-            processor.crop_size = side
-    return processor
+        return pretrained_reader(
+            encoder.path,
+            modalities(recipe),
+            max_length=encoder.max_length,
+            image_size=encoder.image_size,
+            **loading_options(encoder),
+        )
+    except ArtifactError as error:
+        raise RecipeError(f"encoder.path: {error}") from error
+
+
+def modalities(recipe: Recipe) -> set[Modality]:
+    """What the tasks of a recipe read."""
+    return {modality for task in recipe.tasks.values() for modality in task.reads}
 
 
 def probe_samples(context: RunContext) -> list[Any]:
@@ -201,14 +186,11 @@ def probe_samples(context: RunContext) -> list[Any]:
     return list(inputs[0]) if len(inputs) == 1 else list(zip(*inputs, strict=True))
 
 
-def probe_batch(context: RunContext, processor: Any) -> dict[str, np.ndarray]:
+def probe_batch(context: RunContext, reader: Reader) -> dict[str, np.ndarray]:
     """The same rows as model inputs."""
     task, inputs = _probe_inputs(context)
-    encoded = task.encode(inputs, processor, context.max_length)
-    encoded.pop("word_ids", None)
-    batch = MultiTaskCollator({}, processor)(
-        [{key: values[index] for key, values in encoded.items()} for index in range(len(inputs[0]))]
-    )
+    encoded = reader.encode(inputs, words=task.reads_words)
+    batch = reader.collate([{key: values[index] for key, values in encoded.items()} for index in range(len(inputs[0]))])
     return {key: value.numpy() for key, value in batch.items()}
 
 
@@ -221,9 +203,9 @@ def _probe_inputs(context: RunContext) -> tuple[Task, list[list[Any]]]:
     return task, [list(rows[column]) for column in task.input_columns]
 
 
-def probe(model: MultiTaskModel, context: RunContext, processor: Any) -> dict[str, np.ndarray]:
+def probe(model: MultiTaskModel, context: RunContext, reader: Reader) -> dict[str, np.ndarray]:
     """Logits by task of the model in memory on the probe rows."""
-    batch = {key: torch.as_tensor(value) for key, value in probe_batch(context, processor).items()}
+    batch = {key: torch.as_tensor(value) for key, value in probe_batch(context, reader).items()}
     with torch.inference_mode():
         outputs = model.eval()(**batch)
     return {name: outputs[f"logits_{name}"].float().numpy() for name in model.tasks}

@@ -11,8 +11,6 @@ from typing import Any, Literal, assert_never
 import torch
 import transformers
 from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
     PreTrainedModel,
     TrainerCallback,
     set_seed,
@@ -23,8 +21,8 @@ from hf_mtcompress.compression.importance import block_influence
 from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.selection import select_layers
+from hf_mtcompress.data.readers import Reader, load_reader, pretrained_reader
 from hf_mtcompress.errors import ArtifactError, RecipeError
-from hf_mtcompress.formats.folders import load_processor as read_processor
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
@@ -42,7 +40,15 @@ from hf_mtcompress.recipe import (
     teachers_of,
 )
 from hf_mtcompress.steps.rows import calibration_batches, inputs_of, rows_to_pretrain_on, rows_with_unlabelled
-from hf_mtcompress.steps.run_context import RunContext, Start, StepOutcome, load_processor, new_model, start_of
+from hf_mtcompress.steps.run_context import (
+    RunContext,
+    Start,
+    StepOutcome,
+    modalities,
+    new_model,
+    recipe_reader,
+    start_of,
+)
 from hf_mtcompress.steps.saved_models import graph_form, teacher_config
 from hf_mtcompress.steps.training import (
     Fit,
@@ -56,7 +62,7 @@ from hf_mtcompress.steps.training import (
 )
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
-from hf_mtcompress.trainers.teachers import TeacherModel, Teachers, same_tokenizer
+from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
 
 logger = logging.getLogger(__name__)
 _INFLUENCE_ROWS = 256
@@ -69,13 +75,13 @@ class Faculty:
 
     Attributes:
         teachers: one model, one for each task, or pairs of model and weight.
-        processors: by identity of a model: its own tokenizer or image processor.
+        readers: by identity of a model: what makes its inputs.
         trusted: whether all of them are of this run, with its tasks, and were scored in it.
         answers: whether the heads of the first one were trained.
     """
 
     teachers: Teachers
-    processors: dict[int, Any]
+    readers: dict[int, Reader]
     trusted: bool = True
     answers: bool = True
 
@@ -91,12 +97,12 @@ class Faculty:
                 first = self.teachers[0]
                 return first[0] if isinstance(first, tuple) else first
 
-    def processing_classes(self, students: Any) -> Any:
-        """As `DistillationTrainer` takes them: None for a teacher that reads what the student's processor makes."""
+    def processing_classes(self, student: Reader) -> Any:
+        """As `DistillationTrainer` takes them: None for a teacher that reads what the student's reader makes."""
 
         def own(model: TeacherModel) -> Any:
-            processor = self.processors[id(model)]
-            return None if processor is students else processor
+            reader = self.readers[id(model)]
+            return None if reader is student else reader.processor
 
         match self.teachers:
             case Mapping():
@@ -207,7 +213,7 @@ def _taught_trainer(
     return DistillationTrainer(
         model=start.model,
         teacher=faculty.teachers,
-        teacher_processing_class=faculty.processing_classes(start.processor),
+        teacher_processing_class=faculty.processing_classes(start.reader),
         args=arguments,
         criteria=_criteria(step),
         label_weight=label_weight,
@@ -217,7 +223,7 @@ def _taught_trainer(
         probe_rows=0 if faculty.trusted or isinstance(step, PretrainStep) else None,
         train_dataset=rows,
         eval_dataset=scored,
-        processing_class=start.processor,
+        processing_class=start.reader.processor,
         callbacks=[*callbacks, MarkComplete()],
     )
 
@@ -262,18 +268,18 @@ def load_faculty(step: DistillStep, context: RunContext) -> Faculty:
     by_task = {task: place for task, place in by_task.items() if task not in dropped}
     places = dict.fromkeys(by_task.values()) or teachers_of(step)
     models = {place: load_teacher(place, context, where) for place in places}
-    processors = {
-        id(model): context.processor_of(place) if place in steps else _own_processor(place, context)
+    readers = {
+        id(model): context.reader_of_step(place) if place in steps else _own_reader(place, context)
         for place, model in models.items()
     }
     trusted = all(place in steps for place in models)
     match step.teachers:
         case dict():
-            return Faculty({task: models[place] for task, place in by_task.items()}, processors, trusted)
+            return Faculty({task: models[place] for task, place in by_task.items()}, readers, trusted)
         case tuple() as averaged:
-            return Faculty([(models[item.path], item.weight) for item in averaged], processors, trusted)
+            return Faculty([(models[item.path], item.weight) for item in averaged], readers, trusted)
         case _:
-            return Faculty(models[str(step.teacher)], processors, trusted)
+            return Faculty(models[str(step.teacher)], readers, trusted)
 
 
 def _load_encoding_teacher(step: PretrainStep, context: RunContext) -> Faculty:
@@ -283,26 +289,24 @@ def _load_encoding_teacher(step: PretrainStep, context: RunContext) -> Faculty:
         teacher_config(step.teacher, f"steps.{step.name}.teacher", answers=False), MultiTaskConfig
     )
     if own:
-        teacher, processor = context.load(step.teacher), context.processor_of(step.teacher)
+        teacher, reader = context.load(step.teacher), context.reader_of_step(step.teacher)
     else:
         place = step.teacher
         teacher = MultiTaskModel.from_pretrained(place) if saved else new_model(EncoderConfig(path=place), context)
-        processor = _own_processor(step.teacher, context)
-    return Faculty(teacher, {id(teacher): processor}, own, saved)
+        reader = _own_reader(step.teacher, context)
+    return Faculty(teacher, {id(teacher): reader}, own, saved)
 
 
-def _own_processor(place: str, context: RunContext) -> Any:
-    """The tokenizer or image processor that a saved teacher reads with; the run's own where it has none."""
-    folder = Path(place)
+def _own_reader(place: str, context: RunContext) -> Reader:
+    """The reader of a saved teacher; the run's own where it has none."""
+    folder, length = Path(place), context.reader.max_length
     try:
         if folder.is_dir():
-            return read_processor(folder)
-        return (AutoImageProcessor if context.max_length is None else AutoTokenizer).from_pretrained(
-            place, trust_remote_code=False
-        )
-    except (ArtifactError, OSError, ValueError):
+            return load_reader(folder, length)
+        return pretrained_reader(place, modalities(context.recipe), max_length=length, trust_remote_code=False)
+    except ArtifactError:
         logger.warning("teacher '%s' has no tokenizer or image processor of its own: it reads the run's", place)
-        return context.processor
+        return context.reader
 
 
 def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
@@ -337,11 +341,11 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
     if wanted.path is not None:
         # What was said of the recipe's encoder, such as that its code may run, was not said of this one.
         encoder = EncoderConfig(path=wanted.path, image_size=context.recipe.encoder.image_size)
-        own = load_processor(dataclasses.replace(context.recipe, encoder=encoder))
-        same = same_tokenizer(own, context.processor)
-        return Start(new_model(encoder, context), context.processor if same else own)
+        own = recipe_reader(dataclasses.replace(context.recipe, encoder=encoder))
+        reader = context.reader if own.reads_as(context.reader) else own.limited(context.reader.max_length)
+        return Start(new_model(encoder, context), reader)
     teacher = faculty.first
-    processor = faculty.processors[id(teacher)]
+    reader = faculty.readers[id(teacher)]
     if not isinstance(teacher, MultiTaskModel):
         raise RecipeError(
             f"steps.{step.name}.student: expected a multi-task teacher to make a student of, found a "
@@ -357,7 +361,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
             ", ".join(fresh),
         )
     if wanted.config is not None:
-        return Start(fresh_student_of(teacher, wanted.config), processor)
+        return Start(fresh_student_of(teacher, wanted.config), reader)
     assert wanted.layers is not None
     if wanted.choose == "leave_one_out" and (fresh or not faculty.answers):
         raise RecipeError(
@@ -371,7 +375,7 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
             f"steps.{step.name}.student.layers: expected at most the teacher's {depth} layers, found {wanted.layers}"
         )
     if isinstance(wanted.layers, int) and wanted.choose in ("redundancy", "leave_one_out"):
-        rows = calibration_batches(Start(teacher, processor), context, _INFLUENCE_ROWS)
+        rows = calibration_batches(Start(teacher, reader), context, _INFLUENCE_ROWS)
         if wanted.choose == "redundancy":
             worth = block_influence(teacher.encoder, [inputs_of(batch) for batch in rows])
         else:
@@ -382,4 +386,4 @@ def _student(wanted: StudentConfig, step: DistillStep | PretrainStep, faculty: F
         student = student_of(teacher, wanted.layers, choose=choose)
     if wanted.heads or wanted.feed_forward:
         prune(student, [], heads=wanted.heads, feed_forward=wanted.feed_forward, importance="magnitude")
-    return Start(student, processor)
+    return Start(student, reader)

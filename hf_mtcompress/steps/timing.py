@@ -45,7 +45,7 @@ def latency_table(timing: TimingConfig, context: RunContext, source: str) -> Lat
     logger.warning("timing the blocks of the encoder, %s", timing.runtime)
     table = measure_latency(
         whole,
-        context.processor_of(source),
+        context.reader_of_step(source).processor,
         probe_samples(context),
         runtime=timing.runtime,
         tokens=timing.tokens,

@@ -64,7 +64,7 @@ def train_finetune(
         args=arguments,
         train_dataset=context.sources.role("train"),
         eval_dataset=context.sources.role("validation"),
-        processing_class=start.processor,
+        processing_class=start.reader.processor,
         callbacks=[*callbacks, MarkComplete()],
     )
     return fit_of(trainer, work)
@@ -221,16 +221,16 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 def save_trained(made: Start, context: RunContext, folder: Path, fit: Fit | None) -> StepOutcome:
-    """Save a model with what it reads with, and its answers for the check that it reloads."""
+    """Save a model with its reader, and its answers for the check that it reloads."""
     model = made.model
     torch.nn.Module.to(model, "cpu")
     model.eval()
-    probes = {".": probe(model, context, made.processor)}
+    probes = {".": probe(model, context, made.reader)}
     model.save_pretrained(folder)
-    made.processor.save_pretrained(folder)
+    made.reader.save(folder)
     return StepOutcome(
         artefacts=[Artefact(form="torch", folder=".", precision="float32")],
-        processor=made.processor,
+        reader=made.reader,
         structure=structure_of(model),
         training=fit.training if fit else None,
         interference=fit.interference if fit else None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from hf_mtcompress.artifacts import whole_folder
 from hf_mtcompress.compression.sparsity import trim_weights, zeros_of
 from hf_mtcompress.compression.vocabulary import compare_readings, trim_vocabulary
+from hf_mtcompress.data.readers import reader_of
 from hf_mtcompress.errors import DataError, RecipeError, UnsupportedEncoderError
 from hf_mtcompress.model.matrices import encoder_matrices
 from hf_mtcompress.model.sparse import make_sparse
@@ -40,19 +41,22 @@ def trim_vocabulary_step(
     try:
         trimmed, report = trim_vocabulary(
             start.model,
-            start.processor,
+            start.reader.processor,
             texts_to_keep(step, context),
             minimum_count=step.minimum_count,
             size=step.size,
         )
     except DataError as error:
         raise RecipeError(f"steps.{step.name}.{error}") from error
-    outcome = save_trained(Start(start.model, trimmed), context, folder, None)
+    reader = reader_of(trimmed, start.reader.max_length)
+    outcome = save_trained(Start(start.model, reader), context, folder, None)
     roles: list[Role] = ["train", "validation", "test"]
     outcome.vocabulary = {
         **dataclasses.asdict(report),
         "splits": {
-            role: dataclasses.asdict(compare_readings(start.processor, trimmed, texts_of(context.sources, [role])))
+            role: dataclasses.asdict(
+                compare_readings(start.reader.processor, trimmed, texts_of(context.sources, [role]))
+            )
             for role in roles
             if context.sources.role(role)
         },
@@ -83,7 +87,7 @@ def trim_weights_step(
             model.save_pretrained(scratch)
             (scratch / _REPORT).write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
     report = json.loads((cut / _REPORT).read_text(encoding="utf-8"))
-    start = Start(reopened(cut, context), context.processor_of(source))
+    start = Start(reopened(cut, context), context.reader_of_step(source))
     fit = None
     if step.recover is not None:
         keep = [KeepTrimmed(start.model, embeddings=step.embeddings)] if report["zeros_after"] else []

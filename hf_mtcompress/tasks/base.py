@@ -136,11 +136,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def input_columns(self) -> tuple[str, ...]:
-        """Columns that hold the input, in the order `encode` takes them."""
-
-    @abstractmethod
-    def encode(self, inputs: Sequence[Sequence[Any]], processor: Any, max_length: int | None) -> dict[str, list[Any]]:
-        """Turn raw inputs (one sequence for each input column) into model inputs, one list entry a row."""
+        """Columns that hold the input, in the order in which a reader takes them."""
 
     @abstractmethod
     def encode_labels(self, values: Sequence[Any], encoding: Mapping[str, Any]) -> list[Any]:
@@ -195,6 +191,11 @@ class Task(ABC):
                 "pass labels=[...] or let the recipe read them from the data"
             )
         return len(self.labels)
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether it labels words, so that texts are read word by word."""
+        return self.problem == "token_classification"
 
     @property
     def head_name(self) -> str:

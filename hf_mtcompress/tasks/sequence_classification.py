@@ -1,8 +1,7 @@
 """Tasks about a text or a pair of texts."""
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hf_mtcompress.tasks.base import register_task
 from hf_mtcompress.tasks.classification import Classification
@@ -39,11 +38,6 @@ class SequenceClassification(Classification):
     @property
     def input_columns(self) -> tuple[str, ...]:
         return tuple(column for column in (self.text, self.text_pair) if column is not None)
-
-    def encode(self, inputs: Sequence[Sequence[Any]], processor: Any, max_length: int | None) -> dict[str, list[Any]]:
-        split = len(inputs[0]) > 0 and not isinstance(inputs[0][0], str)
-        texts = [[list(row) if split else row for row in column] for column in inputs]
-        return dict(processor(*texts, truncation=True, max_length=max_length, is_split_into_words=split))
 
 
 register_task(SequenceClassification.kind, SequenceClassification)

@@ -64,11 +64,6 @@ class TokenClassification(Task):
     def input_columns(self) -> tuple[str, ...]:
         return (self.tokens,) if self.tokens is not None else ()
 
-    def encode(self, inputs: Sequence[Sequence[Any]], processor: Any, max_length: int | None) -> dict[str, list[Any]]:
-        rows = [_words(row) for row in inputs[0]]
-        encoded = processor(rows, truncation=True, max_length=max_length, is_split_into_words=True)
-        return {**encoded, "word_ids": [encoded.word_ids(index) for index in range(len(rows))]}
-
     def encode_labels(self, values: Sequence[Any], encoding: Mapping[str, Any]) -> list[Any]:
         aligned, cut = [], 0
         texts = encoding.get("words") or [None] * len(values)

@@ -10,18 +10,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_mtcompress.data.alignment import aligned, columns_of_rows, token_starts
-from hf_mtcompress.data.preprocessing import max_length_of
+from hf_mtcompress.data.alignment import aligned
+from hf_mtcompress.data.readers import Reader, input_columns, lengths_of, positions_of
 from hf_mtcompress.data.teacher_cache import Signals
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.trainers.teachers import Teacher, TeacherPanel, positions_of
+from hf_mtcompress.trainers.teachers import Teacher, TeacherPanel
 
 logger = logging.getLogger(__name__)
 
 _MATCHED_AT_LEAST = 0.5
 """Share of tokens below which two tokenizers hardly fit each other."""
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,15 @@ class Asking:
 
     Attributes:
         panel: the teachers.
-        processor: the student's tokenizer or image processor.
+        reader: the student's, where it has one.
         collate: makes a batch of the student's inputs.
-        max_length: the student's longest input in tokens.
         device: where the teachers are.
         batch_size: rows a forward pass.
     """
 
     panel: TeacherPanel
-    processor: Any
+    reader: Reader | None
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
-    max_length: int | None
     device: torch.device
     batch_size: int
 
@@ -64,18 +61,16 @@ class Asking:
             states: names of states to show.
             guests: those of the tasks that the rows were not made for: their columns are not looked for.
         """
-        readers = [task for name, task in tasks.items() if name not in guests]
-        text = "input_ids" in dataset.column_names
-        if text:
-            dataset = dataset.select_columns([name for name in dataset.column_names if name in _INPUTS])
-            dataset = dataset.with_format(None)
-        lengths = [len(ids) for ids in dataset[list(indices)]["input_ids"]] if text else None
+        hosts = [task for name, task in tasks.items() if name not in guests]
+        lengths = lengths_of(dataset.select(list(indices)))
+        if lengths is not None:
+            dataset = dataset.select_columns(input_columns(dataset.column_names, self.reader)).with_format(None)
         order = list(range(len(indices))) if lengths is None else np.argsort(lengths, kind="stable").tolist()
         found: dict[int, dict[str, np.ndarray]] = {}
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             chosen = [int(indices[place]) for place in places]
-            batch, counted = self._signals_of(tasks, readers, dataset, raw, chosen, states)
+            batch, counted = self._signals_of(tasks, hosts, dataset, raw, chosen, states)
             for number, place in enumerate(places):
                 found[place] = {
                     name: _own(values[number], None if values.dim() == 2 or counted is None else counted[number])
@@ -86,68 +81,64 @@ class Asking:
     def _signals_of(
         self,
         tasks: dict[str, Task],
-        readers: Sequence[Task],
+        hosts: Sequence[Task],
         dataset: Dataset,
         raw: Any,
         indices: list[int],
         states: Sequence[str],
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Signals of one batch, and which positions of it count; None for images."""
+        """Signals of one batch, and which tokens of it count; None where rows have none."""
         rows = [dataset[index] for index in indices]
-        text = "input_ids" in rows[0]
-        features = self._on_device(self.collate([{key: row[key] for key in row if key in _INPUTS} for row in rows]))
+        inputs = input_columns(rows[0], self.reader)
+        features = self._on_device(self.collate([{key: row[key] for key in inputs if key in row} for row in rows]))
         found = {}
         for key, (teacher, names, wanted) in self.panel.asked(tasks, states).items():
-            if teacher.processor is None:
+            if teacher.reader is None:
                 found[key] = teacher.signals(features, names, wanted)
-            elif text:
-                found[key] = self._signals_of_other_tokens(teacher, readers, raw, indices, features, names, wanted)
             else:
-                images = list(raw[indices][readers[0].input_columns[0]])
-                own = teacher.processor(images, return_tensors="pt")
-                found[key] = teacher.signals(self._on_device(own), names, wanted)
+                found[key] = self._signals_of_other_inputs(
+                    teacher, teacher.reader, hosts, raw, indices, features, names, wanted
+                )
         signals = {name: values.float().cpu() for name, values in self.panel.combined(found, tasks, states).items()}
-        return signals, positions_of(features).bool().cpu() if text else None
+        counted = positions_of(features).bool().cpu()
+        return signals, counted if counted.dim() == 2 else None
 
-    def _signals_of_other_tokens(
+    def _signals_of_other_inputs(
         self,
         teacher: Teacher,
-        readers: Sequence[Task],
+        reader: Reader,
+        tasks: Sequence[Task],
         raw: Any,
         indices: list[int],
         features: Mapping[str, Tensor],
         names: list[str],
         wanted: Sequence[str],
     ) -> dict[str, Tensor]:
-        """Of a teacher with a tokenizer of its own: signals by position are moved to where the student reads them."""
-        leader = next((task for task in readers if task.problem == "token_classification"), None)
-        task = leader or readers[0]
+        """Of a teacher with a reader of its own: signals by token are moved to where the student reads them."""
+        words = any(task.reads_words for task in tasks)
+        task = next((task for task in tasks if task.reads_words), tasks[0])
         columns = task.input_columns
-        if raw is None or not columns or any(column not in raw.column_names for column in columns):
+        if raw is None or self.reader is None or not columns or any(name not in raw.column_names for name in columns):
             raise DataError(
                 f"task '{task.name}': expected the texts of the rows for a teacher with a tokenizer of its own, found "
                 "encoded rows; pass raw rows and processing_class, so that each can read them for itself"
             )
         rows = raw[indices]
-        split = leader is not None or not isinstance(rows[columns[0]][0], str)
-        inputs = columns_of_rows(rows, columns, split=split)
-        _, mine = token_starts(inputs, self.processor, max_length_of(self.processor, self.max_length), split=split)
-        length = max_length_of(teacher.processor, teacher.max_length)
-        encoded, theirs = token_starts(inputs, teacher.processor, length, split=split)
-        tokenizer: Any = teacher.processor
-        batch = tokenizer.pad(
-            [{key: values[row] for key, values in encoded.items() if key in _INPUTS} for row in range(len(indices))],
-            return_tensors="pt",
-        )
+        inputs = [list(rows[column]) for column in columns]
+        encoded, theirs = reader.encode_with_starts(inputs, words=words)
+        batch = reader.collate([{key: values[row] for key, values in encoded.items()} for row in range(len(indices))])
         signals = teacher.signals(self._on_device(batch), names, wanted)
-        places = torch.full(features["input_ids"].shape, -1)
+        _, mine = (None, None) if theirs is None else self.reader.encode_with_starts(inputs, words=words)
+        if mine is None or theirs is None:
+            return signals
+        own_mask, their_mask = positions_of(features).cpu(), positions_of(batch)
+        places = torch.full(own_mask.shape, -1)
         for row, (own, other) in enumerate(zip(mine, theirs, strict=True)):
             # Texts may be padded on the left; starts are those of the unpadded row.
-            first, their_first = (int(found["attention_mask"][row].argmax()) for found in (features, batch))
+            first, their_first = int(own_mask[row].argmax()), int(their_mask[row].argmax())
             matched = torch.tensor(aligned(own, other))
             places[row, first : first + len(own)] = torch.where(matched < 0, matched, matched + their_first)
-        texts = features["attention_mask"].bool().cpu()
-        if (share := float((places[texts] >= 0).float().mean())) < _MATCHED_AT_LEAST:
+        if (share := float((places[own_mask.bool()] >= 0).float().mean())) < _MATCHED_AT_LEAST:
             logger.warning(
                 "only %.0f %% of the student's tokens begin where one of the teacher's does; others are not compared",
                 100 * share,

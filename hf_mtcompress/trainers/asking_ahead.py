@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from hf_mtcompress.data.collator import MultiTaskCollator, stack_signals
 from hf_mtcompress.data.mixing import SIGNALS, MixedDataset
 from hf_mtcompress.data.preprocessing import EncodedGroup
+from hf_mtcompress.data.readers import Reader, input_columns, positions_of
 from hf_mtcompress.data.teacher_cache import (
     CachedSignals,
     CacheSummary,
@@ -30,7 +31,7 @@ from hf_mtcompress.errors import DataError, TaskError
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.trainers.asking import Asking
 from hf_mtcompress.trainers.probing import agreement
-from hf_mtcompress.trainers.teachers import STOCK_TASK, TeacherPanel, logits_name, positions_of, processor_digest
+from hf_mtcompress.trainers.teachers import STOCK_TASK, TeacherPanel, logits_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class AsksAhead:
     train_dataset: Any
     data_collator: Any
     processing_class: Any
+    reader: Reader | None
     panel: TeacherPanel
     caches: list[CacheSummary]
     _stock: Task | None
@@ -70,13 +72,11 @@ class AsksAhead:
     def _ask_about(self, group: EncodedGroup, raw: Any, indices: Sequence[int], states: Sequence[str]) -> Signals:
         """What the teachers say of some rows, in their order."""
         tasks = {name: self._answered[name] for name in group.tasks}
-        text = "pixel_values" not in getattr(self.processing_class, "model_input_names", ())
-        own = MultiTaskCollator({}, self.processing_class if text else None)
+        own = MultiTaskCollator({}, self.reader)
         asking = Asking(
             panel=self.panel,
-            processor=self.processing_class,
+            reader=self.reader,
             collate=own if self._stock is None else _plain(self.data_collator),
-            max_length=getattr(self, "_max_length", None),
             device=self.args.device,
             batch_size=self.args.eval_batch_size,
         )
@@ -193,7 +193,7 @@ class AsksAhead:
                 "which positions, and so answers, depend on the other rows of a batch; set padding_side='right'"
             )
         digests = [teacher.digest() for teacher in self.panel.teachers]
-        foreign = any(teacher.processor is not None for teacher in self.panel.teachers)
+        foreign = any(teacher.reader is not None for teacher in self.panel.teachers)
         groups = self._groups("train")
         if not groups:
             raise DataError(
@@ -202,7 +202,7 @@ class AsksAhead:
             )
         found = []
         for group, raw in groups:
-            columns = [name for name in ("input_ids", "token_type_ids", "pixel_values") if name in group.dataset[0]]
+            columns = input_columns(group.dataset[0], self.reader)
             parts = {
                 "teachers": digests,
                 "orders": [teacher.orders for teacher in self.panel.teachers],
@@ -219,7 +219,7 @@ class AsksAhead:
                 # What such a teacher reads: the student's tokens do not tell it all.
                 inputs = self._answered[group.tasks[0]].input_columns
                 parts["raw"] = input_digest(raw, [column for column in inputs if column in raw.column_names])
-                parts["student"] = [processor_digest(self.processing_class), getattr(self, "_max_length", None)]
+                parts["student"] = None if self.reader is None else self.reader.digest()
             found.append((digest_of(parts), group, raw))
         return found
 
@@ -269,9 +269,8 @@ class _SignalCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plain = [{key: value for key, value in row.items() if not key.startswith(SIGNALS)} for row in rows]
         batch = dict(self.collator(plain))
-        texts = "input_ids" in batch
-        mask = positions_of(batch) if texts else None
-        return {**batch, **stack_signals(rows, mask)}
+        mask = positions_of(batch)
+        return {**batch, **stack_signals(rows, mask if mask.dim() == 2 else None)}
 
 
 def _plain(collator: Any) -> Any:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED, MixedDataset
 from hf_mtcompress.data.preprocessing import EncodedGroup, for_every_task
+from hf_mtcompress.data.readers import Reader, positions_of, reader_of
 from hf_mtcompress.data.teacher_cache import (
     CacheSummary,
 )
@@ -25,6 +26,7 @@ from hf_mtcompress.losses.criteria import AnswerCriterion, Criterion, StateCrite
 from hf_mtcompress.losses.fusion import Weight
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.model.sizes import word_table
 from hf_mtcompress.model.states import reading_states, state_width
 from hf_mtcompress.model.stock_heads import task_of_stock
 from hf_mtcompress.tasks import Task
@@ -37,8 +39,6 @@ from hf_mtcompress.trainers.teachers import (
     Teachers,
     logits_name,
     panel_of,
-    positions_of,
-    same_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class DistillationMixin(AsksAhead):
         """By state of the student: what takes it to the teacher's width; kept from one `train` to the next."""
         if not getattr(self, "multi_task", False):
             self._stock = self._stock_task()
+            self.reader = None if self.processing_class is None else reader_of(self.processing_class)
             # Losses are divided by the items of a whole accumulation window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
         self.panel = self._panel(given, teacher_processing_class)
@@ -108,7 +109,7 @@ class DistillationMixin(AsksAhead):
         if getattr(settings, "every_task", False) if every_task is None else every_task:
             self._ask_every_task()
         folder = None if teacher_cache is False else teacher_cache or getattr(settings, "teacher_cache", None)
-        foreign = [member for member in self.panel.teachers if member.processor is not None]
+        foreign = [member for member in self.panel.teachers if member.reader is not None]
         if folder is None and foreign and teacher_cache is not False:
             folder = Path(str(settings.output_dir)) / CACHE_FOLDER
             logger.warning(
@@ -166,30 +167,31 @@ class DistillationMixin(AsksAhead):
 
     def _panel(self, given: Teachers, processing_class: Any) -> TeacherPanel:
         models, own = _models_and_processors(given, processing_class)
-        processors, lengths = {}, {}
+        readers: dict[int, Reader] = {}
         for model, processor in zip(models, own, strict=True):
             if model is self._core:
                 raise TaskError("expected a teacher beside the student, found the student; give copy.deepcopy(model)")
+            length = None
             if isinstance(model, Runtime):
-                processor = model.processor if processor is None else processor
-                lengths[id(model)] = model.max_length
+                length = model.reader.max_length
+                processor = model.reader.processor if processor is None else processor
             elif isinstance(model, MultiTaskModel):
-                lengths[id(model)] = (model.config.preprocessing or {}).get("main", {}).get("max_length")
+                length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
             if processor is None:
                 self._check_vocabulary(model)
-            elif self.processing_class is None:
+            elif self.reader is None:
                 raise TaskError(
                     "expected processing_class, the student's tokenizer or image processor, beside that of the "
                     "teacher, found none; pass it"
                 )
-            elif not same_tokenizer(processor, self.processing_class):
-                processors[id(model)] = processor
-        if processors and self._stock is not None:
+            elif not (reader := reader_of(processor, length)).reads_as(self.reader):
+                readers[id(model)] = reader
+        if readers and self._stock is not None:
             raise TaskError(
                 "expected a teacher with the student's tokenizer for a stock student, whose rows hold no texts, found "
                 "another; make the student a MultiTaskModel (from_heads) and pass the texts"
             )
-        return panel_of(given, self._answered, processors, lengths, answers=bool(self.answer_criteria))
+        return panel_of(given, self._answered, readers, answers=bool(self.answer_criteria))
 
     def _check_vocabulary(self, teacher: Any) -> None:
         encoder = teacher.encoder if isinstance(teacher, MultiTaskModel) else encoder_of(teacher)
@@ -259,11 +261,8 @@ class DistillationMixin(AsksAhead):
         assert first is not None
         depths = self._student_encoder.config.num_hidden_layers, first.config.num_hidden_layers
         for item in self.state_criteria:
-            if (
-                item.images_only
-                and getattr(self._core, "main_input_name", "") != "pixel_values"
-                and not hasattr(self._student_encoder.config, "patch_size")
-            ):
+            words = word_table(self._student_encoder) is not None
+            if item.on_patches and words and not hasattr(self._student_encoder.config, "patch_size"):
                 raise TaskError(f"criterion '{item.kind}': expected a vision encoder, found one for texts")
             self._pairs.append((item, item.pairs(*depths)))
         self._own_states = list(dict.fromkeys(own for _, pairs in self._pairs for own, _ in pairs))
@@ -285,7 +284,7 @@ class DistillationMixin(AsksAhead):
             TrainingError: a teacher with inputs of its own that was not asked; or `model_init`, whose new models the
                 teacher was not compared with.
         """
-        if any(teacher.processor is not None for teacher in self.panel.teachers) and not self.caches:
+        if any(teacher.reader is not None for teacher in self.panel.teachers) and not self.caches:
             raise TrainingError(
                 "expected a teacher with a tokenizer of its own to be asked before, found teacher_cache=False; give a "
                 "folder, or leave it out"
@@ -349,16 +348,17 @@ class DistillationMixin(AsksAhead):
     def _open_labels(self, batch: Mapping[str, Any]) -> Tensor:
         """Labels of a stock student's batch that has none."""
         assert self._stock is not None
-        inputs = next(value for key, value in batch.items() if key in ("input_ids", "pixel_values"))
+        positions = positions_of(batch)
         match self._stock.problem:
             case "token_classification":
-                return torch.full_like(inputs, UNLABELLED)
+                return torch.full_like(positions, UNLABELLED)
             case "single_label_classification":
-                return torch.full((len(inputs),), UNLABELLED, device=inputs.device)
+                return torch.full((len(positions),), UNLABELLED, device=positions.device)
             case "multi_label_classification":
-                return torch.full((len(inputs), self._stock.num_outputs), float(UNLABELLED), device=inputs.device)
+                shape = (len(positions), self._stock.num_outputs)
+                return torch.full(shape, float(UNLABELLED), device=positions.device)
             case "regression":
-                return torch.full((len(inputs),), float("nan"), device=inputs.device)
+                return torch.full((len(positions),), float("nan"), device=positions.device)
 
     def extra_counts(self, batches: list[dict[str, Any]]) -> ItemCounts:
         """Items of the window that each criterion runs over."""

@@ -29,6 +29,7 @@ from hf_mtcompress.data.preprocessing import (
     encode_streams,
     encoded_labels,
 )
+from hf_mtcompress.data.readers import Reader, lengths_of, reader_of
 from hf_mtcompress.data.streaming import STREAM_STRATEGIES, MixedStream
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.evaluation.affinity import held_out_gradients
@@ -80,8 +81,8 @@ class MultiTaskTrainer(Trainer):
         args: `MultiTaskTrainingArguments`, or plain `TrainingArguments` (then the defaults of ours hold).
         train_dataset: rows by task name; or one data set that has the label columns of all tasks; or streams
             (`IterableDataset`, with `max_steps` and mixing uniform, round_robin or weights). Rows are raw
-            (then `processing_class` is needed) or encoded (`input_ids` or `pixel_values`). Tasks with the same data
-            set and the same input columns share batches and are encoded once.
+            (then `processing_class` is needed) or model inputs already. Tasks with the same data set and the same
+            input columns share batches and are encoded once.
         eval_dataset: likewise.
         processing_class: tokenizer or image processor.
         compute_metrics: extra metrics: one function, or functions by task name. Each gets an `EvalPrediction` of one
@@ -114,6 +115,8 @@ class MultiTaskTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.multi_task = isinstance(model, MultiTaskModel)
+        self.reader: Reader | None = None
+        """What encodes raw rows and pads them, where `processing_class` is given."""
         self.train_groups: list[EncodedGroup] = []
         self.train_streams: list[EncodedStream] = []
         self.eval_groups: list[EncodedGroup] = []
@@ -146,8 +149,9 @@ class MultiTaskTrainer(Trainer):
         if not self.multi_task:
             _refuse_rows_by_task(model, train_dataset, kwargs)
         if isinstance(model, MultiTaskModel):
-            self._max_length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
-            self._processor = processing_class
+            if processing_class is not None:
+                length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
+                self.reader = reader_of(processing_class, length)
             rows = self._by_task(model.tasks, train_dataset, "train")
             if any(isinstance(source, IterableDataset) for source in rows.values()):
                 self.train_streams = self._encode_streams(model.tasks, rows)
@@ -162,8 +166,7 @@ class MultiTaskTrainer(Trainer):
                 tables = [group.dataset for group in self.train_groups]
                 train_dataset = MixedStream(streams, 1) if streams else MixedDataset(tables)
             eval_dataset = MixedDataset([group.dataset for group in self.eval_groups]) if self.eval_groups else None
-            text = "pixel_values" not in getattr(processing_class, "model_input_names", ())
-            data_collator = data_collator or MultiTaskCollator(model.tasks, processing_class if text else None)
+            data_collator = data_collator or MultiTaskCollator(model.tasks, self.reader)
         elif isinstance(compute_metrics, Mapping):
             raise TaskError(
                 f"expected one compute_metrics function for a {type(model).__name__}, found functions by task "
@@ -242,7 +245,7 @@ class MultiTaskTrainer(Trainer):
                 f"{role}: expected rows with a length, found a stream; load them without streaming, or take some: "
                 "Dataset.from_list(list(stream.take(1000)))"
             )
-        return encode_groups(tasks, rows, self._processor, self._max_length, role)
+        return encode_groups(tasks, rows, self.reader, role)
 
     def _encode_streams(self, tasks: dict[str, Task], rows: dict[str, Any]) -> list[EncodedStream]:
         if not all(isinstance(source, IterableDataset) for source in rows.values()):
@@ -250,7 +253,7 @@ class MultiTaskTrainer(Trainer):
                 "train: expected streams for all tasks or for none, found both; turn the others into streams with "
                 "Dataset.to_iterable_dataset()"
             )
-        return encode_streams(tasks, rows, self._processor, self._max_length, "train")
+        return encode_streams(tasks, rows, self.reader, "train")
 
     @property
     def train_sources(self) -> Sequence[EncodedGroup | EncodedStream]:
@@ -505,7 +508,9 @@ class MultiTaskTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.multi_task and self._signature_columns is not None:
-            self._signature_columns += [name for name in self.label_names if name not in self._signature_columns]
+            core: Any = self.accelerator.unwrap_model(self.model)
+            wanted = (*core.input_names, *self.label_names)
+            self._signature_columns += [name for name in wanted if name not in self._signature_columns]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As `Trainer`; heads may have a learning rate of their own."""
@@ -595,10 +600,10 @@ class MultiTaskTrainer(Trainer):
         return [sum(weights.get(name, 0.0) for name in group.own_tasks) for group in self.train_sources]
 
     def _lengths(self) -> list[list[int]] | None:
-        """Tokens of every training row by source; None for images, which are of one size."""
-        if any("input_ids" not in group.dataset.column_names for group in self.train_groups):
-            return None
-        return [[len(ids) for ids in group.dataset.with_format(None)["input_ids"]] for group in self.train_groups]
+        """Tokens of every training row by source; None where rows have none, and are of one size."""
+        found = [lengths_of(group.dataset) for group in self.train_groups]
+        lengths = [of_source for of_source in found if of_source is not None]
+        return lengths if len(lengths) == len(found) else None
 
     # ---- losses ----
 

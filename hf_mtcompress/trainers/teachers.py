@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_mtcompress.data.readers import Reader, positions_of
 from hf_mtcompress.errors import TaskError
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.losses.distillation import match_labels
 from hf_mtcompress.model.anatomy import encoder_of
+from hf_mtcompress.model.inputs import taken_by
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.states import reading_states
 from hf_mtcompress.model.stock_heads import task_of_stock
@@ -42,8 +44,7 @@ class Teacher:
     Args:
         model: a `MultiTaskModel`, a stock model with a head, or a loaded ONNX folder (`open_runtime`).
         tasks: the student's tasks that it answers; none where only its states are wanted.
-        processor: its own tokenizer or image processor; None where it reads the student's inputs.
-        max_length: longest input in tokens, where it has a tokenizer of its own.
+        reader: its own; None where it reads the student's inputs.
 
     Raises:
         TaskError: it has no such task, or other labels.
@@ -53,14 +54,12 @@ class Teacher:
         self,
         model: TeacherModel,
         tasks: Mapping[str, Task],
-        processor: Any | None = None,
-        max_length: int | None = None,
+        reader: Reader | None = None,
     ) -> None:
         if isinstance(model, PreTrainedModel):
             model.eval().requires_grad_(False)
         self.model = model
-        self.processor = processor
-        self.max_length = max_length
+        self.reader = reader
         self.orders = {name: _label_order(task, model) for name, task in tasks.items()}
 
     @property
@@ -109,9 +108,7 @@ class Teacher:
         if isinstance(self.model, MultiTaskModel):
             return self.model(**features, tasks=names, output_hidden_states=hidden or None)
         assert isinstance(self.model, PreTrainedModel)
-        inputs = dict(features)
-        if "type_vocab_size" not in self.model.config.to_dict():
-            inputs.pop("token_type_ids", None)
+        inputs = taken_by(self.model, features)
         # Stock models with a head return no last hidden state, so an embedding needs all of them.
         return self.model(**inputs, output_hidden_states=True, return_dict=True)
 
@@ -133,38 +130,9 @@ class Teacher:
                 if key not in ("_name_or_path", "transformers_version", "dtype")
             }
             digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        if self.processor is not None:
-            digest.update(processor_digest(self.processor).encode())
-            digest.update(str(self.max_length).encode())
+        if self.reader is not None:
+            digest.update(self.reader.digest().encode())
         return digest.hexdigest()
-
-
-def processor_digest(processor: Any) -> str:
-    """Digest of what a tokenizer or image processor does."""
-    backend = getattr(processor, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(processor.to_dict().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def same_tokenizer(one: Any, other: Any) -> bool:
-    """Whether two tokenizers or image processors make the same inputs."""
-    if one is other:
-        return True
-    if hasattr(one, "get_vocab") and hasattr(other, "get_vocab"):
-        specials = [
-            (item.cls_token_id, item.sep_token_id, item.pad_token_id, item.mask_token_id) for item in (one, other)
-        ]
-        return one.get_vocab() == other.get_vocab() and specials[0] == specials[1]
-    return processor_digest(one) == processor_digest(other)
-
-
-def positions_of(features: Mapping[str, Any]) -> Tensor:
-    """(batch, tokens) attention mask of texts, or (batch,) ones of images."""
-    if "attention_mask" in features:
-        return features["attention_mask"]
-    if "input_ids" in features:
-        return torch.ones_like(features["input_ids"])
-    return torch.ones(len(features["pixel_values"]), device=features["pixel_values"].device)
 
 
 @dataclass(frozen=True)
@@ -249,8 +217,7 @@ Teachers = TeacherModel | Mapping[str, TeacherModel] | Sequence[TeacherModel] | 
 def panel_of(
     teachers: Teachers,
     tasks: Mapping[str, Task],
-    processors: Mapping[int, Any],
-    lengths: Mapping[int, int | None],
+    readers: Mapping[int, Reader],
     *,
     answers: bool = True,
 ) -> TeacherPanel:
@@ -259,8 +226,7 @@ def panel_of(
     Args:
         teachers: see `Teachers`.
         tasks: the student's.
-        processors: by identity of a model: a tokenizer or image processor of its own.
-        lengths: likewise: its longest input in tokens.
+        readers: by identity of a model: a reader of its own.
         answers: whether their answers are wanted, or only their states.
 
     Raises:
@@ -301,7 +267,7 @@ def panel_of(
         for model, _ in found:
             models[id(model)] = model
             own_tasks.setdefault(id(model), {}).update({name: tasks[name]} if answers else {})
-    made = {key: Teacher(model, own_tasks[key], processors.get(key), lengths.get(key)) for key, model in models.items()}
+    made = {key: Teacher(model, own_tasks[key], readers.get(key)) for key, model in models.items()}
     return TeacherPanel(
         {name: [(made[id(model)], weight) for model, weight in found] for name, found in weighted.items()}, answers
     )

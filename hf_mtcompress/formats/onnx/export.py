@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_mtcompress.data.readers import Reader, reader_of
 from hf_mtcompress.environment import package_version, require_extra
 from hf_mtcompress.errors import ArtifactError, UnsupportedEncoderError
 from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings, write_graph_settings
@@ -62,16 +62,16 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
         raise UnsupportedEncoderError(
             "expected a float model to export, found a quantized one; export the step it was made from"
         )
-    source = copy.deepcopy(model)
+    source, reader = copy.deepcopy(model), reader_of(processor)
     source.float().cpu().eval()
-    graph = _trace(source, processor)
+    graph = _trace(source, reader)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ONNX_MODEL
     onnx_ir.save(graph, path)
     inputs = [str(value.name) for value in graph.graph.inputs]
     with torch.no_grad():
         for seed, batch in enumerate((1, 3)):
-            sample = _sample_inputs(source, processor, batch=batch, length=(5, 13)[seed], seed=seed)
+            sample = _example(source, reader, batch, (5, 13)[seed], seed)
             output = source(**sample)
             expected = {task.logits_name: output[task.logits_name].numpy() for task in source.tasks.values()}
             found = run_graph(path, {name: value.numpy() for name, value in sample.items()})
@@ -83,7 +83,7 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
                     f"{difference:.2g} on a batch of {batch} (at most {TOLERANCE:g}); nothing was kept, report "
                     f"the encoder '{source.encoder.config.model_type}' with the versions of torch and transformers"
                 )
-    processor.save_pretrained(folder)
+    reader.save(folder)
     write_graph_settings(
         folder,
         GraphSettings(
@@ -182,15 +182,21 @@ class _LogitsOnly(PreTrainedModel):
         return {task.logits_name: output[task.logits_name] for task in self.model.tasks.values()}
 
 
-def _trace(model: MultiTaskModel, processor: Any) -> Any:
+def _trace(model: MultiTaskModel, reader: Reader) -> Any:
     """The graph of `model` as an `onnx_ir.Model` whose only outputs are the logits."""
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     # Sizes of one would be taken for constants, so batch and length are larger, and different.
-    sample = _sample_inputs(model, processor, batch=2, length=11, seed=7)
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = {name: {0: dynamic} if name == "pixel_values" else {0: dynamic, 1: dynamic} for name in sample}
+    sample, other = _example(model, reader, 2, 11, seed=7), _example(model, reader, 3, 12, seed=7)
+    shapes = {
+        name: {
+            axis: torch.export.Dim.DYNAMIC
+            for axis, sizes in enumerate(zip(value.shape, other[name].shape, strict=True))
+            if len(set(sizes)) > 1
+        }
+        for name, value in sample.items()
+    }
     output = io.StringIO()
     try:
         with quiet(output):
@@ -264,21 +270,6 @@ def _tidy(graph: Any) -> Any:
     return graph
 
 
-def _sample_inputs(model: MultiTaskModel, processor: Any, *, batch: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Model inputs of a given shape; texts are random ids of unequal length, images are noise."""
-    names = list(processor.model_input_names)
-    generator = torch.Generator().manual_seed(seed)
-    if "pixel_values" in names:
-        blank = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": torch.randn(batch, *blank.shape[1:], generator=generator)}
-    vocabulary = int((model.config.encoders or {})["main"]["vocab_size"])
-    ids = torch.randint(0, min(vocabulary, len(processor)), (batch, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if processor.pad_token_id is not None:
-        ids[ids == processor.pad_token_id] = (processor.pad_token_id + 1) % vocabulary
-        mask[-1, -2:] = 0
-        ids[mask == 0] = processor.pad_token_id
-    sample = {"input_ids": ids, "attention_mask": mask}
-    if "token_type_ids" in names and "type_vocab_size" in (model.config.encoders or {})["main"]:
-        sample["token_type_ids"] = torch.zeros_like(ids)
-    return sample
+def _example(model: MultiTaskModel, reader: Reader, rows: int, length: int, seed: int) -> dict[str, Tensor]:
+    """Made-up inputs of the model; where they have tokens, the last row is shorter by two."""
+    return model.inputs_in(reader.example(rows, length=length, padding=2, seed=seed))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
+from hf_mtcompress.data.readers import load_reader
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings
 from hf_mtcompress.records import FORMS
@@ -82,7 +83,7 @@ def quiet(output: io.StringIO) -> Iterator[None]:
 
 
 def stored_bytes(path: Path) -> dict[str, Any]:
-    """Bytes of weights by type, and of the tables that `input_ids` are looked up in."""
+    """Bytes of weights by type, and of the tables that the first input, tokens, is looked up in."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -96,7 +97,7 @@ def stored_bytes(path: Path) -> dict[str, Any]:
             value = helper.get_node_attr_value(node, node.attribute[0].name)
             if isinstance(value, TensorProto):
                 stored[TensorProto.DataType.Name(value.data_type).lower()] += _bytes_of(value)
-    ids = {"input_ids"}
+    ids = {model.graph.input[0].name}
     tables = set()
     for node in model.graph.node:
         if node.op_type in ("Cast", "Reshape", "Identity") and node.input[0] in ids:
@@ -118,19 +119,8 @@ def _bytes_of(tensor: Any) -> int:
 
 
 def random_feed(path: Path) -> dict[str, np.ndarray]:
-    """Inputs of fixed seed that fit a graph, to compare two graphs of the same model."""
-    from hf_mtcompress.formats.onnx.session import open_session
-
-    generator = np.random.default_rng(0)
-    feed: dict[str, np.ndarray] = {}
-    for item in open_session(path, 1).get_inputs():
-        if item.name == "pixel_values":
-            shape = [size if isinstance(size, int) else 2 for size in item.shape]
-            feed[item.name] = generator.standard_normal(shape).astype(np.float32)
-        else:
-            ids = generator.integers(5, 50, (2, 9)) if item.name == "input_ids" else np.full((2, 9), 0)
-            feed[item.name] = np.ones((2, 9), dtype=np.int64) if item.name == "attention_mask" else ids
-    return feed
+    """Inputs of fixed seed that fit the graph of a folder, to compare two graphs of the same model."""
+    return {name: tensor.numpy() for name, tensor in load_reader(path.parent).example(2).items()}
 
 
 def run_graph(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ class ReloadCheck:
 
     Attributes:
         folder: of any form.
-        inputs: model inputs as arrays: `input_ids` ... or `pixel_values`.
+        inputs: model inputs as arrays by name.
         expected: logits by task for these inputs, computed on the processor in eval mode with as many threads as torch
             has now, by the model in memory.
         tolerance: largest absolute difference that passes; 0 asks for equal bits.
@@ -182,5 +182,5 @@ def _write_samples(samples: Sequence[Any] | None, folder: Path) -> list[Any] | N
         else:
             folder.mkdir(exist_ok=True)
             sample.convert("RGB").save(folder / f"{index}.png")
-            rows.append({"image": str(folder / f"{index}.png")})
+            rows.append({"file": str(folder / f"{index}.png")})
     return rows

@@ -49,7 +49,7 @@ class Engine {
 
   #pixels(image) {
     const { data, shape } = encodeImage(image, this.page.image);
-    return { feeds: { pixel_values: new this.ort.Tensor("float32", data, shape) }, encoding: {} };
+    return { feeds: { [this.page.inputs[0]]: new this.ort.Tensor("float32", data, shape) }, encoding: {} };
   }
 
   #tokens(text, pair) {

@@ -16,13 +16,10 @@ from typing import Any
 
 from huggingface_hub import SpaceCardData
 from huggingface_hub.constants import HF_HOME
-from transformers import PreTrainedTokenizerFast
 
 from hf_mtcompress.artifacts import whole_folder, write_text
-from hf_mtcompress.data.preprocessing import max_length_of
-from hf_mtcompress.environment import package_version
 from hf_mtcompress.errors import ArtifactError, MissingExtraError, UnsupportedEncoderError
-from hf_mtcompress.formats.folders import load_processor
+from hf_mtcompress.formats.folders import open_reader
 from hf_mtcompress.formats.graph_settings import GraphSettings, check_graph, read_graph_settings
 from hf_mtcompress.records.forms import ONNX_MODEL
 from hf_mtcompress.tasks import Task, TokenClassification
@@ -33,8 +30,6 @@ LIBRARIES = "libraries"
 """Folder of the page with the code of others."""
 _MODEL = "model"
 _CARD = "README.md"
-_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""Filters by their number in Pillow."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ def write_webpage(
     settings = read_graph_settings(source)
     check_graph(source, settings)
     _check_place(output)
-    description = _describe(settings, source, title, facts or {}, examples)
+    description, needed = _describe(settings, source, title, facts or {}, examples)
     found = _libraries(libraries)
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(output) as scratch:
@@ -117,8 +112,7 @@ def write_webpage(
             (scratch / item.name).write_bytes(item.read_bytes())
         write_text(scratch / PAGE, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         (scratch / _MODEL).mkdir()
-        names = [ONNX_MODEL, *(("tokenizer.json", "tokenizer_config.json") if "text" in description else ())]
-        for name in names:
+        for name in (ONNX_MODEL, *needed):
             shutil.copyfile(source / name, scratch / _MODEL / name)
         (scratch / LIBRARIES).mkdir()
         for path in found:
@@ -157,10 +151,9 @@ def _sources() -> list[Any]:
 
 def _describe(
     settings: GraphSettings, source: Path, title: str, facts: Mapping[str, str], examples: Sequence[str]
-) -> dict[str, Any]:
-    """The content of `page.json`."""
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The content of `page.json`, and the files of the source that it needs beside the graph."""
     tasks = settings.build_tasks()
-    processor = load_processor(source)
     size = (source / ONNX_MODEL).stat().st_size
     count = f"{len(tasks)} tasks" if len(tasks) != 1 else "1 task"
     page: dict[str, Any] = {
@@ -172,10 +165,13 @@ def _describe(
         "inputs": settings.inputs,
         "tasks": [_describe_task(task) for task in tasks.values()],
     }
-    if "pixel_values" in settings.inputs:
-        return {**page, "image": _describe_images(processor)}
-    words = any(isinstance(task, TokenClassification) for task in tasks.values())
-    return {**page, "text": _describe_texts(processor, settings.preprocessing.get("max_length"), words, source)}
+    described, needed = open_reader(source).describe(words=any(task.reads_words for task in tasks.values()))
+    if missing := [name for name in needed if not (source / name).is_file()]:
+        raise UnsupportedEncoderError(
+            f"expected {', '.join(missing)} in {source} for a web page, found none; save a fast tokenizer beside the "
+            "graph"
+        )
+    return {**page, **described}, needed
 
 
 def _describe_task(task: Task) -> dict[str, Any]:
@@ -185,61 +181,6 @@ def _describe_task(task: Task) -> dict[str, Any]:
         "labels": list(task.labels or ()),
         "output": task.logits_name,
         "bio": isinstance(task, TokenClassification) and task.bio,
-    }
-
-
-def _describe_texts(tokenizer: Any, max_length: int | None, words: bool, source: Path) -> dict[str, Any]:
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not (source / "tokenizer.json").is_file():
-        raise UnsupportedEncoderError(
-            f"expected a tokenizer with a tokenizer.json for a web page, found {type(tokenizer).__name__} without; "
-            "save a fast tokenizer beside the graph"
-        )
-    return {
-        "max_length": max_length_of(tokenizer, max_length),
-        "truncation_side": tokenizer.truncation_side,
-        "words": words,
-        "pairs": not words,
-        "templates": {"single": _template(tokenizer, None), "pair": _template(tokenizer, "a")},
-    }
-
-
-def _template(tokenizer: PreTrainedTokenizerFast, pair: str | None) -> list[dict[str, Any]]:
-    """Where texts and special tokens stand: parts with `ids` or the number of a `text`, and their token type."""
-    encoded = tokenizer("a", pair, return_token_type_ids=True)
-    parts: list[dict[str, Any]] = []
-    for token, owner, kind in zip(
-        encoded["input_ids"], encoded.sequence_ids(0), encoded["token_type_ids"], strict=True
-    ):
-        last = parts[-1] if parts else {}
-        if owner is None and "ids" in last and last["type"] == kind:
-            last["ids"].append(token)
-        elif owner is None:
-            parts.append({"ids": [token], "type": kind})
-        elif last.get("text") != owner:
-            parts.append({"text": owner, "type": kind})
-    return parts
-
-
-def _describe_images(processor: Any) -> dict[str, Any]:
-    def of(name: str) -> Any:
-        return getattr(processor, name, None)
-
-    size = {key: value for key, value in dict(of("size")).items() if value is not None} if of("do_resize") else None
-    crop = dict(of("crop_size")) if of("do_center_crop") else None
-    known = size is None or set(size) in ({"height", "width"}, {"shortest_edge"})
-    if not known or of("do_pad") or of("do_convert_rgb") is False:
-        raise UnsupportedEncoderError(
-            f"expected an image processor that scales to height and width or to the shortest edge, crops and "
-            f"normalizes, found {type(processor).__name__} with size {size}; a web page cannot do what it does"
-        )
-    return {
-        "size": size,
-        "crop": None if crop is None else {key: crop[key] for key in ("height", "width")},
-        "resample": _RESAMPLE[int(of("resample") if of("resample") is not None else 2)],
-        "tall_first": int((package_version("pillow") or "13").partition(".")[0]) >= 13,
-        "factor": of("rescale_factor") if of("do_rescale") else 1.0,
-        "mean": list(of("image_mean")) if of("do_normalize") else [0.0] * 3,
-        "std": list(of("image_std")) if of("do_normalize") else [1.0] * 3,
     }
 
 

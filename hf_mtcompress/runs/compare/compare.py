@@ -53,7 +53,7 @@ from hf_mtcompress.runs.compare.differences import arm_record, compared_task, di
 from hf_mtcompress.runs.compare.models import PlannedModel, combination_problems, models_of, planned_model
 from hf_mtcompress.runs.compare.statistics import CONFIDENCE
 from hf_mtcompress.runs.run import do_step, prepare_output
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.scoring import read_step, score_folder
 from hf_mtcompress.steps.training import merged_training
 
@@ -92,8 +92,8 @@ def compare_tasks(comparison: Comparison, output: Path, *, keep_models: bool = F
     if comparison.encoders is not None:
         groups = _found_groups(recipe, sources, arms, done, comparison.encoders)
         logger.warning("%s: %s", GROUPED, "/".join("+".join(group) for group in groups))
-        processor = load_processor(recipe)
-        arms[GROUPED] = [planned_model(None, recipe, sources, processor, group) for group in groups]
+        reader = recipe_reader(recipe)
+        arms[GROUPED] = [planned_model(None, recipe, sources, reader, group) for group in groups]
         if problems := combination_problems({GROUPED: arms[GROUPED]}):
             raise RecipeError(problems)
         done |= _train_all({GROUPED: arms[GROUPED]}, comparison.seeds, output, keep_models)
@@ -176,7 +176,7 @@ def _train(model: PlannedModel, seed: int, output: Path, keep_models: bool) -> S
     """Train and score a model in one seed, unless that is done."""
     step = training_step(model.recipe, seed, model.steps)
     recipe = dataclasses.replace(model.recipe, seed=seed, steps=(step,))
-    context = RunContext(recipe, output / model.folder, model.sources, model.processor)
+    context = RunContext(recipe, output / model.folder, model.sources, model.reader)
     folder = context.step_folder(str(step.name))
     before = read_step(folder / STEP_RECORD)
     record = do_step(step, {}, context)

@@ -4,15 +4,15 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hf_mtcompress.data.load import content_fingerprint
 from hf_mtcompress.data.preprocessing import group_tasks
+from hf_mtcompress.data.readers import Reader
 from hf_mtcompress.data.sources import Sources, load_sources, task_of
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.recipe import FusionConfig, MixingConfig, Recipe, Role, TaskConfig, restricted
 from hf_mtcompress.runs.compare.arms import ALONE, TOGETHER, Arm, Comparison, finetune_step, main_tasks
-from hf_mtcompress.steps.run_context import load_processor
+from hf_mtcompress.steps.run_context import recipe_reader
 from hf_mtcompress.steps.training import merged_training
 
 _LONGEST_FOLDER = 120
@@ -25,7 +25,7 @@ class PlannedModel:
     folder: str
     recipe: Recipe
     sources: Sources
-    processor: Any
+    reader: Reader
     steps: int | None
     """Optimizer steps, where the recipe limits them."""
 
@@ -37,15 +37,15 @@ class PlannedModel:
 def models_of(comparison: Comparison, sources: Sources) -> dict[str, list[PlannedModel]]:
     """The models of every arm by its name; arms that need the same model share it."""
     recipe = comparison.recipe
-    processor = load_processor(recipe)
-    arms = {TOGETHER: [planned_model(TOGETHER, recipe, sources, processor, tuple(recipe.tasks))]}
+    reader = recipe_reader(recipe)
+    arms = {TOGETHER: [planned_model(TOGETHER, recipe, sources, reader, tuple(recipe.tasks))]}
     for task in main_tasks(recipe):
-        arms[f"{ALONE}:{task}"] = [planned_model(None, recipe, sources, processor, (task,))]
+        arms[f"{ALONE}:{task}"] = [planned_model(None, recipe, sources, reader, (task,))]
     problems: list[str] = []
     for arm in comparison.arms:
         own = sources if arm.recipe.tasks == recipe.tasks else load_sources(arm.recipe.tasks, arm.recipe.seed)
         problems += _other_rows(arm, sources, own)
-        other = processor if arm.recipe.encoder == recipe.encoder else load_processor(arm.recipe)
+        other = reader if arm.recipe.encoder == recipe.encoder else recipe_reader(arm.recipe)
         if not arm.groups:
             arms[arm.name] = [planned_model(arm.name, arm.recipe, own, other, tuple(arm.recipe.tasks))]
             continue
@@ -53,7 +53,7 @@ def models_of(comparison: Comparison, sources: Sources) -> dict[str, list[Planne
         for group in arm.groups:
             model = planned_model(f"{arm.name}.{joined(group)}", arm.recipe, own, other, group)
             if set(group) <= set(recipe.tasks):
-                plain = planned_model(None, recipe, sources, processor, group)
+                plain = planned_model(None, recipe, sources, reader, group)
                 if (plain.recipe, plain.steps) == (model.recipe, model.steps):
                     # Trained twice, a difference of 0 would look like a result.
                     model, untouched = plain, untouched + 1
@@ -106,7 +106,7 @@ def scored_role(sources: Sources, task: str) -> Role:
 
 
 def planned_model(
-    folder: str | None, recipe: Recipe, sources: Sources, processor: Any, names: tuple[str, ...]
+    folder: str | None, recipe: Recipe, sources: Sources, reader: Reader, names: tuple[str, ...]
 ) -> PlannedModel:
     """Some tasks of a recipe as a recipe of their own, with the share of steps that their rows have."""
     if set(names) == set(recipe.tasks):
@@ -141,7 +141,7 @@ def planned_model(
         steps = max(1, round(limit * share))
     if folder is None:
         folder = f"{ALONE}-{names[0]}" if single else joined(names)
-    return PlannedModel(folder, part, rows, processor, steps)
+    return PlannedModel(folder, part, rows, reader, steps)
 
 
 def joined(names: Sequence[str]) -> str:

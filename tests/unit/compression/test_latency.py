@@ -16,8 +16,8 @@ from hf_mtcompress.compression.latency import (
     split_times,
 )
 from hf_mtcompress.compression.pruning import TimeBudget, prune
+from hf_mtcompress.data.readers import load_reader, reader_of
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.formats.folders import load_processor
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.surgery import cut
@@ -166,7 +166,7 @@ def test_a_shape_is_saved_for_its_runtime(tmp_path: Path) -> None:
     assert find_anatomy(MultiTaskModel.from_pretrained(tmp_path / "torch").encoder).sizes == [(2, 32), (0, 8)]
     save_shape(model, tiny_tokenizer(), [(1, 0)], tmp_path / "int8", "onnx_int8")
     assert (tmp_path / "int8" / "model.onnx").is_file()
-    assert load_processor(tmp_path / "int8").model_input_names == tiny_tokenizer().model_input_names
+    assert load_reader(tmp_path / "int8").reads_as(reader_of(tiny_tokenizer()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

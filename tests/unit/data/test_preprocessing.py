@@ -13,15 +13,14 @@ from hf_mtcompress.data.preprocessing import (
     encode_groups,
     encoded_labels,
     group_tasks,
-    max_length_of,
     require_column,
 )
+from hf_mtcompress.data.readers import reader_of
 from hf_mtcompress.errors import DataError
 from tests.tiny import (
     COLOUR_LABELS,
     FEELING_LABELS,
     IMAGE_SIZE,
-    MAX_LENGTH,
     TAG_LABELS,
     tiny_image_processor,
     tiny_image_rows,
@@ -78,7 +77,8 @@ def by_name(*tasks: Task) -> dict[str, Task]:
 def encode(tasks: dict[str, Task], rows: Any, processor: Any = None, length: int | None = None) -> list[EncodedGroup]:
     """Groups of `tasks`, all over `rows` unless these are given by task."""
     data = rows if isinstance(rows, dict) else dict.fromkeys(tasks, rows)
-    return encode_groups(tasks, data, processor, length, "train")
+    reader = None if processor is None else reader_of(processor, length)
+    return encode_groups(tasks, data, reader, "train")
 
 
 # ------------------------------------------------------------------------------------------------------------- laws
@@ -209,21 +209,6 @@ def test_images_are_encoded_when_they_are_read() -> None:
     assert set(row) == {"pixel_values", "labels_colour", "labels_shade"}
     assert (row["labels_colour"], row["labels_shade"]) == (IMAGES[2]["label"], IMAGES[2]["intensity"])
     assert encoded_labels(group.dataset, colour()) == list(IMAGES["label"])
-
-
-@pytest.mark.parametrize(
-    ("limit", "wanted", "expected"), [(64, 16, 16), (64, None, 64), (10**30, None, 512), (None, None, 512)]
-)
-def test_maximal_length(limit: int | None, wanted: int | None, expected: int) -> None:
-    tokenizer = tiny_tokenizer()
-    processor: Any = object() if limit is None else tokenizer
-    before = tokenizer.model_max_length
-    assert before == MAX_LENGTH
-    try:
-        tokenizer.model_max_length = limit or before
-        assert max_length_of(processor, wanted) == expected
-    finally:
-        tokenizer.model_max_length = before
 
 
 # ------------------------------------------------------------------------------------------------------ encoded rows

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.preprocessing import encode_groups
+from hf_mtcompress.data.readers import reader_of
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.evaluation import affinity
 from hf_mtcompress.evaluation.affinity import held_out_cosines, held_out_gradients
@@ -27,6 +28,8 @@ from tests.tiny import (
 )
 
 LABELS = ("no", "yes")
+
+READER = reader_of(tiny_tokenizer())
 
 
 def two_sided(seed: int = 0) -> Dataset:
@@ -58,7 +61,7 @@ def test_the_same_task_twice_and_its_opposite() -> None:
     tasks = (of_texts("one", "good"), of_texts("two", "good"), of_texts("other", "bad"))
     tasks[1].weight = 2.0
     rows = two_sided()
-    cosines = held_out_cosines(model_of(*tasks), dict.fromkeys(("one", "two", "other"), rows), tiny_tokenizer())
+    cosines = held_out_cosines(model_of(*tasks), dict.fromkeys(("one", "two", "other"), rows), READER)
     assert cosines.shape == (3, 3)
     torch.testing.assert_close(cosines.diagonal(), torch.ones(3))
     assert cosines[0, 1] == pytest.approx(1.0, abs=1e-6)
@@ -78,7 +81,7 @@ def test_the_sketch_is_close_to_the_whole_gradients(batch_size: int, monkeypatch
     )
     rows = two_sided()
     model = model_of(*tasks, small_heads=False)
-    found = held_out_cosines(model, dict.fromkeys(("one", "size"), rows), tiny_tokenizer(), batch_size=batch_size)
+    found = held_out_cosines(model, dict.fromkeys(("one", "size"), rows), READER, batch_size=batch_size)
 
     encoded = tiny_tokenizer()(list(rows["text"]), padding=True, return_tensors="pt")
     labels = {
@@ -86,8 +89,8 @@ def test_the_sketch_is_close_to_the_whole_gradients(batch_size: int, monkeypatch
         "size": torch.tensor(rows["length"]).float(),
     }
     weights = [weight for layer in find_anatomy(model.encoder).layers for weight in layer.module.parameters()]
-    groups = encode_groups(model.tasks, dict.fromkeys(("one", "size"), rows), tiny_tokenizer(), None, "validation")
-    wanted = held_out_gradients(model, groups, MultiTaskCollator(model.tasks, tiny_tokenizer()), batch_size=batch_size)
+    groups = encode_groups(model.tasks, dict.fromkeys(("one", "size"), rows), READER, "validation")
+    wanted = held_out_gradients(model, groups, MultiTaskCollator(model.tasks, READER), batch_size=batch_size)
     gradients = []
     for name, values in labels.items():
         loss = model(**encoded, tasks=[name], **{f"labels_{name}": values}).loss
@@ -107,7 +110,7 @@ def test_a_model_is_left_as_it_was() -> None:
     model.train().freeze_encoder()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    cosines = held_out_cosines(model, {"one": two_sided(), "tags": tiny_token_rows(20)}, tiny_tokenizer())
+    cosines = held_out_cosines(model, {"one": two_sided(), "tags": tiny_token_rows(20)}, READER)
     assert torch.isfinite(cosines).all()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -122,12 +125,12 @@ def test_layers_that_are_not_trained_have_no_say() -> None:
     rows = dict.fromkeys(("one", "two"), two_sided())
     model = model_of(*tasks, small_heads=False)
     layers = [layer.module for layer in find_anatomy(model.encoder).layers]
-    all_layers = held_out_cosines(model, rows, tiny_tokenizer())
+    all_layers = held_out_cosines(model, rows, READER)
     layers[0].requires_grad_(False)
-    last = held_out_cosines(model, rows, tiny_tokenizer())
+    last = held_out_cosines(model, rows, READER)
     assert not torch.allclose(all_layers, last, atol=1e-4)
     model.freeze_encoder()
-    assert torch.allclose(held_out_cosines(model, rows, tiny_tokenizer()), all_layers, atol=1e-6)
+    assert torch.allclose(held_out_cosines(model, rows, READER), all_layers, atol=1e-6)
 
 
 def test_pictures() -> None:
@@ -139,7 +142,7 @@ def test_pictures() -> None:
     model = MultiTaskModel.from_encoder(tiny_encoder("vit"), tasks)
     model.heads[tasks[1].head_name].load_state_dict(model.heads[tasks[0].head_name].state_dict())
     rows = tiny_image_rows(8)
-    cosines = held_out_cosines(model, {"one": rows, "two": rows}, tiny_image_processor())
+    cosines = held_out_cosines(model, {"one": rows, "two": rows}, reader_of(tiny_image_processor()))
     assert cosines[0, 1] == pytest.approx(1.0, abs=1e-6)
 
 
@@ -148,19 +151,19 @@ def test_rows_without_labels_are_not_counted() -> None:
     rows = two_sided()
     texts = list(rows["text"])
     some = Dataset.from_dict({"text": texts, "good": [rows["good"][0], *[None] * (len(texts) - 1)]})
-    assert held_out_cosines(model_of(task), {"one": some}, tiny_tokenizer())[0, 0] == pytest.approx(1.0)
+    assert held_out_cosines(model_of(task), {"one": some}, READER)[0, 0] == pytest.approx(1.0)
     none = Dataset.from_dict({"text": texts, "good": [None] * len(texts)})
     with pytest.raises(DataError, match="task 'one': expected validation rows with a label, found none among 60"):
-        held_out_cosines(model_of(task), {"one": none}, tiny_tokenizer())
+        held_out_cosines(model_of(task), {"one": none}, READER)
 
 
 def test_what_cannot_be_compared() -> None:
     one, two = of_texts("one", "good"), of_texts("two", "bad")
     rows = two_sided()
     with pytest.raises(DataError, match="expected validation rows of every task, found none of two"):
-        held_out_cosines(model_of(one, two), {"one": rows}, tiny_tokenizer())
+        held_out_cosines(model_of(one, two), {"one": rows}, READER)
     model = model_of(one, two, branches={"side": ["two"]}, branch_layers=1)
     with pytest.raises(
         UnsupportedEncoderError, match="for comparing what tasks want of the encoder, found the branches"
     ):
-        held_out_cosines(model, {"one": rows, "two": rows}, tiny_tokenizer())
+        held_out_cosines(model, {"one": rows, "two": rows}, READER)

@@ -45,7 +45,7 @@ def test_chosen_tasks_and_pairs():
     assert same(pipe(pair, tasks="mood"), expected)
     with pytest.raises(DataError, match=r"expected the keys text and perhaps text_pair, found \['txt'\]"):
         pipe({"txt": "the fox"})
-    with pytest.raises(DataError, match="found a pair"):
+    with pytest.raises(DataError, match="expected one text, found pairs"):
         pipe(pair)
     with pytest.raises(TaskError, match="moods"):
         pipe("the fox", tasks=["moods"])

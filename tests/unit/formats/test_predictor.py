@@ -88,7 +88,7 @@ def test_long_texts_are_cut_where_the_model_says():
     """Without the saved max_length a text longer than the position table crashes, or is answered untrained."""
     saved = saved_text()
     predictor = load_predictor(saved.folders["torch"])
-    assert predictor.max_length == load_predictor(saved.folders["onnx"]).max_length == MAX_LENGTH
+    assert predictor.reader.max_length == load_predictor(saved.folders["onnx"]).reader.max_length == MAX_LENGTH
     answer = predictor.predict(["fox " * 500])[0]
     assert len(answer["tags"]["labels"]) == MAX_LENGTH - 2
 

@@ -99,6 +99,37 @@ def test_padding_changes_nothing(family: str) -> None:
     torch.testing.assert_close(one.logits_tags, other.logits_tags[:, :length], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in IMAGE_FAMILIES])
+def test_without_a_mask_every_token_counts(family: str) -> None:
+    """ModernBERT's stock head that takes means would look for tokens, which it is not given."""
+    pooling = {"classifier_pooling": "mean"} if family == "modernbert" else {}
+    model = MultiTaskModel.from_encoder(tiny_encoder(family, **pooling), tasks_of(family)).eval()
+    inputs = tiny_inputs(family)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    with torch.no_grad():
+        given = model(**inputs)
+        bare = model(**{key: value for key, value in inputs.items() if key != "attention_mask"})
+    assert torch.equal(given.logits_mood, bare.logits_mood)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_gets_what_it_takes_by_any_name(family: str) -> None:
+    """Of inputs that only some encoders have; what a tokenizer makes for the others is left out."""
+    model = MultiTaskModel.from_encoder(tiny_encoder(family), tasks_of(family)).eval()
+    inputs = tiny_inputs(family)
+    main = inputs[model.main_input_name]
+    assert model.inputs_in({**inputs, "labels_mood": None}).keys() == inputs.keys()
+    with torch.no_grad():
+        plain = model(**inputs).last_hidden_state
+        if "token_type_ids" not in model.input_names:
+            assert torch.equal(model(**inputs, token_type_ids=torch.ones(3, 9).long()).last_hidden_state, plain)
+        if "position_ids" in model.input_names:
+            backwards = torch.arange(main.shape[1]).flip(0)[None]
+            assert not torch.allclose(model(**inputs, position_ids=backwards).last_hidden_state, plain, atol=1e-4)
+        with pytest.raises(TypeError, match=r"expected inputs among .*, found \['attention_masks'\]"):
+            model(**inputs, attention_masks=main)
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2", "clip_text", "clip_vision"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_other_heads_reload_and_say_that_they_are_not_plain(family: str, head: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hf_mtcompress.runs.commands import push
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.quantizing import float_graph
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.scoring import read_step
 from tests.tiny import tiny_encoder, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
@@ -48,7 +48,7 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 def do_steps(recipe_path: Path, output: Path, overrides: Sequence[str] = ()) -> dict[str, StepRecord]:
     """The steps of a run without what is measured after them."""
     recipe = load_recipe(recipe_path, overrides)
-    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     prepare_output(output)
     done: dict[str, StepRecord] = {}
     for step in recipe.steps:
@@ -310,10 +310,10 @@ def test_a_step_of_other_files_has_other_children(copied: tuple[Path, Path], cap
 def test_a_float_graph_is_of_the_model_that_lies_there(copied: tuple[Path, Path]) -> None:
     """It serves the next run where this one is killed: not if it is damaged, or of other weights."""
     recipe = load_recipe(copied[0])
-    context = RunContext(recipe, copied[1], load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, copied[1], load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
 
     def graph() -> Path:
-        return float_graph("pruned", context, context.load("pruned"), context.processor)
+        return float_graph("pruned", context, context.load("pruned"), context.reader)
 
     place = graph()
     graph_file = place / "model.onnx"

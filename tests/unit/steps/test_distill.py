@@ -20,7 +20,7 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.runs.commands import plan
 from hf_mtcompress.runs.run import do_step, prepare_output
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.tasks import SequenceClassification
 from tests.tiny import FEELING_LABELS, tiny_bpe_tokenizer, tiny_encoder, tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
@@ -34,7 +34,7 @@ def run_steps(folder: Path, steps: list[dict[str, Any]], *overrides: str) -> tup
     path = folder / "recipe.yaml"
     recipe = load_recipe(path if path.exists() else write_tiny_recipe(folder, steps=steps, reference=None), overrides)
     output = folder / "run"
-    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, output, load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     prepare_output(output)
     done: dict[str, Any] = {}
     for step in recipe.steps:

@@ -21,7 +21,7 @@ from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs.fingerprint import chosen_settings
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import do_step, prepare_output
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "epochs": 1}
@@ -46,7 +46,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
 def context_of(recipe: Path, output: Path) -> RunContext:
     loaded = load_recipe(recipe)
     prepare_output(output)
-    return RunContext(loaded, output, load_sources(loaded.tasks, loaded.seed), load_processor(loaded))
+    return RunContext(loaded, output, load_sources(loaded.tasks, loaded.seed), recipe_reader(loaded))
 
 
 def prune_as(taught: tuple[Path, Path, dict[str, StepRecord]], name: str, **settings: Any) -> tuple[StepRecord, Path]:

@@ -21,7 +21,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import do_step, prepare_output, run
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from tests.tiny import tiny_text_rows, tiny_tokenizer
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -33,7 +33,7 @@ SHORT = {"max_steps": 2}
 def steps_done(path: Path) -> dict[str, Any]:
     """Do the steps of a recipe, without measuring."""
     recipe = load_recipe(path)
-    context = RunContext(recipe, path.parent / "run", load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, path.parent / "run", load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     prepare_output(context.output)
     done: dict[str, Any] = {}
     for step in recipe.steps:

@@ -23,7 +23,7 @@ from hf_mtcompress.runs.fingerprint import chosen_settings
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps import trimming
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "max_steps": 2}
@@ -42,7 +42,7 @@ def zeros(folder: Path) -> dict[str, torch.Tensor]:
 
 def context_of(path: Path, output: str) -> RunContext:
     recipe = load_recipe(path)
-    context = RunContext(recipe, path.parent / output, load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, path.parent / output, load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     prepare_output(context.output)
     return context
 

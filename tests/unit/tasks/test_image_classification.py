@@ -6,41 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel
-from PIL import Image
 from torch.nn import functional
 
 from hf_mtcompress import ImageClassification
 from hf_mtcompress.errors import DataError
-from tests.tiny import COLOUR_LABELS, IMAGE_FAMILIES, IMAGE_SIZE, tiny_image_processor, tiny_image_rows
+from tests.tiny import COLOUR_LABELS, tiny_image_rows
 
 
 def colour(**settings: Any) -> ImageClassification:
     return ImageClassification("colour", **{"image": "image", "label": "label", "labels": COLOUR_LABELS, **settings})
-
-
-@pytest.mark.parametrize("family", IMAGE_FAMILIES)
-def test_pixels_are_those_of_the_processor(family: str) -> None:
-    """Another size or normalisation than in pretraining costs quality and raises nothing."""
-    images, processor = list(tiny_image_rows(3)["image"]), tiny_image_processor(family)
-    encoded = colour().encode([images], processor, None)["pixel_values"]
-    expected = processor(images, return_tensors="np")["pixel_values"]
-    assert len(encoded) == 3
-    assert encoded[0].shape == (3, IMAGE_SIZE, IMAGE_SIZE)
-    assert np.array_equal(np.stack(encoded), expected)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_images_of_every_mode_become_three_channels(mode: str) -> None:
-    image = tiny_image_rows(1)[0]["image"]
-    encoded = colour().encode([[image.convert(mode)]], tiny_image_processor(), None)["pixel_values"]
-    expected = colour().encode([[image.convert(mode).convert("RGB")]], tiny_image_processor(), None)["pixel_values"]
-    assert encoded[0].shape == (3, IMAGE_SIZE, IMAGE_SIZE)
-    assert np.array_equal(encoded[0], expected[0])
-
-
-def test_red_is_the_first_channel() -> None:
-    pixels = colour().encode([[Image.new("RGB", (40, 40), (255, 0, 0))]], tiny_image_processor(), None)
-    assert pixels["pixel_values"][0].mean(axis=(1, 2)).tolist() == [1.0, -1.0, -1.0]
 
 
 def test_numbers_of_a_class_feature_keep_their_names() -> None:

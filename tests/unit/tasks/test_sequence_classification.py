@@ -14,7 +14,7 @@ from torch.nn import functional
 from hf_mtcompress import SequenceClassification
 from hf_mtcompress.errors import DataError, TaskError
 from hf_mtcompress.tasks.base import divisor
-from tests.tiny import FEELING_LABELS, tiny_tokenizer
+from tests.tiny import FEELING_LABELS
 
 NAN = math.nan
 PROBLEMS = ["single_label_classification", "multi_label_classification", "regression"]
@@ -263,25 +263,6 @@ def test_exact_baselines() -> None:
 def test_exact_answers() -> None:
     assert mood().decode(np.log([1.0, 1.0, 2.0])) == {"label": "good", "score": pytest.approx(0.5)}
     assert topics().decode(np.array([math.log(3), 0.0, -1.0])) == [{"label": "fox", "score": pytest.approx(0.75)}]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "expected"),
-    [
-        ([["the fox sleeps"]], "[CLS] the fox sleeps [SEP]"),
-        ([[["the", "fox", "sleeps"]]], "[CLS] the fox sleeps [SEP]"),
-        ([["the fox"], ["the owl sleeps"]], "[CLS] the fox [SEP] the owl sleeps [SEP]"),
-    ],
-)
-def test_texts_words_and_pairs_are_encoded(inputs: list[list[Any]], expected: str) -> None:
-    encoded = mood().encode(inputs, tiny_tokenizer(), 32)
-    assert tiny_tokenizer().decode(encoded["input_ids"][0]) == expected
-    assert sum(encoded["token_type_ids"][0]) == (4 if len(inputs) == 2 else 0)
-
-
-def test_texts_are_cut_at_the_maximal_length() -> None:
-    encoded = mood().encode([["the fox sleeps near the market"]], tiny_tokenizer(), 5)
-    assert tiny_tokenizer().decode(encoded["input_ids"][0]) == "[CLS] the fox sleeps [SEP]"
 
 
 @pytest.mark.parametrize(

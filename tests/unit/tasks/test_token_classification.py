@@ -12,6 +12,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from torch.nn import functional
 
 from hf_mtcompress import TokenClassification
+from hf_mtcompress.data.readers import reader_of
 from hf_mtcompress.errors import DataError, TaskError
 from hf_mtcompress.tasks.base import divisor
 from tests.tiny import TAG_LABELS, TEXT_FAMILIES, tiny_token_rows, tiny_tokenizer
@@ -35,7 +36,7 @@ def aligned(word_ids: Sequence[int | None], labels: Any, **settings: Any) -> lis
 def test_every_word_is_labelled_once_at_its_first_sub_word(family: str) -> None:
     """Labels that slip by one position still train, to a model that is a little worse."""
     rows, tokenizer = tiny_token_rows(40), tiny_tokenizer(family)
-    encoded = tags().encode([list(rows["tokens"])], tokenizer, 64)
+    encoded = reader_of(tokenizer, 64).encode([list(rows["tokens"])], words=True)
     labels = tags().encode_labels(list(rows["tags"]), {**encoded, "words": list(rows["tokens"])})
     pieces = 0
     for ids, found, words, wanted in zip(encoded["input_ids"], labels, rows["tokens"], rows["tags"], strict=True):
@@ -53,7 +54,7 @@ def test_every_word_is_labelled_once_at_its_first_sub_word(family: str) -> None:
 
 def test_decoding_reverses_encoding() -> None:
     rows, task = tiny_token_rows(20), tags()
-    encoded = task.encode([list(rows["tokens"])], tiny_tokenizer(), 64)
+    encoded = reader_of(tiny_tokenizer(), 64).encode([list(rows["tokens"])], words=True)
     labels = task.encode_labels(list(rows["tags"]), encoded)
     for place, wanted in enumerate(rows["tags"]):
         # Positions without a label say something wrong, which must not matter.
@@ -144,7 +145,7 @@ def test_labels_by_position(word_ids: list[int | None], labels: Any, expected: l
 def test_labels_beyond_the_maximal_length_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     """Words that are cut off are not scored; in silence the score would seem to be of whole sentences."""
     words, wanted = ["the", "fox", "near", "the", "market"], ["O", "B-animal", "O", "O", "B-place"]
-    encoded = tags().encode([[words, words[:2]]], tiny_tokenizer(), 5)
+    encoded = reader_of(tiny_tokenizer(), 5).encode([[words, words[:2]]], words=True)
     with caplog.at_level(logging.WARNING, "hf_mtcompress"):
         labels = tags().encode_labels([wanted, wanted[:2]], {**encoded, "words": [words, words[:2]]})
     assert labels[0] == [BLANK, O, ANIMAL, O, BLANK]
@@ -158,8 +159,8 @@ def test_nothing_is_said_when_nothing_is_cut(caplog: pytest.LogCaptureFixture) -
 
 
 def test_text_is_split_at_blanks() -> None:
-    one = tags().encode([["the fox  sleeps"]], tiny_tokenizer(), 32)
-    other = tags().encode([[["the", "fox", "sleeps"]]], tiny_tokenizer(), 32)
+    one = reader_of(tiny_tokenizer(), 32).encode([["the fox  sleeps"]], words=True)
+    other = reader_of(tiny_tokenizer(), 32).encode([[["the", "fox", "sleeps"]]], words=True)
     assert one == other
     assert tags().encode_labels([["O", "B-animal", "O"]], {**one, "words": ["the fox  sleeps"]}) == [
         [BLANK, O, ANIMAL, O, BLANK]
@@ -241,7 +242,7 @@ def test_exact_baseline_and_chance() -> None:
 def test_as_many_labels_as_words(wanted: list[str]) -> None:
     """One label too many is a slip of all that follow it, and no row is too long for it."""
     words = ["the", "fox"]
-    encoded = tags().encode([[words]], tiny_tokenizer(), 32)
+    encoded = reader_of(tiny_tokenizer(), 32).encode([[words]], words=True)
     with pytest.raises(
         DataError, match=rf"one label for each word, found {len(wanted)} labels in column 'tags' for 2 words"
     ):

@@ -790,3 +790,27 @@ def test_a_teacher_of_finer_patches_shows_where_it_looks_and_what_it_answers(tmp
         losses(build_images(student, teacher, tmp_path, criteria=["hidden"]))
     with pytest.raises(TaskError, match="criterion 'feature_map': expected a vision encoder"):
         build(teacher_model(), teacher_model(), tmp_path, criteria=["feature_map"])
+
+
+def test_a_teacher_reads_pictures_for_itself(tmp_path: Path) -> None:
+    """In another size than its own it would teach what it does not know; in grey it would fail."""
+    teacher, own = image_model(image_size=2 * IMAGE_SIZE), tiny_image_processor("vit")
+    own.size = {"height": 2 * IMAGE_SIZE, "width": 2 * IMAGE_SIZE}
+    rows = tiny_image_rows(5)
+    grey = rows.map(lambda row: {"image": row["image"].convert("L")})
+    trainer = build(
+        image_model(),
+        teacher,
+        tmp_path,
+        criteria=["logits"],
+        teacher_processing_class=own,
+        train_dataset={"colour": grey, "strength": grey},
+        processing_class=tiny_image_processor("vit"),
+    )
+    (_, signals), *_ = [
+        (group, trainer._ask_about(group, raw, range(5), ())) for group, raw in trainer._groups("train")
+    ]
+    pixels = own([image.convert("RGB") for image in grey["image"]], return_tensors="pt")
+    with torch.no_grad():
+        wanted = teacher(**pixels)
+    np.testing.assert_allclose(np.stack(signals["logits_colour"]), wanted.logits_colour, atol=1e-5)

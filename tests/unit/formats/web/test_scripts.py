@@ -13,7 +13,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from hf_mtcompress.formats.web.page import _describe_images, _describe_task, _describe_texts
+from hf_mtcompress.data.readers import reader_of
+from hf_mtcompress.formats.web.page import _describe_task
 from hf_mtcompress.tasks import SequenceClassification, Task, TokenClassification
 from hf_mtcompress.tasks.metrics import bio_spans
 from tests.tiny import IMAGE_FAMILIES, tiny_bpe_tokenizer, tiny_image_processor, tiny_tokenizer, tiny_unigram_tokenizer
@@ -96,7 +97,7 @@ def test_pixel_values_equal_those_of_the_processor(family: str):
     """Sides in another order, a crop from the corner, a mean of another channel."""
     processor = tiny_image_processor(family)
     images = [_image(*size, seed=5) for size in ((53, 40), (40, 71), (32, 32), (20, 25))]
-    settings = _describe_images(processor)
+    settings = reader_of(processor).describe()[0]["image"]
     found = run([("image", "encodeImage", [_as_js(image), settings]) for image in images])
     for image, result in zip(images, found, strict=True):
         expected = processor([image], return_tensors="np")["pixel_values"]
@@ -109,10 +110,9 @@ TOKENIZERS = {"wordpiece": tiny_tokenizer, "bpe": tiny_bpe_tokenizer, "unigram":
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_texts_are_cut_and_framed_as_the_tokenizer_does(name: str, side: str, tmp_path):
+def test_texts_are_cut_and_framed_as_the_tokenizer_does(name: str, side: str):
     """Special tokens in the wrong place, a pair cut by another rule: nothing fails, answers are only worse."""
     tokenizer = TOKENIZERS[name]()
-    tokenizer.save_pretrained(tmp_path)
     generator = random.Random(7)
     vocabulary = ["fox", "river", "sleepy", "runs", "blue", "near"]
 
@@ -125,7 +125,7 @@ def test_texts_are_cut_and_framed_as_the_tokenizer_does(name: str, side: str, tm
     try:
         calls, expected = [], []
         for first, second, length in cases:
-            settings = _describe_texts(tokenizer, length, False, tmp_path)
+            settings = reader_of(tokenizer, length).describe()[0]["text"]
             table = {part: tokenizer(part, add_special_tokens=False)["input_ids"] for part in (first, second or "")}
             calls.append(("text", "encodeText", [{"$table": table}, settings, first, second or ""]))
             texts = (first, second) if second else (first,)
@@ -138,11 +138,10 @@ def test_texts_are_cut_and_framed_as_the_tokenizer_does(name: str, side: str, tm
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_words_keep_their_tokens(name: str, tmp_path):
+def test_words_keep_their_tokens(name: str):
     """A label one token off marks the neighbour of every name."""
     tokenizer = TOKENIZERS[name]()
-    tokenizer.save_pretrained(tmp_path)
-    settings = _describe_texts(tokenizer, 12, True, tmp_path)
+    settings = reader_of(tokenizer, 12).describe(words=True)[0]["text"]
     texts = ["the sleepy fox  runs", "  near the blue river\tby the old house of the miller", ""]
     table = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for text in texts for word in text.split()}
     found = run([("text", "encodeText", [{"$table": table}, settings, text]) for text in texts])
