@@ -33,6 +33,42 @@ def lineage_with_saved_models(recipe: Recipe) -> dict[str, Lineage]:
     return lineage
 
 
+def traits_of(place: str, where: str, section: EncoderConfig | DistillStep | PretrainStep) -> Traits:
+    """What a saved model is, from its config.
+
+    Args:
+        place: folder or Hub id.
+        where: the key of the recipe that names it, for messages.
+        section: what it is to be: an encoder, or a teacher of this section.
+
+    Raises:
+        RecipeError: there is none, or it is of another kind.
+    """
+    match section:
+        case EncoderConfig():
+            config = encoder_config(section, where)
+        case DistillStep() | PretrainStep():
+            form = graph_form(place)
+            if form is not None:
+                return Traits(layout="graph", tasks=tuple(read_graph_settings(Path(place), form).build_tasks()))
+            config = teacher_config(place, where, answers=isinstance(section, DistillStep))
+    few_bits = stores_few_bits(config.to_dict()) is not None
+    if not isinstance(config, MultiTaskConfig):
+        mark = read_mark(config)
+        cut = mark is not None and mark.structure is not None
+        return Traits(layout="stock", uneven=place if cut else None, few_bits=few_bits)
+    tasks = config.build_tasks()
+    owned = {name: place["layers"] for name, place in (config.branches or {}).items()}
+    return Traits(
+        tasks=tuple(tasks),
+        uneven=place if config.structure else None,
+        adapted=bool(config.adapters),
+        branches={**owned, **{name: "all" for name in config.encoders or {} if name != "main"}},
+        deep=tuple(name for name, task in tasks.items() if task.layer is not None),
+        few_bits=few_bits,
+    )
+
+
 def graph_form(place: str) -> FormName | None:
     """The form of a graph that a folder holds, if it holds one."""
     graphs = [form for form in FORMS.values() if form.layout == "graph"]
@@ -87,7 +123,7 @@ def _saved_models(recipe: Recipe) -> dict[str, Traits]:
     problems: list[str] = []
     for place, where, section in _named(recipe):
         try:
-            found[place] = _traits_of(place, where, section)
+            found[place] = traits_of(place, where, section)
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -111,32 +147,6 @@ def _named(recipe: Recipe) -> list[tuple[str, str, EncoderConfig | DistillStep |
                 key = "teacher" if section.teacher is not None else "teachers"
                 found += [(place, f"{path}.{key}", section) for place in teachers_of(section) if place not in steps]
     return found
-
-
-def _traits_of(place: str, where: str, section: EncoderConfig | DistillStep | PretrainStep) -> Traits:
-    match section:
-        case EncoderConfig():
-            config = encoder_config(section, where)
-        case DistillStep() | PretrainStep():
-            form = graph_form(place)
-            if form is not None:
-                return Traits(layout="graph", tasks=tuple(read_graph_settings(Path(place), form).build_tasks()))
-            config = teacher_config(place, where, answers=isinstance(section, DistillStep))
-    few_bits = stores_few_bits(config.to_dict()) is not None
-    if not isinstance(config, MultiTaskConfig):
-        mark = read_mark(config)
-        cut = mark is not None and mark.structure is not None
-        return Traits(layout="stock", uneven=place if cut else None, few_bits=few_bits)
-    tasks = config.build_tasks()
-    owned = {name: place["layers"] for name, place in (config.branches or {}).items()}
-    return Traits(
-        tasks=tuple(tasks),
-        uneven=place if config.structure else None,
-        adapted=bool(config.adapters),
-        branches={**owned, **{name: "all" for name in config.encoders or {} if name != "main"}},
-        deep=tuple(name for name, task in tasks.items() if task.layer is not None),
-        few_bits=few_bits,
-    )
 
 
 def _config_of(place: str, where: str) -> PreTrainedConfig:
