@@ -39,8 +39,8 @@ class Traits:
     """The step that cuts its layers unevenly, or the saved model that has such layers; None where they are alike."""
     adapted: bool = False
     """Whether it has adapters."""
-    branches: Mapping[str, int | Literal["all"]] = field(default_factory=dict)
-    """By name of a branch: how many top layers are its own, or all."""
+    branches: Mapping[str, int | str] = field(default_factory=dict)
+    """By name of a branch: how many top layers are its own, or `all`."""
     deep: tuple[str, ...] = ()
     """Tasks that read a layer below the last one."""
     few_bits: bool = False
@@ -95,8 +95,11 @@ def lineage_of(recipe: Recipe, saved: Mapping[str, Traits] = types.MappingProxyT
         else:
             origin, source = _source_of(step, recipe, teachers, saved)
             # A student has the tasks of its teachers: auxiliary ones may be gone.
-            alone = student_in(step) is not None and bool(teachers)
-            alone = alone and all(place in found and found[place].ends.tasks == main for place in teachers)
+            alone = (
+                student_in(step) is not None
+                and bool(teachers)
+                and all(place in found and found[place].ends.tasks == main for place in teachers)
+            )
             begins = _made(recipe, main if alone else tuple(recipe.tasks), source)
         ends = _after(step, begins, recipe, main)
         found[name] = Lineage(parent=parent, origin=origin, teachers=teachers, begins=begins, ends=ends)
@@ -113,7 +116,7 @@ def parent_of(step: StepConfig, earlier: Mapping[str, Any]) -> str | None:
     """
     if student_in(step) is not None:
         return None
-    return step.source or next((name for name in reversed(earlier) if earlier[name] in FLOAT_STEPS), None)
+    return step.source or next((name for name in reversed(list(earlier)) if earlier[name] in FLOAT_STEPS), None)
 
 
 def student_in(step: StepConfig) -> StudentConfig | None:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from hf_mtcompress.recipe.checks import gradient_settings
-from hf_mtcompress.recipe.lineage import Lineage, Traits, student_in
+from hf_mtcompress.recipe.lineage import Lineage, student_in
 from hf_mtcompress.recipe.recipe import Recipe
 from hf_mtcompress.recipe.sections import Problems, join
 from hf_mtcompress.recipe.steps import (
@@ -20,8 +20,6 @@ from hf_mtcompress.recipe.steps import (
     StepConfig,
     TrimWeightsStep,
 )
-
-_LAYOUTS = {"stock": "a stock model", "graph": "a graph"}
 
 
 def check_lineage(recipe: Recipe, lineage: Mapping[str, Lineage], problems: Problems) -> None:
@@ -36,8 +34,8 @@ def check_lineage(recipe: Recipe, lineage: Mapping[str, Lineage], problems: Prob
             case DistillStep() | PretrainStep():
                 if isinstance(step, DistillStep):
                     _check_dropping(step, found, path, recipe, problems)
-                _check_student(step, found, path, lineage, problems)
-                _check_teachers(step, found, path, lineage, problems)
+                refused = _check_student(step, found, path, lineage, problems)
+                _check_teachers(step, found, path, lineage, problems, refused)
             case PruneStep() | TrimWeightsStep() | QuantizeStep():
                 _check_recovery(step.recover, found, join(path, "recover"), lineage, problems)
             case _:
@@ -141,24 +139,25 @@ def _check_recovery(
 
 def _check_student(
     step: DistillStep | PretrainStep, found: Lineage, path: str, lineage: Mapping[str, Lineage], problems: Problems
-) -> None:
-    """A student is made of a teacher in float, with one whole encoder and no adapters."""
+) -> str | None:
+    """A student is made of a teacher in float, with one whole encoder and no adapters; the teacher that is none."""
     student = student_in(step)
     if student is None or student.path is not None:
-        return
+        return None
     place, teacher = next(iter(found.teachers.items()), ("", None))
-    key = join(path, "student.config" if student.layers is None else "student.layers")
     whole = "works on models whose tasks read one whole encoder, found"
     if not found.begins.whole:
         problems.add(path, f"{whole} {found.begins.places}")
     elif teacher is not None and not teacher.whole:
         problems.add(path, f"{whole} {teacher.places} in '{place}'")
     if teacher is None:
-        return
-    if isinstance(step, DistillStep) and teacher.layout != "model":
+        return None
+    key = join(path, "student.config" if student.layers is None else "student.layers")
+    words = "a graph" if teacher.layout == "graph" else "a stock model"
+    if teacher.layout == "graph" or (teacher.layout == "stock" and isinstance(step, DistillStep)):
         problems.add(
             join(path, "student"),
-            f"expected a multi-task teacher to make a student of, found {_LAYOUTS[teacher.layout]} in '{place}'; give "
+            f"expected a multi-task teacher to make a student of, found {words} in '{place}'; give "
             "student.path instead",
         )
     elif teacher.adapted and (student.layers is not None or place not in lineage):
@@ -173,6 +172,9 @@ def _check_student(
             f"expected a teacher in float to take layers of, found '{place}' in few bits; name the model that it was "
             "made of, or another checkpoint in student.path",
         )
+    else:
+        return None
+    return place
 
 
 def _check_teachers(
@@ -181,18 +183,44 @@ def _check_teachers(
     path: str,
     lineage: Mapping[str, Lineage],
     problems: Problems,
+    refused: str | None = None,
 ) -> None:
     """Teachers answer the tasks that they are asked about, and show the states that are imitated."""
-    known = {place: teacher for place, teacher in found.teachers.items() if teacher is not None}
-    asked = _asked(section, found)
-    if isinstance(section, DistillStep):
-        _check_answers(section, {place: asked[place] for place in known}, known, found, path, lineage, problems)
+    by_task = section.teachers if isinstance(section, DistillStep) and isinstance(section.teachers, dict) else None
+    showing = []
+    for number, (place, teacher) in enumerate(found.teachers.items()):
+        asked = [task for task in found.begins.tasks if by_task is None or by_task.get(task) == place]
+        if teacher is None or place == refused:
+            continue
+        if (by_task is not None and asked) or (by_task is None and number == 0):
+            showing.append(teacher)
+        if not isinstance(section, DistillStep):
+            continue
+        key = join(path, "teacher" if section.teachers is None else "teachers")
+        copied = number == 0 and section.student is not None and section.student.path is None
+        if place in lineage:
+            # The heads of a student are copies of its first teacher's.
+            if not set(found.begins.tasks if copied else asked) <= set(teacher.tasks):
+                problems.add(
+                    path,
+                    f"expected teachers that answer the auxiliary tasks of the model, found '{place}', which dropped "
+                    "them; teach with a step from before that, or start from one that dropped them",
+                )
+        elif teacher.layout == "stock":
+            if by_task is None and len(asked) > 1:
+                problems.add(
+                    key,
+                    f"expected a multi-task teacher for the tasks {', '.join(asked)}, found a stock model in "
+                    f"'{place}'; give one teacher for each task: teachers: {{task: model}}",
+                )
+        elif missing := [task for task in asked if task not in teacher.tasks]:
+            problems.add(
+                key,
+                f"expected a teacher with the task '{missing[0]}', found {', '.join(teacher.tasks)} in '{place}'; give "
+                "the task the same name in both, or leave it out",
+            )
     states = [item.kind for item in section.criteria if item.kind != "logits"]
-    by_task = isinstance(section, DistillStep) and isinstance(section.teachers, dict)
-    showing = [known[place] for place in (asked if by_task else list(asked)[:1]) if place in known and asked[place]]
-    student = student_in(section)
-    taken = student is not None and student.layers is not None and any(teacher.adapted for teacher in showing)
-    if states and not taken and (found.begins.adapted or any(teacher.adapted for teacher in showing)):
+    if states and (found.begins.adapted or any(teacher.adapted for teacher in showing)):
         problems.add(
             join(path, "criteria"),
             f"expected [logits] with adapters, found {', '.join(states)} too; every task has states of its own then",
@@ -203,49 +231,3 @@ def _check_teachers(
             f"expected a teacher in torch for {', '.join(states)}, found a graph, which shows answers only; name the "
             "checkpoint that it was made of" + (", or say [logits]" if isinstance(section, DistillStep) else ""),
         )
-
-
-def _asked(section: DistillStep | PretrainStep, found: Lineage) -> dict[str, list[str]]:
-    """The tasks of the model that each teacher is asked about, by its place."""
-    if isinstance(section, DistillStep) and isinstance(section.teachers, dict):
-        of = section.teachers
-        return {place: [task for task in found.begins.tasks if of.get(task) == place] for place in found.teachers}
-    return {place: list(found.begins.tasks) for place in found.teachers}
-
-
-def _check_answers(
-    step: DistillStep,
-    asked: Mapping[str, list[str]],
-    teachers: Mapping[str, Traits],
-    found: Lineage,
-    path: str,
-    lineage: Mapping[str, Lineage],
-    problems: Problems,
-) -> None:
-    key = join(path, "teacher" if step.teachers is None else "teachers")
-    for place, tasks in asked.items():
-        teacher = teachers[place]
-        first = place == next(iter(found.teachers))
-        student = student_in(step)
-        if place in lineage and first and student is not None and student.path is None:
-            tasks = list(found.begins.tasks)  # of whose heads the student's are copies
-        missing = [task for task in tasks if task not in teacher.tasks]
-        if teacher.layout == "stock":
-            if not isinstance(step.teachers, dict) and len(tasks) > 1:
-                problems.add(
-                    key,
-                    f"expected a multi-task teacher for the tasks {', '.join(tasks)}, found a stock model in "
-                    f"'{place}'; give one teacher for each task: teachers: {{task: model}}",
-                )
-        elif missing and place in lineage:
-            problems.add(
-                path,
-                f"expected teachers that answer the auxiliary tasks of the model, found '{place}', which dropped "
-                "them; teach with a step from before that, or start from one that dropped them",
-            )
-        elif missing:
-            problems.add(
-                key,
-                f"expected a teacher with the task '{missing[0]}', found {', '.join(teacher.tasks)} in '{place}'; give "
-                "the task the same name in both, or leave it out",
-            )

@@ -332,7 +332,7 @@ def test_a_plan_runs_the_code_of_the_pinned_encoder_alone(
     ]
     path = write_tiny_recipe(tmp_path, steps=steps, reference=None)
     plan(load_recipe(path, ["encoder.revision=abc", f"encoder.trust_remote_code={str(trusted).lower()}"]))
-    assert asked == [("encoder", trusted, "abc"), ("encoder", False, None), ("encoder", trusted, "abc")]
+    assert set(asked) == {("encoder", trusted, "abc"), ("encoder", False, None)}
 
 
 @pytest.mark.parametrize(
