@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_mtcompress.data.alignment import Start, split_texts, token_starts
 from hf_mtcompress.environment import package_version
-from hf_mtcompress.errors import ArtifactError, DataError, UnsupportedEncoderError
+from hf_mtcompress.errors import ArtifactError, DataError, UnsupportedEncoderError, first_line
 from hf_mtcompress.recipe.tasks import Modality
 
 WORD_IDS = "word_ids"
@@ -427,7 +427,7 @@ def pretrained_reader(
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"expected a local folder or a Hub id of a pretrained encoder with its "
-            f"{'image processor' if images else 'tokenizer'}, found '{path}' ({str(error).splitlines()[0]}); "
+            f"{'image processor' if images else 'tokenizer'}, found '{path}' ({first_line(error)}); "
             "check the spelling, or download it first where there is no network"
         ) from error
     if image_size is not None:

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel
 
-from hf_mtcompress.errors import UnsupportedEncoderError
+from hf_mtcompress.errors import UnsupportedEncoderError, first_line
 from hf_mtcompress.model.adapters import refuse_adapters
 from hf_mtcompress.model.branches import refuse_sub_models
 from hf_mtcompress.model.marking import write_mark
@@ -86,7 +86,7 @@ def fresh_student_of(teacher: MultiTaskModel, changes: Mapping[str, Any]) -> Mul
     except (ValueError, StrictDataclassError) as error:
         raise UnsupportedEncoderError(
             f"expected a shape that a {teacher.encoder.config.model_type} encoder can have, found {dict(changes)} "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
     own, theirs = encoder.get_input_embeddings(), teacher.encoder.get_input_embeddings()
     if own is not None and theirs is not None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from hf_mtcompress.data.readers import Reader, load_reader, pretrained_reader
 from hf_mtcompress.data.sources import Sources
-from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.errors import ArtifactError, RecipeError, first_line
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.surgery import describe_structure
 from hf_mtcompress.recipe import EncoderConfig, Recipe, StepConfig, restricted
@@ -139,7 +139,7 @@ def new_model(config: EncoderConfig, context: RunContext) -> MultiTaskModel:
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"encoder.path: expected a local folder or a Hub id of a pretrained encoder, found '{config.path}' "
-            f"({str(error).splitlines()[0]}); check the spelling, or download it first where there is no network"
+            f"({first_line(error)}); check the spelling, or download it first where there is no network"
         ) from error
     return MultiTaskModel.from_encoder(
         encoder,

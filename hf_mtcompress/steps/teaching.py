@@ -22,7 +22,7 @@ from hf_mtcompress.compression.measuring import leave_one_out
 from hf_mtcompress.compression.pruning import prune
 from hf_mtcompress.compression.selection import select_layers
 from hf_mtcompress.data.readers import Reader, load_reader, pretrained_reader
-from hf_mtcompress.errors import ArtifactError, RecipeError
+from hf_mtcompress.errors import ArtifactError, RecipeError, first_line
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
@@ -332,7 +332,7 @@ def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(
             f"{where}: expected a step of this recipe or a saved model with a head, found '{name}' "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
 
 

@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_mtcompress.errors import RecipeError, TrainingError
+from hf_mtcompress.errors import RecipeError, TrainingError, first_line
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.recipe import FinetuneStep, Recipe, TrainingConfig
 from hf_mtcompress.records import Artefact
@@ -171,7 +171,7 @@ def training_arguments(
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"training.arguments: expected fields of transformers.TrainingArguments, found {config.arguments} "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
 
 
