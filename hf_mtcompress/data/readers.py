@@ -176,7 +176,8 @@ class TextReader(Reader):
                 "expected texts, lists of words or (text, text) tuples, all of one kind, found "
                 f"{sorted({type(row).__name__ for row in rows})}; convert the inputs"
             )
-        columns = [list(column) for column in zip(*rows, strict=True)] if kinds == {"pair"} else [rows]
+        pairs = kinds.pop().startswith("pair")
+        columns = [list(column) for column in zip(*rows, strict=True)] if pairs else [rows]
         return [split_texts(column) for column in columns] if words else columns
 
     def encode(self, columns: Sequence[Sequence[Any]], *, words: bool = False) -> dict[str, list[Any]]:
@@ -201,6 +202,8 @@ class TextReader(Reader):
         if not names:
             return {}
         inputs = [{name: row[name] for name in names if name in row} for row in rows]
+        if len(rows) == 1 and pad_to_multiple_of is None and self.processor.pad_token_id is None:
+            return _stacked(inputs, names)  # nothing is to be padded
         return dict(self.processor.pad(inputs, return_tensors="pt", pad_to_multiple_of=pad_to_multiple_of))
 
     def example(self, rows: int, *, length: int = 9, padding: int = 0, seed: int = 0) -> dict[str, Tensor]:
@@ -371,6 +374,12 @@ def reader_of(processor: Any, max_length: int | None = None) -> Reader:
             )
 
 
+def reader_if_known(processor: Any, max_length: int | None = None) -> Reader | None:
+    """As `reader_of`; None for anything else, which a script with rows and a collator of its own may pass on."""
+    known = isinstance(processor, PreTrainedTokenizerBase | BaseImageProcessor)
+    return reader_of(processor, max_length) if known else None
+
+
 def load_reader(folder: Path, max_length: int | None = None) -> Reader:
     """The reader whose tokenizer or image processor is saved in a folder.
 
@@ -512,8 +521,8 @@ def _texts_of(sample: Any) -> Any:
         return sample
     if "text" not in sample:
         raise DataError(f"expected the keys text and perhaps text_pair, found {list(sample)}; rename them")
-    pair = sample.get("text_pair")
-    return sample["text"] if pair is None else (sample["text"], pair)
+    text, pair = (list(part) if isinstance(part, tuple) else part for part in (sample["text"], sample.get("text_pair")))
+    return text if pair is None else (text, pair)
 
 
 def _kind_of(row: Any) -> str:
@@ -521,8 +530,8 @@ def _kind_of(row: Any) -> str:
         return "text"
     if isinstance(row, list) and all(isinstance(part, str) for part in row):
         return "words"
-    if isinstance(row, tuple) and len(row) == 2 and _kind_of(row[0]) == _kind_of(row[1]) != "unknown":
-        return "pair"
+    if isinstance(row, tuple) and len(row) == 2 and _kind_of(row[0]) == _kind_of(row[1]) in ("text", "words"):
+        return f"pair of {_kind_of(row[0])}"
     return "unknown"
 
 

@@ -39,7 +39,7 @@ class TorchRuntime(Runtime):
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            output = self.model(**as_tensors(batch))
+            output = self.model(**self.model.inputs_in(as_tensors(batch)))
             return {name: as_array(output[task.logits_name]) for name, task in self.tasks.items()}
 
 

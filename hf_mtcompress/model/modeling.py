@@ -427,7 +427,8 @@ class MultiTaskModel(SharedModel):
 
     def inputs_in(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the values that an encoder takes."""
-        return {name: value for name, value in values.items() if name in self.input_names}
+        names = self.input_names
+        return {name: value for name, value in values.items() if name in names}
 
     def forward(
         self,
@@ -453,10 +454,9 @@ class MultiTaskModel(SharedModel):
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         labels = {name: given.pop(task.label_name) for name, task in self.tasks.items() if task.label_name in given}
-        if unknown := [name for name in given if name not in (*self.input_names, *_ALSO_MADE)]:
-            raise TypeError(
-                f"expected inputs among {self.input_names} and labels_<task> of {list(self.tasks)}, found {unknown}"
-            )
+        names = self.input_names
+        if unknown := [name for name in given if name not in names and name not in _ALSO_MADE]:
+            raise TypeError(f"expected inputs among {names} and labels_<task> of {list(self.tasks)}, found {unknown}")
         if tasks is None:
             tasks = list(labels) or list(self.tasks)
         elif isinstance(tasks, str):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_mtcompress.data.mixing import SIGNALS, UNCOUNTED, MixedDataset
 from hf_mtcompress.data.preprocessing import EncodedGroup, for_every_task
-from hf_mtcompress.data.readers import Reader, positions_of, reader_of
+from hf_mtcompress.data.readers import Reader, positions_of, reader_if_known, reader_of
 from hf_mtcompress.data.teacher_cache import (
     CacheSummary,
 )
@@ -99,7 +99,7 @@ class DistillationMixin(AsksAhead):
         """By state of the student: what takes it to the teacher's width; kept from one `train` to the next."""
         if not getattr(self, "multi_task", False):
             self._stock = self._stock_task()
-            self.reader = None if self.processing_class is None else reader_of(self.processing_class)
+            self.reader = reader_if_known(self.processing_class)
             # Losses are divided by the items of a whole accumulation window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
         self.panel = self._panel(given, teacher_processing_class)
@@ -351,7 +351,7 @@ class DistillationMixin(AsksAhead):
         positions = positions_of(batch)
         match self._stock.problem:
             case "token_classification":
-                return torch.full_like(positions, UNLABELLED)
+                return torch.full(positions.shape, UNLABELLED, device=positions.device)
             case "single_label_classification":
                 return torch.full((len(positions),), UNLABELLED, device=positions.device)
             case "multi_label_classification":

@@ -29,7 +29,7 @@ from hf_mtcompress.data.preprocessing import (
     encode_streams,
     encoded_labels,
 )
-from hf_mtcompress.data.readers import Reader, lengths_of, reader_of
+from hf_mtcompress.data.readers import Reader, lengths_of, reader_if_known
 from hf_mtcompress.data.streaming import STREAM_STRATEGIES, MixedStream
 from hf_mtcompress.errors import DataError, TaskError, TrainingError
 from hf_mtcompress.evaluation.affinity import held_out_gradients
@@ -151,7 +151,7 @@ class MultiTaskTrainer(Trainer):
         if isinstance(model, MultiTaskModel):
             if processing_class is not None:
                 length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
-                self.reader = reader_of(processing_class, length)
+                self.reader = reader_if_known(processing_class, length)
             rows = self._by_task(model.tasks, train_dataset, "train")
             if any(isinstance(source, IterableDataset) for source in rows.values()):
                 self.train_streams = self._encode_streams(model.tasks, rows)

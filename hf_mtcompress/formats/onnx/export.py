@@ -27,7 +27,7 @@ from hf_mtcompress.formats.onnx.graphs import (
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.modeling import MultiTaskModel
-from hf_mtcompress.model.sizes import count_parameters
+from hf_mtcompress.model.sizes import count_parameters, word_table
 from hf_mtcompress.records.forms import ONNX_MODEL
 
 # Imported late: onnx_ir, transformers.exporters - they are of the extra "onnx", or need it.
@@ -272,4 +272,8 @@ def _tidy(graph: Any) -> Any:
 
 def _example(model: MultiTaskModel, reader: Reader, rows: int, length: int, seed: int) -> dict[str, Tensor]:
     """Made-up inputs of the model; where they have tokens, the last row is shorter by two."""
-    return model.inputs_in(reader.example(rows, length=length, padding=2, seed=seed))
+    example = model.inputs_in(reader.example(rows, length=length, padding=2, seed=seed))
+    if (table := word_table(model.encoder)) is not None:
+        # A tokenizer may know more tokens than its encoder.
+        example[model.main_input_name] %= table.num_embeddings
+    return example

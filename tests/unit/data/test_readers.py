@@ -22,6 +22,7 @@ from hf_mtcompress.data.readers import (
     padded_length,
     positions_of,
     pretrained_reader,
+    reader_if_known,
     reader_of,
 )
 from hf_mtcompress.errors import ArtifactError, DataError
@@ -352,3 +353,30 @@ def test_folders_without_a_reader_are_refused(tmp_path: Path) -> None:
 def test_rows_of_unequal_length_need_a_reader() -> None:
     with pytest.raises(DataError, match=r"one size for 'input_ids', found \[\(1,\), \(2,\)\]; pass processing_class"):
         collate_inputs([{"input_ids": [2, 3]}, {"input_ids": [2]}])
+
+
+@pytest.mark.parametrize("rows", [[("a", "b"), (["a"], ["b"])], [(("a", "b"), ("c", "d"))]], ids=["mixed", "nested"])
+def test_pairs_are_of_one_kind(rows: list[Any]):
+    """They would fail inside the tokenizer, with a message about its own arguments."""
+    with pytest.raises(DataError, match="all of one kind"):
+        reader_of(tiny_tokenizer("bert")).columns(rows)
+
+
+def test_a_tuple_of_words_under_a_key_is_one_text():
+    assert reader_of(tiny_tokenizer("bert")).columns([{"text": ("wake", "me")}]) == [[["wake", "me"]]]
+
+
+def test_one_row_needs_no_token_that_pads():
+    """A pipeline of a model that was never given one answered before."""
+    tokenizer = tiny_bpe_tokenizer()
+    tokenizer.pad_token = None
+    reader = reader_of(tokenizer)
+    (row,) = rows_of(reader.encode([["a fox"]]))
+    assert reader.collate([row])["input_ids"].tolist() == [row["input_ids"]]
+
+
+def test_what_is_no_reader_is_let_through_where_rows_are_encoded():
+    """A script may pass its feature extractor or processor on to callbacks and the hub."""
+    assert reader_if_known(None) is None
+    assert reader_if_known(object()) is None
+    assert isinstance(reader_if_known(tiny_tokenizer("bert"), 7), Reader)
