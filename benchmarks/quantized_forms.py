@@ -34,13 +34,14 @@ from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.evaluation.benchmark import benchmark, measure_size, real_inputs
 from hf_mtcompress.evaluation.evaluate import evaluate_predictor
-from hf_mtcompress.formats.graph_settings import FILES, read_graph_settings, write_graph_settings
+from hf_mtcompress.formats.graph_settings import read_graph_settings, write_graph_settings
 from hf_mtcompress.formats.openvino.export import convert_openvino
 from hf_mtcompress.formats.predictor import Predictor
 from hf_mtcompress.formats.torch import TorchRuntime
 from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import SplitScores, StepRecord
+from hf_mtcompress.records.forms import OPENVINO_MODEL
 from hf_mtcompress.runs.run import do_step, prepare_output
 from hf_mtcompress.steps.quantizing import float_graph
 from hf_mtcompress.steps.run_context import RunContext, probe_samples
@@ -284,10 +285,10 @@ def _compress_weights(source: Path, folder: Path) -> Path:
 
     if not folder.exists():
         shutil.copytree(source, folder)
-        graph = openvino.Core().read_model(source / FILES["openvino"][1])
+        graph = openvino.Core().read_model(source / OPENVINO_MODEL)
         openvino.save_model(
             nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM),
-            folder / FILES["openvino"][1],
+            folder / OPENVINO_MODEL,
             compress_to_fp16=False,
         )
         write_graph_settings(folder, read_graph_settings(source, "openvino"), "openvino")

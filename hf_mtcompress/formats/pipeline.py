@@ -51,7 +51,8 @@ class MultiTaskPipeline(Pipeline):
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> ModelOutput:
         encoding = input_tensors.pop("encoding")
         chosen = self._choose(forward_parameters.get("tasks"))
-        output = self.model(**self.model.inputs_in(input_tensors), tasks=list(chosen))
+        model: Any = self.model
+        output = model(**model.inputs_in(input_tensors), tasks=list(chosen))
         logits = {task.logits_name: output[task.logits_name] for task in chosen.values()}
         return ModelOutput({**logits, "encoding": encoding})
 

@@ -18,6 +18,7 @@ from hf_mtcompress.recipe.lineage_checks import check_lineage
 from hf_mtcompress.recipe.sections import Problems
 from hf_mtcompress.records import FORMS, FormName
 from hf_mtcompress.steps.run_context import loading_options
+from hf_mtcompress.tasks import build_tasks
 
 
 def lineage_with_saved_models(recipe: Recipe) -> dict[str, Lineage]:
@@ -57,7 +58,7 @@ def traits_of(place: str, where: str, section: EncoderConfig | DistillStep | Pre
         mark = read_mark(config)
         cut = mark is not None and mark.structure is not None
         return Traits(layout="stock", uneven=place if cut else None, few_bits=few_bits)
-    tasks = config.build_tasks()
+    tasks = build_tasks(config.tasks or [])
     owned = {name: place["layers"] for name, place in (config.branches or {}).items()}
     return Traits(
         tasks=tuple(tasks),
@@ -111,7 +112,7 @@ def encoder_config(encoder: EncoderConfig, where: str, changes: Mapping[str, Any
         ) from error
     if isinstance(config, MultiTaskConfig):
         raise RecipeError(
-            f"{expected}, a multi-task model with the tasks {', '.join(config.build_tasks())}; export it "
+            f"{expected}, a multi-task model with the tasks {', '.join(build_tasks(config.tasks or []))}; export it "
             "({kind: export, formats: [vanilla]}) and name the folder of a task, or name it as a teacher"
         )
     return config

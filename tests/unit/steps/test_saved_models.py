@@ -16,7 +16,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import StepRecord
 from hf_mtcompress.runs import commands
 from hf_mtcompress.runs.run import do_step, prepare_output, run
-from hf_mtcompress.steps.run_context import RunContext, load_processor
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.saved_models import lineage_with_saved_models, traits_of
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -49,7 +49,7 @@ def recipe_in(folder: Path, *steps: dict[str, Any], **sections: Any) -> Recipe:
 def do_steps(folder: Path, *overrides: str) -> None:
     """The steps of a recipe, without what is measured after them."""
     recipe = load_recipe(folder / "recipe.yaml", overrides)
-    context = RunContext(recipe, folder / "run", load_sources(recipe.tasks, recipe.seed), load_processor(recipe))
+    context = RunContext(recipe, folder / "run", load_sources(recipe.tasks, recipe.seed), recipe_reader(recipe))
     prepare_output(folder / "run")
     done: dict[str, StepRecord] = {}
     for step in recipe.steps:
