@@ -22,6 +22,9 @@ _WORTH_KEEPING = 1 << 20
 """Bytes from which reading a file takes longer than looking its digest up."""
 _PASSING = (".lock", ".part", ".incomplete", ".tmp", ".pyc")
 """Endings of files that come and go beside what is read."""
+_NOTES = (".md", ".png", ".jpg", ".pdf", ".log")
+"""Endings of files beside a model that are for readers."""
+_NOTED = (STEP_RECORD, "LICENSE", "NOTICE")
 _CONFIG = "config.json"
 
 _Stamp = tuple[int, ...]
@@ -83,7 +86,7 @@ def content_digest(place: str | os.PathLike[str]) -> str:
     read = [
         str(name)
         for name in names
-        if name.suffix != ".md" and name.name != STEP_RECORD and others.isdisjoint(name.parents)
+        if name.suffix not in _NOTES and name.name not in _NOTED and others.isdisjoint(name.parents)
     ]
     return values_digest({name: file_digest(Path(place, name)) for name in read})
 

@@ -81,6 +81,8 @@ class _ReportingLoader:
         self.finder = finder
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not set yet: it is being copied
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def exec_module(self, module: ModuleType) -> None:

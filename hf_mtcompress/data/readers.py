@@ -376,8 +376,10 @@ def reader_of(processor: Any, max_length: int | None = None) -> Reader:
 
 def reader_if_known(processor: Any, max_length: int | None = None) -> Reader | None:
     """As `reader_of`; None for anything else, which a script with rows and a collator of its own may pass on."""
-    known = isinstance(processor, PreTrainedTokenizerBase | BaseImageProcessor)
-    return reader_of(processor, max_length) if known else None
+    try:
+        return reader_of(processor, max_length)
+    except DataError:
+        return None
 
 
 def load_reader(folder: Path, max_length: int | None = None) -> Reader:

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import STEP_RECORD
+from hf_mtcompress.artifacts import STEP_RECORD, WEBPAGE
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
 from hf_mtcompress.digests import content_digest, file_digest, file_names, values_digest
 from hf_mtcompress.recipe import (
@@ -39,8 +39,12 @@ def step_inputs(step: StepConfig, done: dict[str, StepRecord], context: RunConte
     settings = {key: value for key, value in chosen_settings(step).items() if key not in (*limits, "data", "corpus")}
     encoder = chosen_settings(recipe.encoder)
     teachers, student = list(lineage.teachers), getattr(step, "student", None)
-    places = [recipe.encoder.path, *teachers, *([student.path] if student is not None and student.path else [])]
-    saved = {place: content_digest(place) for place in places if place not in done and Path(place).is_dir()}
+    for part in (settings, settings.get("recover") or {}):
+        if part.get("teacher_cache"):
+            part["teacher_cache"] = True  # wherever it lies
+    places = [recipe.encoder.path, *(place for place in teachers if place not in done)]
+    places += [student.path] if student is not None and student.path else []
+    saved = {place: content_digest(place) for place in places if Path(place).is_dir()}
     # Which of them stands where is a setting.
     names = {place: f"folder {number}" for number, place in enumerate(saved)}
     parts = {
@@ -140,7 +144,11 @@ def foreign_files(folder: Path, record: StepRecord) -> list[str]:
     return [
         name
         for name in file_names(folder)
-        if name not in record.files and name != STEP_RECORD and name.endswith(_LOADED)
+        if name not in record.files
+        and name != STEP_RECORD
+        and name.endswith(_LOADED)
+        # A page is written beside the graph that it shows.
+        and not any(part.endswith(WEBPAGE) for part in PurePosixPath(name).parts[:-1])
     ]
 
 

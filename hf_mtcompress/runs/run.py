@@ -95,8 +95,9 @@ def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) 
     within = context.for_step(step)
     found = read_step(folder / STEP_RECORD)
     again = why_again(folder, found, inputs)
-    if found is not None and again is None:
+    if found is not None:
         _refuse_foreign_files(folder, found)
+    if found is not None and again is None:
         logger.warning("%s: done already, skipped", name)
         if isinstance(step, QuantizeStep):
             # The limits of a gate do not change what was made: they are held against it again.

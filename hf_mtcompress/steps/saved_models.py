@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from hf_mtcompress.errors import RecipeError, first_line
+from hf_mtcompress.errors import ArtifactError, RecipeError, first_line
 from hf_mtcompress.formats.folders import stores_few_bits
 from hf_mtcompress.formats.graph_settings import read_graph_settings
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -127,6 +127,8 @@ def _saved_models(recipe: Recipe) -> dict[str, Traits]:
             found[place] = traits_of(place, where, section)
         except RecipeError as error:
             problems += error.problems
+        except ArtifactError as error:
+            problems.append(f"{where}: {error}")
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return found

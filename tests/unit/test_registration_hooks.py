@@ -1,6 +1,7 @@
 """The finder that calls back after an import, on small modules of its own. The order of the real ones is tested in
 tests/architecture/test_import_orders.py."""
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -150,3 +151,11 @@ def test_no_thread_sees_a_module_before_its_callback(called: list[str], tmp_path
     for thread in threads:
         thread.join(10)
     assert found == [True] * 4
+
+
+def test_a_loader_can_be_copied(called: list[str]):
+    """Tools that keep specs would end in a recursion without end."""
+    finder_of(called).install()
+    spec = importlib.util.find_spec("hooked.one")
+    assert spec is not None
+    assert copy.copy(spec.loader).get_source("hooked.one")

@@ -181,7 +181,7 @@ def _train(model: PlannedModel, seed: int, output: Path, keep_models: bool) -> S
     before = read_step(folder / STEP_RECORD)
     record = do_step(step, {}, context)
     artefact = record.artefacts[0]
-    fresh = before is None or before.fingerprint != record.fingerprint
+    fresh = before != record
     if context.sources.role("test") and "test" not in artefact.scores:
         artefact.scores["test"] = score_folder(context, folder, "test")
         write_text(folder / STEP_RECORD, records.to_json(record))

@@ -20,6 +20,7 @@ from hf_mtcompress.errors import ArtifactError, PublishingError
 from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord, StepRecord
 from hf_mtcompress.runs.commands import push
+from hf_mtcompress.runs.fingerprint import changes_of, step_inputs
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.quantizing import float_graph
@@ -379,3 +380,32 @@ def test_records_without_digests_are_read(copied: tuple[Path, Path], caplog: pyt
         "teacher: made again, its record is of another version",
         "pruned: made again, its record is of another version",
     ]
+
+
+def test_a_page_beside_a_graph_is_no_change_of_the_step(tmp_path: Path):
+    """It is written there unless told otherwise, and nothing is loaded from it."""
+    step = tmp_path / "export"
+    for name in ("onnx/model.onnx", "onnx-webpage/model/model.onnx", "onnx-webpage/page.json", "onnx/config.json"):
+        (step / name).parent.mkdir(parents=True, exist_ok=True)
+        (step / name).write_text(name)
+    files = {"onnx/model.onnx": file_digests(step)["onnx/model.onnx"]}
+    record = StepRecord(
+        name="export", kind="export", source=None, fingerprint="", settings={}, seconds=0.0, artefacts=[], files=files
+    )
+    assert changes_of(step, record) == ["onnx/config.json is not of the step"]
+
+
+def test_where_a_cache_lies_changes_nothing(tmp_path: Path):
+    """A project that moves would train again."""
+    made = {"kind": "finetune", "name": "teacher", "max_steps": 1}
+    student = {"kind": "distill", "name": "student", "teacher": "teacher", "student": {"layers": 2}}
+    inputs = []
+    for place in ("here", "there"):
+        cached = {**student, "teacher_cache": f"{place}/cache"}
+        recipe = load_recipe(write_tiny_recipe(tmp_path, steps=[made, cached], budget=None))
+        context = RunContext(recipe, tmp_path / "out", load_sources(recipe.tasks, recipe.seed), None)
+        teacher = StepRecord(
+            name="teacher", kind="finetune", source=None, fingerprint="", settings={}, seconds=0.0, artefacts=[]
+        )
+        inputs.append(step_inputs(recipe.steps[1], {"teacher": teacher}, context))
+    assert inputs[0] == inputs[1]
