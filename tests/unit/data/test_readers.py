@@ -1,5 +1,6 @@
 """Laws of readers: a row becomes what its tokenizer or image processor makes of it, alone and in company."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +369,7 @@ def test_a_tuple_of_words_under_a_key_is_one_text():
 
 def test_one_row_needs_no_token_that_pads():
     """A pipeline of a model that was never given one answered before."""
-    tokenizer = tiny_bpe_tokenizer()
+    tokenizer = copy.deepcopy(tiny_bpe_tokenizer())  # others use it, too
     tokenizer.pad_token = None
     reader = reader_of(tokenizer)
     (row,) = rows_of(reader.encode([["a fox"]]))
