@@ -1,6 +1,8 @@
 """Laws of the multi-task model on every encoder family."""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,19 @@ def test_an_encoder_gets_what_it_takes_by_any_name(family: str) -> None:
             assert not torch.allclose(model(**inputs, position_ids=backwards).last_hidden_state, plain, atol=1e-4)
         with pytest.raises(TypeError, match=r"expected inputs among .*, found \['attention_masks'\]"):
             model(**inputs, attention_masks=main)
+
+
+def test_a_model_is_freed_with_its_last_name() -> None:
+    """No circle holds it until the garbage collector comes by: searches build many."""
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), tasks_of("bert"))
+    model(**tiny_inputs("bert"))
+    watched = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2", "clip_text", "clip_vision"])

@@ -146,6 +146,32 @@ def gradients(trainer: MultiTaskTrainer, windows: list[list[dict[str, Any]]]) ->
     return collected
 
 
+def test_a_plain_trainer_trains_a_multi_task_model_or_says_what_it_needs(tmp_path: Path) -> None:
+    """It keeps the columns that a signature names, and `forward` takes what any encoder may take."""
+    tokenizer = tiny_tokenizer()
+    rows = tiny_text_rows(12)
+    encoded = rows.map(
+        lambda row: {**tokenizer(row["text"]), "labels_mood": FEELING_LABELS.index(row["label"])},
+        remove_columns=rows.column_names,
+    )
+
+    def trainer(**settings: Any) -> Trainer:
+        mood = SequenceClassification("mood", labels=FEELING_LABELS)
+        return Trainer(
+            model=MultiTaskModel.from_encoder(tiny_encoder("bert"), [mood]),
+            args=arguments(tmp_path, **settings),
+            train_dataset=encoded,
+            eval_dataset=encoded,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+
+    with pytest.raises(ValueError, match="set `remove_unused_columns=False`"):
+        trainer().train()
+    trained = trainer(remove_unused_columns=False, label_names=["labels_mood"])
+    assert trained.train().training_loss > 0
+    assert trained.evaluate()["eval_loss"] > 0
+
+
 def test_splitting_a_window_differently_changes_no_gradient(tmp_path: Path) -> None:
     """Dividing by the number of batches weighs tokens of short batches more; the loss curve would hide it."""
     trainer = build(tmp_path)
