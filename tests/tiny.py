@@ -168,8 +168,10 @@ def tiny_tokenizer(family: str = "bert") -> BertTokenizer:
 
 
 @cache
-def tiny_bpe_tokenizer() -> RobertaTokenizer:
+def tiny_bpe_tokenizer(*, add_prefix_space: bool = False) -> RobertaTokenizer:
     """A fast byte-level BPE tokenizer of the same sentences, with ids of special tokens as `tiny_config` has them.
+
+    As published, it puts no space before the first word.
 
     Merges are written out, too: of each word from the left, then of some words from the right, so that ways to the same
     token compete.
@@ -187,7 +189,7 @@ def tiny_bpe_tokenizer() -> RobertaTokenizer:
         vocab={piece: index for index, piece in enumerate(pieces)},
         merges=list(merges),
         model_max_length=MAX_LENGTH,
-        add_prefix_space=True,
+        add_prefix_space=add_prefix_space,
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_mtcompress.data.alignment import Text, as_text
 from hf_mtcompress.errors import DataError, UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -32,9 +33,6 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """What a fast tokenizer loads from; vocabularies in older formats beside them would be stale."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _TEXTS_AT_ONCE = 1000
-
-Text = str | Sequence[str]
-"""A text, or its words."""
 
 
 @dataclass(kw_only=True)
@@ -185,13 +183,11 @@ def _share(part: int, whole: int) -> float | None:
 def _encoded(tokenizer: Any, columns: Iterable[Sequence[Text]]) -> Iterator[list[int]]:
     for column in columns:
         for start in range(0, len(column), _TEXTS_AT_ONCE):
-            part = list(column[start : start + _TEXTS_AT_ONCE])
-            split = not isinstance(part[0], str)
+            part = [as_text(row) for row in column[start : start + _TEXTS_AT_ONCE]]
             # Whole texts, so that what stays does not hang on the length at which inputs are cut.
             yield from tokenizer(
-                [list(words) for words in part] if split else part,
+                part,
                 add_special_tokens=False,
-                is_split_into_words=split,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,

@@ -1,27 +1,58 @@
-"""Where the tokens of one tokenizer begin among those of another.
+"""Which word or character each token of a text begins at.
 
-So that what one model says of a word reaches a model that reads the word in other pieces.
+So that labels of words find their tokens, and what one model says of a token reaches a model that reads the text in
+other pieces. A list of words is read as the text that it makes, joined by spaces: tokenizers take a word and its space
+together (byte-level BPE, Unigram), and a text is to be read alike whoever reads it.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from hf_mtcompress.errors import DataError
 
-Start = tuple[int, int, int]
-"""Part of the input (0, or 1 for the second text), word (0 where texts are not split into words), first character."""
+Text = str | Sequence[str]
+"""A text as such, or as a list of its words."""
+Start = tuple[int, int]
+"""Part of the input (0, or 1 for the second text), and first character."""
 
 
-def token_starts(
-    inputs: Sequence[Sequence[Any]], processor: Any, max_length: int | None, *, split: bool
+def as_text(row: Any) -> str:
+    """A text as a tokenizer reads it.
+
+    Raises:
+        DataError: it is neither a text nor a list of words.
+    """
+    if isinstance(row, str):
+        return row
+    # Not any sequence or mapping: the keys of a record are no words.
+    words = list(row) if isinstance(row, list | tuple | np.ndarray) else None
+    wrong = [row] if words is None else [word for word in words if not isinstance(word, str)]
+    if wrong:
+        where = "" if words is None else " among its words"
+        raise DataError(
+            f"expected a text or a list of words, found {wrong[0]!r}{where}; convert or leave out such rows"
+        )
+    return " ".join(words or [])
+
+
+def words_of(row: Text) -> list[str]:
+    """Its words; of a text, what stands between white space."""
+    return row.split() if isinstance(row, str) else list(row)
+
+
+def read_with_starts(
+    texts: Sequence[Sequence[str]], processor: Any, max_length: int | None
 ) -> tuple[dict[str, list[Any]], list[list[Start | None]]]:
     """Model inputs, and where each token begins.
 
     Args:
-        inputs: one sequence of texts for each input column; lists of words where `split`.
+        texts: one sequence of texts for each input column.
         processor: a fast tokenizer.
         max_length: longest input in tokens.
-        split: whether texts come as lists of words.
 
     Returns:
         Inputs as the tokenizer gives them, and for each row one start a token, None for special tokens.
@@ -31,28 +62,44 @@ def token_starts(
     """
     if not getattr(processor, "is_fast", False):
         raise DataError(
-            f"expected a fast tokenizer, which says where tokens begin, found {type(processor).__name__}; save the "
-            "teacher with its fast tokenizer (tokenizer.json)"
+            f"expected a fast tokenizer, which says where tokens begin, found {type(processor).__name__}; load or save "
+            "the fast one (tokenizer.json)"
         )
-    encoded = processor(
-        *inputs, truncation=True, max_length=max_length, is_split_into_words=split, return_offsets_mapping=True
-    )
+    encoded = processor(*texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
     starts = []
-    for row in range(len(inputs[0])):
-        words = encoded.word_ids(row) if split else None
+    for row, offsets in enumerate(encoded["offset_mapping"]):
         found: list[Start | None] = []
-        parts = zip(encoded.sequence_ids(row), encoded["offset_mapping"][row], strict=True)
-        for token, (part, (first, last)) in enumerate(parts):
-            word = 0 if words is None else words[token]
-            if part is None or word is None:
+        for part, (first, last) in zip(encoded.sequence_ids(row), offsets, strict=True):
+            if part is None:
                 found.append(None)
                 continue
-            text = inputs[part][row][word] if split else inputs[part][row]
+            piece = texts[part][row][first:last]
             # Some tokenizers count the space before a word to its first piece.
-            blank = len(text[first:last]) - len(text[first:last].lstrip())
-            found.append((part, word, first + blank))
+            found.append((part, first + len(piece) - len(piece.lstrip())))
         starts.append(found)
     return {key: value for key, value in encoded.items() if key != "offset_mapping"}, starts
+
+
+def words_of_tokens(row: Text, starts: Sequence[Start | None]) -> list[int | None]:
+    """The word of the first text that each token begins in; None for all others."""
+    spans = _word_spans(row)
+    firsts = [first for first, _ in spans]
+    found: list[int | None] = []
+    for start in starts:
+        word = -1 if start is None or start[0] > 0 else bisect_right(firsts, start[1]) - 1
+        found.append(word if start is not None and word >= 0 and start[1] < spans[word][1] else None)
+    return found
+
+
+def _word_spans(row: Text) -> list[tuple[int, int]]:
+    """First character of each word in `as_text(row)`, and the one behind its last."""
+    if isinstance(row, str):
+        return [word.span() for word in re.finditer(r"\S+", row)]
+    spans, first = [], 0
+    for word in row:
+        spans.append((first, first + len(word)))
+        first += len(word) + 1
+    return spans
 
 
 def aligned(student: Sequence[Start | None], teacher: Sequence[Start | None]) -> list[int]:
@@ -65,13 +112,3 @@ def aligned(student: Sequence[Start | None], teacher: Sequence[Start | None]) ->
     if student and teacher and student[0] is None and teacher[0] is None:
         found[0] = 0
     return found
-
-
-def columns_of_rows(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], *, split: bool) -> list[list[Any]]:
-    """Input columns as lists, texts as lists of words where `split`."""
-    return [split_texts(rows[column]) if split else list(rows[column]) for column in columns]
-
-
-def split_texts(column: Sequence[Any]) -> list[list[str]]:
-    """Texts as lists of words."""
-    return [row.split() if isinstance(row, str) else list(row) for row in column]

@@ -133,7 +133,7 @@ def columns_for(samples: Sequence[Any], tasks: Iterable[Task], reader: Reader) -
         DataError: they are not what the reader reads, or pairs for a task that labels words.
     """
     word_task = next((task for task in tasks if task.reads_words), None)
-    columns = reader.columns(samples, words=word_task is not None)
+    columns = reader.columns(samples)
     if word_task is not None and len(columns) > 1:
         raise DataError(
             f"task '{word_task.name}': expected one text, found pairs; name the tasks that take pairs: tasks=[...]"
@@ -200,7 +200,6 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
             check_label_order(dataset, task, f"task '{task.name}'")
     if reader.on_read:
         return _encode_on_read(dataset, tasks, reader)
-    # Word-level tasks split into words; a shared encoding must do as they do.
     words = any(task.reads_words for task in tasks)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

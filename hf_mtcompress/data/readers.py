@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_mtcompress.data.alignment import Start, split_texts, token_starts
+from hf_mtcompress.data.alignment import Start, as_text, read_with_starts, words_of_tokens
 from hf_mtcompress.environment import package_version
 from hf_mtcompress.errors import ArtifactError, DataError, UnsupportedEncoderError, first_line
 from hf_mtcompress.recipe.tasks import Modality
 
 WORD_IDS = "word_ids"
-"""Beside the inputs of texts that are read word by word: the word that each token is of."""
+"""Beside the inputs of texts whose words are labelled: the word that each token begins in."""
 _DEFAULT_MAX_LENGTH = 512
 _BEYOND_ANY_TEXT = 10**6
 """Tokenizers without a limit of their own say a number beyond this."""
@@ -67,8 +67,8 @@ class Reader(ABC):
         """What a saved model notes of it, as `MultiTaskModel.from_encoder` takes it."""
 
     @abstractmethod
-    def columns(self, samples: Sequence[Any], *, words: bool = False) -> list[list[Any]]:
-        """Raw inputs as a user gives them, one a row, as columns for `encode`; texts as lists of words where `words`.
+    def columns(self, samples: Sequence[Any]) -> list[list[Any]]:
+        """Raw inputs as a user gives them, one a row, as columns for `encode`.
 
         Raises:
             DataError: they are none that it reads.
@@ -79,13 +79,17 @@ class Reader(ABC):
         """Model inputs, one entry a row.
 
         Args:
-            columns: one sequence for each input column.
-            words: read texts word by word, for tasks that label words; `WORD_IDS` then stands beside the inputs.
+            columns: one sequence for each input column; a list of words is read as the text that it makes.
+            words: say the words of tokens, for tasks that label words: `WORD_IDS` then stands beside the inputs, which
+                are the same as without.
+
+        Raises:
+            DataError: a row is not what it reads.
         """
 
     @abstractmethod
     def encode_with_starts(
-        self, columns: Sequence[Sequence[Any]], *, words: bool = False
+        self, columns: Sequence[Sequence[Any]]
     ) -> tuple[dict[str, list[Any]], list[list[Start | None]] | None]:
         """As `encode`, and where each token begins; None where inputs have no tokens."""
 
@@ -168,7 +172,7 @@ class TextReader(Reader):
     def limited(self, max_length: int | None) -> Self:
         return replace(self, max_length=max_length)
 
-    def columns(self, samples: Sequence[Any], *, words: bool = False) -> list[list[Any]]:
+    def columns(self, samples: Sequence[Any]) -> list[list[Any]]:
         rows = [_texts_of(sample) for sample in samples]
         kinds = {_kind_of(row) for row in rows}
         if len(kinds) != 1 or "unknown" in kinds:
@@ -176,26 +180,18 @@ class TextReader(Reader):
                 "expected texts, lists of words or (text, text) tuples, all of one kind, found "
                 f"{sorted({type(row).__name__ for row in rows})}; convert the inputs"
             )
-        pairs = kinds.pop().startswith("pair")
-        columns = [list(column) for column in zip(*rows, strict=True)] if pairs else [rows]
-        return [split_texts(column) for column in columns] if words else columns
+        return [list(column) for column in zip(*rows, strict=True)] if kinds.pop().startswith("pair") else [rows]
 
     def encode(self, columns: Sequence[Sequence[Any]], *, words: bool = False) -> dict[str, list[Any]]:
-        texts, split = self._split(columns, words)
-        encoded = self.processor(*texts, truncation=True, max_length=self.max_length, is_split_into_words=split)
-        inputs: dict[str, list[Any]] = dict(encoded)
-        return inputs | {WORD_IDS: [encoded.word_ids(row) for row in range(len(texts[0]))]} if words else inputs
+        if words:
+            inputs, starts = self.encode_with_starts(columns)
+            return {**inputs, WORD_IDS: [words_of_tokens(*row) for row in zip(columns[0], starts, strict=True)]}
+        return dict(self.processor(*_texts(columns), truncation=True, max_length=self.max_length))
 
     def encode_with_starts(
-        self, columns: Sequence[Sequence[Any]], *, words: bool = False
-    ) -> tuple[dict[str, list[Any]], list[list[Start | None]] | None]:
-        texts, split = self._split(columns, words)
-        return token_starts(texts, self.processor, self.max_length, split=split)
-
-    def _split(self, columns: Sequence[Sequence[Any]], words: bool) -> tuple[list[list[Any]], bool]:
-        """Columns as lists, and whether their texts are lists of words."""
-        split = words or (len(columns[0]) > 0 and not isinstance(columns[0][0], str))
-        return [split_texts(column) if split else list(column) for column in columns], split
+        self, columns: Sequence[Sequence[Any]]
+    ) -> tuple[dict[str, list[Any]], list[list[Start | None]]]:
+        return read_with_starts(_texts(columns), self.processor, self.max_length)
 
     def collate(self, rows: Sequence[Mapping[str, Any]], pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
         names = [name for name in dict.fromkeys((*self.names, *self.input_names)) if name in rows[0]]
@@ -225,7 +221,7 @@ class TextReader(Reader):
     def unpadded(self, samples: Sequence[Any], length: int) -> dict[str, np.ndarray]:
         assert self.max_length is not None
         length = min(length, self.max_length)
-        texts = [sample if isinstance(sample, str) else " ".join(sample) for sample in samples]
+        texts = [as_text(sample) for sample in samples]
         # A word is at least one token in every vocabulary, so this is always long enough.
         repeated = [" ".join([text or "text"] * length) for text in texts]
         encoded = self.processor(repeated, truncation=True, max_length=length, return_tensors="np")
@@ -293,7 +289,7 @@ class ImageReader(Reader):
         side = dict(getattr(self.processor, "size", None) or {}).get("height")
         return {} if side is None else {"image_size": side}
 
-    def columns(self, samples: Sequence[Any], *, words: bool = False) -> list[list[Any]]:
+    def columns(self, samples: Sequence[Any]) -> list[list[Any]]:
         for sample in samples:
             if not hasattr(sample, "convert"):  # anything that behaves like a PIL image
                 raise DataError(f"expected PIL images, found {type(sample).__name__}; open them with PIL.Image.open")
@@ -304,7 +300,7 @@ class ImageReader(Reader):
         return {name: list(encoded[name]) for name in self.input_names if name in encoded}
 
     def encode_with_starts(
-        self, columns: Sequence[Sequence[Any]], *, words: bool = False
+        self, columns: Sequence[Sequence[Any]]
     ) -> tuple[dict[str, list[Any]], list[list[Start | None]] | None]:
         return self.encode(columns), None
 
@@ -515,6 +511,10 @@ def _stacked(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[st
                 "padded"
             )
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _texts(columns: Sequence[Sequence[Any]]) -> list[list[str]]:
+    return [[as_text(row) for row in column] for column in columns]
 
 
 def _texts_of(sample: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import Pipeline
 from transformers.utils.generic import ModelOutput
 
+from hf_mtcompress.data.alignment import words_of
 from hf_mtcompress.data.preprocessing import columns_for
 from hf_mtcompress.data.readers import WORD_IDS, reader_of
 from hf_mtcompress.errors import ArtifactError, TaskError
@@ -45,7 +46,7 @@ class MultiTaskPipeline(Pipeline):
         columns = columns_for([input_], chosen.values(), reader)
         encoded = reader.encode(columns, words=any(task.reads_words for task in chosen.values()))
         word_ids = encoded.pop(WORD_IDS, None)
-        encoding = {} if word_ids is None else {"word_ids": word_ids[0], "words": columns[0][0]}
+        encoding = {} if word_ids is None else {"word_ids": word_ids[0], "words": words_of(columns[0][0])}
         return {**reader.collate([{name: values[0] for name, values in encoded.items()}]), "encoding": encoding}
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> ModelOutput:

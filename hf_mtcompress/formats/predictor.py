@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from hf_mtcompress.data.alignment import words_of
 from hf_mtcompress.data.preprocessing import columns_for
 from hf_mtcompress.data.readers import WORD_IDS, Reader, lengths_of
 from hf_mtcompress.errors import DataError, TaskError
@@ -58,16 +59,17 @@ class Predictor:
         """Answer all tasks for each input, which is encoded once.
 
         Args:
-            inputs: texts, lists of words, `(text, second text)` tuples or PIL images, all of one kind. Where a task
-                labels words, texts are split at white space.
+            inputs: texts, lists of words, `(text, second text)` tuples or PIL images, all of one kind. A list of words
+                is read as the text that it makes; the words of a text are what stands between white space.
             batch_size: inputs per call; inputs of like length go together.
             tasks: names of the tasks to answer; default: all.
             progress: show a progress bar; default: when there are many batches.
 
         Returns:
             One dict by task for each input. Single label: `{"label", "score"}`; several labels: a list of these;
-            regression: a number; words: `{"labels"}` with one label for each word (up to `max_length`) and, for BIO
-            labels, `spans` of `{"label", "start", "end", "text"}` counted in words, `end` exclusive.
+            regression: a number; words: `{"labels"}` with one label for each word, None for those that the model did
+            not read (beyond `max_length`, or of characters that its tokenizer drops), and, for BIO labels, `spans` of
+            `{"label", "start", "end", "text"}` counted in words, `end` exclusive.
 
         Raises:
             DataError: the inputs are not what the tasks take.
@@ -120,7 +122,7 @@ class Predictor:
             batch = reader.collate([{name: part[name][place] for name in part} for place in range(len(indices))])
             extras: list[dict[str, Any]] = [{} for _ in indices]
             if word_ids is not None:
-                extras = [{"word_ids": word_ids[index], "words": columns[0][index]} for index in indices]
+                extras = [{"word_ids": word_ids[index], "words": words_of(columns[0][index])} for index in indices]
             yield indices, {name: tensor.numpy() for name, tensor in batch.items()}, extras
 
 

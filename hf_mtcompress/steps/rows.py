@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 
-from hf_mtcompress.compression.vocabulary import Text
-from hf_mtcompress.data.alignment import columns_of_rows
+from hf_mtcompress.data.alignment import as_text
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.load import load_unlabelled
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
@@ -78,7 +77,7 @@ def validation_rows(context: RunContext, rows: int) -> dict[str, Dataset]:
     return {name: made[id(own)] for name, own in found.items()}
 
 
-def texts_to_keep(step: TrimVocabularyStep, context: RunContext) -> list[list[Text]]:
+def texts_to_keep(step: TrimVocabularyStep, context: RunContext) -> list[list[str]]:
     """Columns of texts whose tokens stay: of the step's corpus, else of the training and validation rows.
 
     Raises:
@@ -90,20 +89,18 @@ def texts_to_keep(step: TrimVocabularyStep, context: RunContext) -> list[list[Te
         rows = load_unlabelled(step.corpus, [step.column], Path.cwd(), context.recipe.seed, f"steps.{step.name}.corpus")
     except DataError as error:
         raise RecipeError(str(error)) from error
-    return columns_of_rows(rows[:], [step.column], split=False)
+    return [[as_text(row) for row in rows[step.column]]]
 
 
-def texts_of(sources: Sources, roles: Sequence[Role]) -> list[list[Text]]:
-    """Columns of texts that the tasks read in some splits, each once, split into words where a task reads words."""
-    found: dict[tuple[str, bool], list[Text]] = {}
+def texts_of(sources: Sources, roles: Sequence[Role]) -> list[list[str]]:
+    """Columns of texts that the tasks read in some splits, each once."""
+    found: dict[str, list[str]] = {}
     for role in roles:
         for name, rows in sources.role(role).items():
-            task = sources.tasks[name]
-            split = task.reads_words
-            for column in task.input_columns:
-                key = (f"{rows._fingerprint} {column}", split or not isinstance(rows[0][column], str))
+            for column in sources.tasks[name].input_columns:
+                key = f"{rows._fingerprint} {column}"
                 if key not in found:
-                    (found[key],) = columns_of_rows(rows[:], [column], split=key[1])
+                    found[key] = [as_text(row) for row in rows[column]]
     return list(found.values())
 
 

@@ -78,7 +78,7 @@ class TokenClassification(Task):
                     f"task '{self.name}': expected one label for each word, found {len(words)} labels in column "
                     f"'{self.label}' for {found} words in column '{self.tokens}'"
                 )
-            cut += len(words) > reached
+            cut += len({index for index in word_ids if index is not None}) < len(words)
             indices = [label_index(self, word) for word in words]
             labels, previous = [], None
             for index in word_ids:
@@ -87,7 +87,8 @@ class TokenClassification(Task):
             aligned.append(labels)
         if cut:
             logger.warning(
-                "task '%s': %d of %d rows are longer than max_length; the labels beyond it are not counted",
+                "task '%s': %d of %d rows have words without a token (beyond max_length, or dropped by the tokenizer); "
+                "their labels are not counted",
                 self.name,
                 cut,
                 len(aligned),
@@ -127,21 +128,25 @@ class TokenClassification(Task):
         names = self.labels or ()
         word_ids = (encoding or {}).get("word_ids", range(len(logits)))
         words = (encoding or {}).get("words")
-        answers, previous = [], None
-        for index, row in zip(word_ids, np.asarray(logits).argmax(-1), strict=False):
-            if index is not None and index != previous:
-                answers.append(names[int(row)])
-            previous = index
+        best = np.asarray(logits).argmax(-1)
+        read: dict[int, str] = {}
+        for index, row in zip(word_ids, best, strict=False):
+            if index is not None:
+                read.setdefault(index, names[int(row)])
+        count = max(read, default=-1) + 1 if words is None else len(words)
+        answers = [read.get(word) for word in range(count)]
+        kept = sorted(read)
         answer: dict[str, Any] = {"labels": answers}
         if self.bio:
             answer["spans"] = [
                 {
                     "label": label,
-                    "start": start,
-                    "end": end,
-                    **({"text": " ".join(words[start:end])} if words is not None else {}),
+                    "start": kept[start],
+                    "end": kept[end - 1] + 1,
+                    **({"text": " ".join(words[kept[start] : kept[end - 1] + 1])} if words is not None else {}),
                 }
-                for label, start, end in bio_spans(answers)
+                # A word that was not read neither ends a span nor begins one.
+                for label, start, end in bio_spans([read[word] for word in kept])
             ]
         return answer
 

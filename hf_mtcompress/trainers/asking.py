@@ -115,8 +115,7 @@ class Asking:
         wanted: Sequence[str],
     ) -> dict[str, Tensor]:
         """Of a teacher with a reader of its own: signals by token are moved to where the student reads them."""
-        words = any(task.reads_words for task in tasks)
-        task = next((task for task in tasks if task.reads_words), tasks[0])
+        task = tasks[0]
         columns = task.input_columns
         if raw is None or self.reader is None or not columns or any(name not in raw.column_names for name in columns):
             raise DataError(
@@ -125,10 +124,10 @@ class Asking:
             )
         rows = raw[indices]
         inputs = [list(rows[column]) for column in columns]
-        encoded, theirs = reader.encode_with_starts(inputs, words=words)
+        encoded, theirs = reader.encode_with_starts(inputs)
         batch = reader.collate([{key: values[row] for key, values in encoded.items()} for row in range(len(indices))])
         signals = teacher.signals(self._on_device(batch), names, wanted)
-        _, mine = (None, None) if theirs is None else self.reader.encode_with_starts(inputs, words=words)
+        _, mine = (None, None) if theirs is None else self.reader.encode_with_starts(inputs)
         if mine is None or theirs is None:
             return signals
         own_mask, their_mask = positions_of(features).cpu(), positions_of(batch)

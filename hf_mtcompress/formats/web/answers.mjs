@@ -44,15 +44,18 @@ export function decode(task, logits, encoding) {
     const best = argmax(scores);
     return { label: task.labels[best], score: scores[best] };
   }
-  const labels = [];
-  let previous = null;
+  // A word that was not read (cut, or dropped by the tokenizer) keeps its place, and neither ends a span nor begins one.
+  const labels = encoding.words.map(() => null);
   encoding.word_ids.forEach((word, token) => {
-    const row = logits.slice(token * task.labels.length, (token + 1) * task.labels.length);
-    if (word !== null && word !== previous) labels.push(task.labels[argmax(row)]);
-    previous = word;
+    if (word === null || labels[word] !== null) return;
+    labels[word] = task.labels[argmax(logits.slice(token * task.labels.length, (token + 1) * task.labels.length))];
   });
   if (!task.bio) return { labels };
-  const spans = bioSpans(labels).map((span) => ({ ...span, text: encoding.words.slice(span.start, span.end).join(" ") }));
+  const read = labels.flatMap((label, word) => (label === null ? [] : [word]));
+  const spans = bioSpans(read.map((word) => labels[word])).map((span) => {
+    const [start, end] = [read[span.start], read[span.end - 1] + 1];
+    return { ...span, start, end, text: encoding.words.slice(start, end).join(" ") };
+  });
   return { labels, spans };
 }
 

@@ -85,7 +85,7 @@ function hueOf(label) {
 function showWords(task, answer, encoding) {
   const spans = new Map((answer.spans ?? []).flatMap((span) => Array.from({ length: span.end - span.start }, (_, place) => [span.start + place, [span.label, place === 0]])));
   const words = answer.labels.map((label, index) => {
-    const [name, first] = task.bio ? (spans.get(index) ?? ["", false]) : [label, true];
+    const [name, first] = task.bio ? (spans.get(index) ?? ["", false]) : [label ?? "", true];
     const mark = element("small", {}, first ? name : "\u00a0");
     const word = element("span", { class: name ? "word marked" : "word" }, encoding.words[index], mark);
     word.style.setProperty("--hue", hueOf(name));

@@ -1,8 +1,34 @@
-// From texts to token ids, as the Python side encodes them: words, cutting to the longest length, special tokens.
+// From texts to token ids, as the Python side encodes them: cutting to the longest length, special tokens.
+
+// White space of Python's `str.split()`; `\s` of JavaScript lacks some of it, and has the byte order mark.
+const WORD = /[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/gu;
 
 /** Words of a text, as Python's `str.split()` finds them. */
 export function splitWords(text) {
-  return text.split(/\s+/u).filter((word) => word !== "");
+  return [...text.matchAll(WORD)].map(([word]) => word);
+}
+
+/**
+ * The word that each token begins in, or null.
+ *
+ * The text is read as a whole; where a word begins and ends among its tokens is seen by reading the text up to there.
+ */
+export function wordsOfTokens(tokenize, text, ids) {
+  const before = (end) => {
+    const part = tokenize(text.slice(0, end));
+    let count = 0;
+    while (count < part.length && part[count] === ids[count]) count += 1;
+    return count;
+  };
+  const owners = ids.map(() => null);
+  let last = 0;
+  [...text.matchAll(WORD)].forEach((found, word) => {
+    // The space before a word is its first piece's, where there is a token for it; further ones are nobody's.
+    const first = Math.max(last, before(Math.max(found.index - 1, 0)));
+    last = Math.max(first, before(found.index + found[0].length));
+    owners.fill(word, first, last);
+  });
+  return owners;
 }
 
 /**
@@ -29,9 +55,9 @@ export function fitLengths(first, second, room) {
 /**
  * Encode one text, or a pair.
  *
- * @param {(text: string) => number[]} tokenize token ids of a text or a word, without special tokens
+ * @param {(text: string) => number[]} tokenize token ids of a text, without special tokens
  * @param {object} settings `text` of page.json: `templates` of one text and of two, `max_length` in tokens,
- *   `truncation_side`, `words` (texts are split at white space first, for tasks that label words)
+ *   `truncation_side`, `words` (there are tasks that label them)
  * @param {string} text
  * @param {string} [pair]
  * @returns {{input_ids: number[], attention_mask: number[], token_type_ids: number[], word_ids: (number | null)[],
@@ -42,18 +68,8 @@ export function encodeText(tokenize, settings, text, pair) {
   const template = settings.templates[second === undefined ? "single" : "pair"];
   const special = template.reduce((count, part) => count + (part.ids ? part.ids.length : 0), 0);
   const words = settings.words ? splitWords(text) : [];
-  const texts = [[], []];
-  const places = [];
-  if (settings.words) {
-    words.forEach((word, place) => {
-      for (const id of tokenize(word)) {
-        texts[0].push(id);
-        places.push(place);
-      }
-    });
-  } else {
-    texts[0] = tokenize(text);
-  }
+  const texts = [tokenize(text), []];
+  const places = settings.words ? wordsOfTokens(tokenize, text, texts[0]) : [];
   if (second !== undefined) texts[1] = tokenize(second);
   const room = Math.max(settings.max_length - special, 0);
   const kept = fitLengths(texts[0].length, texts[1].length, room);

@@ -198,7 +198,7 @@ def test_word_labels_of_a_shared_encoding_fit_its_pieces(caplog: pytest.LogCaptu
         (group,) = encode(by_name(mood(text="tokens"), tags()), WORDS, tiny_tokenizer(), 8)
     assert all(len(row["labels_tags"]) == len(row["input_ids"]) <= 8 for row in group.dataset)
     assert "word_ids" not in group.dataset.column_names
-    assert "longer than max_length" in caplog.text
+    assert "words without a token (beyond max_length" in caplog.text
 
 
 def test_images_are_encoded_when_they_are_read() -> None:

@@ -1,6 +1,7 @@
 """Laws of readers: a row becomes what its tokenizer or image processor makes of it, alone and in company."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tests.tiny import (
     tiny_image_processor,
     tiny_image_rows,
     tiny_text_rows,
+    tiny_token_rows,
     tiny_tokenizer,
     tiny_unigram_tokenizer,
 )
@@ -84,7 +86,8 @@ def test_a_row_alone_is_what_its_processor_makes_of_it(family: str) -> None:
 def test_texts_in_a_batch_are_padded_as_by_the_tokenizer(tokenizer: Any, columns: list[list[Any]]) -> None:
     reader = reader_of(tokenizer)
     batch = reader.collate(rows_of(reader.encode(columns)))
-    assert same(batch, tokenizer(*columns, padding=True, return_tensors="pt", is_split_into_words=columns is WORDS))
+    texts = TEXTS if columns is WORDS else columns
+    assert same(batch, tokenizer(*texts, padding=True, return_tensors="pt"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,22 +197,55 @@ def test_texts_are_cut_at_the_maximal_length() -> None:
 
 
 @pytest.mark.parametrize("text", ["the  salmon waits", ["the", "salmon", "waits"]])
-def test_texts_read_word_by_word_know_their_words(text: Any) -> None:
+def test_words_of_texts_know_their_tokens(text: Any) -> None:
     """Labels of words stand at their first piece; counted otherwise they would all slip."""
     reader = reader_of(tiny_tokenizer())
-    columns = reader.columns([text], words=True)
-    assert columns == [[["the", "salmon", "waits"]]]
-    found = reader.encode(columns, words=True)
-    assert found == reader.encode([[text]], words=True)
+    found = reader.encode(reader.columns([text]), words=True)
     pieces = tiny_tokenizer().convert_ids_to_tokens(found["input_ids"][0])
     assert pieces == ["[CLS]", "the", "sa", "##lmon", "waits", "[SEP]"]
     assert found[WORD_IDS] == [[None, 0, 1, 1, 2, None]]
 
 
+@pytest.mark.parametrize("make", [tiny_tokenizer, tiny_bpe_tokenizer, tiny_unigram_tokenizer])
+def test_a_text_is_read_alike_whoever_reads_it(make: Any) -> None:
+    """As transformers' own pipelines read it; a byte-level BPE takes the space before a word for a part of it."""
+    tokenizer = make()
+    reader = reader_of(tokenizer)
+    for words in tiny_token_rows(20)["tokens"]:
+        text = " ".join(words)
+        plain = tokenizer(text)["input_ids"]
+        for given in (text, words, tuple(words), np.array(words)):
+            for asked in (False, True):
+                found = reader.encode([[given]], words=asked)
+                assert found["input_ids"][0] == plain
+        owners = reader.encode([[words]], words=True)[WORD_IDS][0]
+        assert owners[0] is owners[-1] is None
+        for number, word in enumerate(words):
+            own = [token for token, owner in zip(plain, owners, strict=True) if owner == number]
+            if tokenizer.unk_token_id not in own:
+                assert tokenizer.decode(own).strip() == word
+
+
+def test_words_that_become_no_token_keep_their_place() -> None:
+    """Later labels would shift by one."""
+    reader = reader_of(tiny_tokenizer())
+    found = reader.encode([[["the", "", "salmon", "\u200b", "waits", "\ufe0f"]]], words=True)
+    assert found[WORD_IDS] == [[None, 0, 2, 2, 4, None]]
+
+
+@pytest.mark.parametrize(
+    ("row", "found"), [(None, "None"), (3, "3"), (["the", None], "None among its words"), ({"text": "a"}, "{'text'")]
+)
+def test_what_is_no_text_is_refused(row: Any, found: str) -> None:
+    """A tokenizer reads the keys of a record as words."""
+    with pytest.raises(DataError, match=re.escape(f"expected a text or a list of words, found {found}")):
+        reader_of(tiny_tokenizer()).encode([["the fox", row]])
+
+
 def test_tokens_say_where_they_begin() -> None:
     encoded, starts = reader_of(tiny_tokenizer()).encode_with_starts([["the salmon"]])
     assert encoded["input_ids"] == reader_of(tiny_tokenizer()).encode([["the salmon"]])["input_ids"]
-    assert starts == [[None, (0, 0, 0), (0, 0, 4), (0, 0, 6), None]]
+    assert starts == [[None, (0, 0), (0, 4), (0, 6), None]]
     assert reader_for("vit").encode_with_starts(IMAGES)[1] is None
 
 

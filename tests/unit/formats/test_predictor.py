@@ -90,7 +90,10 @@ def test_long_texts_are_cut_where_the_model_says():
     predictor = load_predictor(saved.folders["torch"])
     assert predictor.reader.max_length == load_predictor(saved.folders["onnx"]).reader.max_length == MAX_LENGTH
     answer = predictor.predict(["fox " * 500])[0]
-    assert len(answer["tags"]["labels"]) == MAX_LENGTH - 2
+    labels = answer["tags"]["labels"]
+    assert len(labels) == 500
+    assert labels[MAX_LENGTH - 2 :] == [None] * (502 - MAX_LENGTH)
+    assert None not in labels[: MAX_LENGTH - 2]
 
 
 def test_pairs_and_chosen_tasks():

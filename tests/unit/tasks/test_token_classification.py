@@ -150,7 +150,7 @@ def test_labels_beyond_the_maximal_length_are_dropped_and_counted(caplog: pytest
         labels = tags().encode_labels([wanted, wanted[:2]], {**encoded, "words": [words, words[:2]]})
     assert labels[0] == [BLANK, O, ANIMAL, O, BLANK]
     assert labels[1] == [BLANK, O, ANIMAL, BLANK]
-    assert "task 'tags': 1 of 2 rows are longer than max_length" in caplog.text
+    assert "task 'tags': 1 of 2 rows have words without a token (beyond max_length" in caplog.text
 
 
 def test_nothing_is_said_when_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
