@@ -7,18 +7,32 @@ What can go wrong in a recipe (a missing file, a misspelled argument, a split th
 import dataclasses
 import glob
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetBuilder, DownloadConfig, Image, LargeList, List, load_dataset_builder
+import pandas
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    DownloadConfig,
+    Image,
+    LargeList,
+    List,
+    ReadInstruction,
+    load_dataset_builder,
+)
 from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from hf_mtcompress.data.alignment import as_text
 from hf_mtcompress.digests import file_digest, values_digest
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.recipe import DataConfig, Role
@@ -41,9 +55,13 @@ CSV_DEFAULTS: Mapping[str, Any] = {"keep_default_na": False, "na_values": [""]}
 HASHED_ROWS = 1000
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 """Files in which a local folder may say which files are data; they go unread where the files are named."""
+_PICTURES = ("imagefolder",)
+_NUMBERS = ("int64", "float64")
 
 
-def load_splits(config: DataConfig, base_dir: Path | None, seed: int, what: str) -> dict[Role, Dataset]:
+def load_splits(
+    config: DataConfig, base_dir: Path | None, seed: int, what: str, label_columns: Collection[str] = ()
+) -> dict[Role, Dataset]:
     """Read the splits of a data source, one for each role.
 
     Where there is no validation split, a tenth of the training rows (at most 1,000) is drawn with the seed and taken
@@ -54,15 +72,19 @@ def load_splits(config: DataConfig, base_dir: Path | None, seed: int, what: str)
         base_dir: folder that relative local paths start from; default: the current one.
         seed: seed of every draw, at least 0.
         what: the source in words, for messages, such as `task 'intent'`.
+        label_columns: those with names of labels, which a table must not read as numbers that merge them.
 
     Returns:
         Rows by role: always `train` and `validation`; `test` where the source has one.
 
     Raises:
-        DataError: the source cannot be read, or lacks a split, or a split is empty.
+        DataError: the source cannot be read, or lacks a split, a split is empty, or two of them have rows in common.
     """
     builder = _prepared_builder(config, base_dir or Path(), what)
     specs = _split_of_roles(config, _split_rows(builder), what)
+    _check_apart(specs, builder, what)
+    if config.path == "csv":
+        _check_table(builder, config, label_columns, what)
     splits: dict[Role, Dataset] = {}
     for role, spec in specs.items():
         try:
@@ -147,11 +169,17 @@ def content_fingerprint(splits: Mapping[Role, Dataset]) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_columns(splits: Mapping[Role, Dataset], columns: Iterable[str], what: str) -> None:
-    """Make sure that every split has these input columns, and a value in each of their rows.
+def check_columns(splits: Mapping[Role, Dataset], columns: Iterable[str], what: str, *, texts: bool = False) -> None:
+    """Make sure that every split has these input columns, and in each of their rows what can be read.
+
+    Args:
+        splits: rows by role.
+        columns: input columns.
+        what: the task in words, for messages.
+        texts: whether they are to hold texts or lists of words.
 
     Raises:
-        DataError: a column is missing, or a row of it holds nothing.
+        DataError: a column is missing, or a row of it holds nothing, or something else.
     """
     for role, rows in splits.items():
         for column in columns:
@@ -162,6 +190,15 @@ def check_columns(splits: Mapping[Role, Dataset], columns: Iterable[str], what: 
                         f"{what}: expected a value in every row of column '{column}', found nothing in {index}; "
                         "remove the row or fill it"
                     )
+                if texts:
+                    _check_text(value, f"{what}: column '{column}', {index}")
+
+
+def _check_text(value: Any, what: str) -> None:
+    try:
+        as_text(value)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def infer_labels(
@@ -214,6 +251,7 @@ def infer_labels(
             "give the names in order under labels"
         )
     labels = tuple(dict.fromkeys(_label_name(value) for value in sorted(found, key=_label_order)))
+    _check_alike(labels, column, what)
     least = 1 if multi_label else 2
     if len(labels) < least:
         raise DataError(
@@ -234,6 +272,7 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
     for role, rows in splits.items():
         _check_column(rows, task.label, role, what)
         check_label_order(rows, task, what)
+    feature = next(iter(splits.values())).features[task.label]
     for index, value in _values(splits, task.label):
         if is_unlabelled(value):
             continue
@@ -245,7 +284,11 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
                 )
             continue
         items = value if isinstance(value, list) else [value]
-        if task.problem == "multi_label_classification" and len(items) == task.num_outputs and set(items) <= {0, 1}:
+        if task.problem == "multi_label_classification":
+            try:
+                task.encode_labels(by_name([value], feature, task), {})
+            except DataError as error:
+                raise DataError(f"{what}, {index}: {error}") from error
             continue
         for item in items:
             if item not in accepted and not is_unlabelled(item):
@@ -273,6 +316,19 @@ def check_label_order(rows: Dataset, task: Task, what: str) -> None:
             f"{what}: expected the labels in the order of column '{task.label}' ({', '.join(names)}), found "
             f"({', '.join(task.labels)}); give them in that order, or leave them out"
         )
+
+
+def by_name(values: Sequence[Any], feature: Any, task: Task) -> Sequence[Any]:
+    """Labels of a column as `Task.encode_labels` takes them: numbers in lists of a ClassLabel by their names.
+
+    A list of two numbers may else be one of zeros and ones.
+    """
+    if task.problem != "multi_label_classification" or _class_names(feature) is None:
+        return values
+    labels = task.labels or ()
+    return [
+        row if is_unlabelled(row) else [item if is_unlabelled(item) else labels[item] for item in row] for row in values
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ reading the source
@@ -468,11 +524,6 @@ def _split_of_roles(config: DataConfig, available: Mapping[str, int], what: str)
                 raise DataError(
                     f"{what}: expected the split '{base}' for {role}, found {', '.join(available) or 'none'}; {hint}"
                 )
-        if spec in specs.values():
-            raise DataError(
-                f"{what}: expected splits without common rows, found '{spec}' for two roles; "
-                "give slices such as train[:90%] and train[90%:], or leave validation out to have it drawn from train"
-            )
         specs[role] = spec
     for role in ROLES:
         if role not in specs:
@@ -497,6 +548,78 @@ def _split_of_roles(config: DataConfig, available: Mapping[str, int], what: str)
                 "give another file or split, or leave this one out"
             )
     return {role: specs[role] for role in ROLES if role in specs}
+
+
+def _check_apart(specs: Mapping[Role, str], builder: DatasetBuilder, what: str) -> None:
+    """Make sure that no row plays two roles: its score would be one of rows that were trained on.
+
+    Raises:
+        DataError: slices overlap, or splits come of files with the same content.
+    """
+    rows = _split_rows(builder)
+    taken: list[tuple[Role, str, int, int]] = []
+    for role, spec in specs.items():
+        try:
+            parts = ReadInstruction.from_spec(spec).to_absolute(rows)
+        except (ValueError, AssertionError):
+            continue  # told where the rows are read
+        for part in parts:
+            first, last = part.from_ or 0, rows[part.splitname] if part.to is None else part.to
+            for other, split, start, end in taken:
+                if split == part.splitname and (common := min(last, end) - max(first, start)) > 0:
+                    raise DataError(
+                        f"{what}: expected splits without common rows, found {common} rows both in '{specs[other]}' "
+                        f"for {other} and in '{spec}' for {role}; give slices that do not overlap, such as "
+                        "train[:90%] and train[90%:]"
+                    )
+            taken.append((role, part.splitname, first, last))
+    files = {split: _local_files(builder, split) for split in dict.fromkeys(split for _, split, *_ in taken)}
+    contents = {split: {file_digest(name): name for name in names} for split, names in files.items()}
+    for split, other in itertools.combinations(contents, 2):
+        common = contents[split].keys() & contents[other].keys()
+        # Single pictures may well come twice; a table, or all pictures of a split, hardly.
+        if common and (builder.name not in _PICTURES or common in (contents[split].keys(), contents[other].keys())):
+            name, its_name = (Path(contents[key][min(common)]).name for key in (split, other))
+            raise DataError(
+                f"{what}: expected splits without common rows, found the same content in '{name}' of {split} and "
+                f"'{its_name}' of {other}; give each split rows of its own (validation may be left out: it is then "
+                "drawn from train)"
+            )
+
+
+def _local_files(builder: DatasetBuilder, split: str) -> list[str]:
+    """Files of this machine that a split is read from, those in archives left out."""
+    names = [str(name) for name in (builder.config.data_files or {}).get(split, ())]
+    return [name for name in names if not _is_remote(name)]
+
+
+def _check_table(builder: DatasetBuilder, config: DataConfig, label_columns: Collection[str], what: str) -> None:
+    """Make sure that a table was read as it is written.
+
+    Raises:
+        DataError: rows have one field more than the header, or label names that differ became one number.
+    """
+    features = builder.info.features or {}
+    if "__index_level_0__" in features and "index_col" not in config.builder_arguments:
+        raise DataError(
+            f"{what}: expected as many fields in a row as column names, {[*features][:-1]}, found one more in each "
+            "row; name every column in the first line, or give column_names"
+        )
+    for column in label_columns:
+        if getattr(features.get(column), "dtype", "string") not in _NUMBERS:
+            continue
+        for split in builder.config.data_files or {}:
+            for name in _local_files(builder, str(split)):
+                given = {**builder.config.pd_read_csv_kwargs, "usecols": [column], "dtype": str, "chunksize": None}
+                values = pandas.read_csv(name, **given)[column].dropna().unique()
+                by_number: dict[float, str] = {}
+                for value in values:
+                    if (other := by_number.setdefault(float(value), value)) != value:
+                        raise DataError(
+                            f"{what}: expected labels that stay apart, found '{other}' and '{value}' in column "
+                            f"'{column}' of {Path(name).name}, which a table reads as one number; write them alike, or "
+                            f"with a letter"
+                        )
 
 
 def _carve(train: Dataset, seed: int, what: str) -> tuple[Dataset, Dataset]:
@@ -571,6 +694,19 @@ def _holds_vectors(splits: Mapping[Role, Dataset], column: str) -> bool:
     """Whether lists of zeros and ones are vectors: of one length, and some value twice, which no set of labels has."""
     lists = [value for _, value in _values(splits, column) if not is_unlabelled(value)]
     return len({len(value) for value in lists}) == 1 and any(len(set(value)) < len(value) for value in lists)
+
+
+def _check_alike(labels: Iterable[str], column: str, what: str) -> None:
+    """Make sure that no two labels look like one label that was written in two ways."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        plain = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        plain = plain.lstrip("0") or "0" if plain.isdigit() else plain
+        if (other := seen.setdefault(plain, label)) != label:
+            raise DataError(
+                f"{what}: expected labels that differ by more than capitals, spaces and leading zeros, found {other!r} "
+                f"and {label!r} in column '{column}'; write them alike, or list all labels under labels"
+            )
 
 
 def _check_label_value(value: Any, column: str, index: str, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from hf_mtcompress.data.load import check_label_order
+from hf_mtcompress.data.load import by_name, check_label_order
 from hf_mtcompress.data.readers import WORD_IDS, Reader, are_encoded, lengths_of
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks import Task
@@ -180,7 +180,8 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
         raise DataError(
             f"task {names}: expected rows in the {role} split, found none; check the source and its filters"
         )
-    if are_encoded(columns):
+    # What a task names as its input is to be read, whatever it is called.
+    if are_encoded([name for name in columns if all(name not in task.input_columns for task in tasks)], reader):
         return _name_labels(dataset, columns, tasks, role)
     if reader is None:
         raise DataError(
@@ -201,12 +202,17 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
     if reader.on_read:
         return _encode_on_read(dataset, tasks, reader)
     words = any(task.reads_words for task in tasks)
+    features = dict(dataset.features or {})
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         inputs = [rows[column] for column in tasks[0].input_columns]
         encoded = reader.encode(inputs, words=words)
         raw = {**encoded, "words": inputs[0]}
-        labels = {task.label_name: task.encode_labels(rows[task.label], raw) for task in tasks if task.label}
+        labels = {
+            task.label_name: task.encode_labels(by_name(rows[task.label], features.get(task.label), task), raw)
+            for task in tasks
+            if task.label
+        }
         encoded.pop(WORD_IDS, None)
         return {**encoded, **labels}
 
@@ -220,10 +226,14 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
 def _encode_on_read(dataset: Any, tasks: Sequence[Task], reader: Reader) -> Any:
     """Labels are encoded now, inputs when a row is read."""
     inputs = tasks[0].input_columns
+    features = dict(dataset.features or {})
 
     def encode_labels(*values: list[Any]) -> dict[str, list[Any]]:
         labelled = [task for task in tasks if task.label]
-        return {task.label_name: task.encode_labels(column, {}) for task, column in zip(labelled, values, strict=True)}
+        return {
+            task.label_name: task.encode_labels(by_name(column, features.get(task.label), task), {})
+            for task, column in zip(labelled, values, strict=True)
+        }
 
     label_columns = [task.label for task in tasks if task.label]
     if label_columns:

@@ -453,9 +453,9 @@ def max_length_of(tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int
 # ---- encoded rows and batches, which may have come without a reader ----
 
 
-def are_encoded(columns: Collection[str]) -> bool:
-    """Whether rows with these columns are model inputs already."""
-    return any(reader.names[0] in columns for reader in _READERS)
+def are_encoded(columns: Collection[str], reader: Reader | None = None) -> bool:
+    """Whether rows with these columns are model inputs already: those of the reader, or of any."""
+    return any(kind.names[0] in columns for kind in ([reader] if reader is not None else _READERS))
 
 
 def input_columns(columns: Iterable[str], reader: Reader | None = None) -> list[str]:

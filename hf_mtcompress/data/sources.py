@@ -88,7 +88,10 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
         data = configs[origin].data
         assert isinstance(data, DataConfig)
         try:
-            loaded[origin] = load_splits(data, Path.cwd(), seed, f"task '{origin}'")
+            named = [
+                config.label for name, config in configs.items() if origins[name] == origin and _names_labels(config)
+            ]
+            loaded[origin] = load_splits(data, Path.cwd(), seed, f"task '{origin}'", named)
         except DataError as error:
             problems.append(str(error))
     tasks: dict[str, Task] = {}
@@ -99,6 +102,13 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
             tasks[name] = _build_task(name, config, loaded[origins[name]])
         except MTCompressError as error:
             problems.append(str(error))
+    for origin, splits in loaded.items():
+        # Other columns may be called as model inputs are.
+        used = {column for name in tasks if origins[name] == origin for column in _columns(tasks[name])}
+        loaded[origin] = {
+            role: rows.select_columns([column for column in rows.column_names if column in used])
+            for role, rows in splits.items()
+        }
     unlabelled: dict[str, Dataset] = {}
     for origin in (origin for origin in loaded if configs[origin].unlabelled is not None):
         columns = [
@@ -175,6 +185,14 @@ def with_unlabelled(rows: Dataset, more: Dataset, tasks: Sequence[Task]) -> Data
         ) from error
 
 
+def _names_labels(config: TaskConfig) -> bool:
+    return getattr(config, "problem_type", None) != "regression"
+
+
+def _columns(task: Task) -> tuple[str, ...]:
+    return (*task.input_columns, str(task.label))
+
+
 def _data_config(config: TaskConfig) -> DataConfig:
     assert isinstance(config.data, DataConfig)
     return config.data
@@ -187,7 +205,7 @@ def _build_task(name: str, config: TaskConfig, splits: dict[Role, Dataset]) -> T
     for role, rows in splits.items():
         for column in (*task.input_columns, config.label):
             require_column(rows.column_names, column, what, role)
-    check_columns(splits, task.input_columns, what)
+    check_columns(splits, task.input_columns, what, texts="text" in config.reads)
     if config.labels is None:
         problem = None if task.problem == "token_classification" else task.problem
         task = dataclasses.replace(task, labels=infer_labels(splits, config.label, config.kind, problem, what))

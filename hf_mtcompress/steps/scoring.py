@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_mtcompress.data.load import by_name
 from hf_mtcompress.digests import values_digest
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.recipe import Role
@@ -64,7 +65,7 @@ def task_record(name: str, context: RunContext) -> TaskRecord:
 
 def _encoded(task: Any, rows: Any) -> list[Any]:
     """Encoded labels of raw rows, one word a position for word labels."""
-    values = list(rows[task.label])
+    values = list(by_name(list(rows[task.label]), rows.features[task.label], task))
     words = (
         {"word_ids": [list(range(len(value or ()))) for value in values]}
         if task.problem == "token_classification"

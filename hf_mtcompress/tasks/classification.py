@@ -28,7 +28,8 @@ class Classification(Task):
     """Abstract: a task with one answer for an input.
 
     `problem_type` takes the values that transformers configs use. Labels by problem type: a label name or its index;
-    a list of label names (or a vector of zeros and ones); a number.
+    a list of label names or indices (or a vector of zeros and ones; a list of whole numbers that may be either is
+    refused); a number.
     """
 
     _: KW_ONLY
@@ -88,18 +89,28 @@ class Classification(Task):
         known = [item for item in value if not is_unlabelled(item)]
         if value and not known:
             return unlabelled
-        if len(value) == self.num_outputs and all(item in (0, 1) and not isinstance(item, str) for item in known):
+        numbered = any(_is_whole(item) for item in known) and not all(label.isdigit() for label in self.labels or ())
+        vector = len(value) == self.num_outputs and all(item in (0, 1) and not isinstance(item, str) for item in known)
+        if vector and (numbered or not any(_is_whole(item) for item in known)):
             if len(known) < len(value):
                 raise DataError(
                     f"task '{self.name}': expected 0 or 1 for each label in column '{self.label}', found {value!r} "
                     "with a gap; say None for a row whose labels are not all known, or give the names of its labels"
                 )
+            if numbered and len(set(known)) == len(known) and max(known) < self.num_outputs:
+                raise DataError(
+                    f"task '{self.name}': expected the labels of a row in column '{self.label}', found {value!r}, "
+                    "which may be the numbers of labels or a 0 or 1 for each label; write the names of the labels, or "
+                    "true and false (0.0 and 1.0) for each label"
+                )
             return [float(item) for item in value]
         indices = [label_index(self, item) for item in known]
-        vector = [0.0] * self.num_outputs
-        for index in indices:
-            vector[index] = 1.0
-        return vector
+        if len(set(indices)) < len(indices):
+            raise DataError(
+                f"task '{self.name}': expected each label of a row once in column '{self.label}', found {value!r}; "
+                f"remove the double, or give a 0 or 1 for each of the {self.num_outputs} labels"
+            )
+        return [float(index in indices) for index in range(self.num_outputs)]
 
     def _number(self, value: Any) -> float:
         if is_unlabelled(value):
@@ -189,6 +200,10 @@ class Classification(Task):
                 ]
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def is_unlabelled(value: Any) -> bool:
     """Whether a value in a column of labels says that the row has none: None, NaN or -100."""
     return value is None or value == UNLABELLED or (isinstance(value, float) and math.isnan(value))
@@ -208,7 +223,7 @@ def label_index(task: Task, value: Any) -> int:
     if str(value) in labels:
         return labels.index(str(value))
     numeric = all(label.lstrip("-").isdigit() for label in labels)
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and not numeric and 0 <= value < len(labels):
+    if _is_whole(value) and not numeric and 0 <= value < len(labels):
         return int(value)
     near = get_close_matches(str(value), labels, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""

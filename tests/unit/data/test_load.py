@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,8 +130,66 @@ def test_a_split_plays_one_part_only(folder: Path) -> None:
     """With test taken from dev, validating on dev as well would choose checkpoints on the test rows."""
     splits = load_splits(config(splits={"test": "dev"}), folder, 0, "data")
     assert not set(texts(splits, "validation")) & set(texts(splits, "test"))
-    with pytest.raises(DataError, match="found 'train' for two roles"):
-        load_splits(config(splits={"train": "train", "validation": "train"}), folder, 0, "data")
+
+
+@pytest.mark.parametrize(
+    ("splits", "common"),
+    [
+        ({"train": "train", "validation": "train"}, "40 rows both in 'train' for train and in 'train' for validation"),
+        ({"train": "train[:90%]", "validation": "train[50%:]"}, r"16 rows both in 'train\[:90%\]' for train"),
+        ({"train": "train[10:]+dev", "test": "dev[4:5]"}, r"1 rows both in 'train\[10:\]\+dev' for train"),
+    ],
+)
+def test_rows_that_play_two_roles_are_seen(folder: Path, splits: dict[Role, str], common: str) -> None:
+    """A score on rows that were trained on says nothing."""
+    with pytest.raises(DataError, match=f"expected splits without common rows, found {common}"):
+        load_splits(config(splits=splits), folder, 0, "data")
+
+
+@pytest.mark.parametrize("files", [("train.jsonl", "train.jsonl"), ("train.jsonl", "copy.jsonl")])
+def test_one_file_in_two_roles_is_seen(folder: Path, files: tuple[str, str]) -> None:
+    """Under another name, too."""
+    shutil.copy(folder / "rows/train.jsonl", folder / "rows/copy.jsonl")
+    with pytest.raises(DataError, match=f"the same content in '{files[0]}' of train and '{files[1]}' of validation"):
+        load_splits(config(data_files={"train": files[0], "validation": ["dev.jsonl", files[1]]}), folder, 0, "data")
+
+
+@pytest.mark.parametrize(("first", "other"), [("01", "1"), ("7.0", "7"), ("+3", "3")])
+def test_labels_that_a_table_would_merge_are_refused(tmp_path: Path, first: str, other: str) -> None:
+    """Read as numbers they are one label, without a word."""
+    (tmp_path / "train.csv").write_text(f"text,label\na,{first}\nb,{other}\nc,9\nd,9\n")
+    table = DataConfig(path="csv", data_files="train.csv")
+    with pytest.raises(DataError, match=rf"labels that stay apart, found '{re.escape(first)}' and '{other}' in column"):
+        load_splits(table, tmp_path, 0, "data", ["label"])
+    assert load_splits(table, tmp_path, 0, "data")["train"].num_rows == 3
+
+
+def test_a_field_without_a_name_is_refused(tmp_path: Path) -> None:
+    """pandas takes the first field for an index then, and every column holds the one after it."""
+    (tmp_path / "train.csv").write_text("text,label\nfirst,second,pos\nuno,dos,neg\n")
+    with pytest.raises(
+        DataError, match=r"as many fields in a row as column names, \['text', 'label'\], found one more"
+    ):
+        load_splits(DataConfig(path="csv", data_files="train.csv"), tmp_path, 0, "data")
+
+
+@pytest.mark.parametrize(
+    "pair", [("Yes", "yes"), (" x", "x"), ("01", "1"), ("\uff21", "a"), ("two  words", "two words")]
+)
+def test_labels_that_look_alike_are_refused(pair: tuple[str, str]) -> None:
+    """A slip of the pen would be a class of its own."""
+    found = rows(label=[*pair, "other"])
+    with pytest.raises(DataError, match="expected labels that differ by more than capitals, spaces and leading zeros"):
+        infer_labels(found, "label", TEXT, "single_label_classification", "data")
+
+
+@pytest.mark.parametrize("value", [{"a": "b"}, 5.0, ["the", None], [1, 2], [["the"]]])
+def test_texts_that_are_none_are_refused(value: Any) -> None:
+    """A tokenizer reads the keys of a record, and fails on numbers in the midst of a run."""
+    with pytest.raises(
+        DataError, match=r"data: column 'text', row 0 of the train split: expected a text or a list of w"
+    ):
+        check_columns({"train": Dataset.from_dict({"text": [value, value]})}, ["text"], "data", texts=True)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +230,12 @@ def test_csv_keeps_words_that_pandas_takes_for_missing(tmp_path: Path) -> None:
     tab_separated = DataConfig(
         path="csv",
         data_files="train.tsv",
-        splits={"train": "train", "validation": "train[:1]"},
+        splits={"train": "train[:2]", "validation": "train[2:]"},
         builder_arguments={"delimiter": "\t", "quoting": 3},
     )
     splits = load_splits(tab_separated, tmp_path, 0, "data")
-    assert splits["train"].to_dict() == {"text": ["null", 'a "quoted', "c"], "label": ["None", "NA", None]}
+    assert splits["train"].to_dict() == {"text": ["null", 'a "quoted'], "label": ["None", "NA"]}
+    assert splits["validation"].to_dict() == {"text": ["c"], "label": [None]}
     assert infer_labels(splits, "label", TEXT, None) == ("NA", "None")
 
 
@@ -186,7 +246,7 @@ def test_image_folder_with_more_columns(tmp_path: Path) -> None:
             for number in range(3):
                 path = tmp_path / "plain" / split / name / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                PILImage.new("RGB", (8, 8), (number, 0, 0)).save(path)
+                PILImage.new("RGB", (8, 8), (number, len(split), 0)).save(path)
         shutil.copytree(tmp_path / "plain" / split, tmp_path / "more" / split)
         kinds = {"cat": "animal", "ship": "vehicle"}
         more = [
@@ -540,5 +600,5 @@ def test_labels_inside_the_list() -> None:
     check_labels(rows(label=[0, 1, -100]), single(), "data")
     multi = single(problem_type="multi_label_classification")
     check_labels(rows(label=[["calm"], [], ["calm", "angry"]]), multi, "data")
-    check_labels(rows(label=[[0, 1], [1, 1], [0, 0]]), multi, "data")
+    check_labels(rows(label=[[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]), multi, "data")
     check_labels(rows(label=[1.5, None, -3.0]), single(problem_type="regression", labels=None), "data")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_mtcompress import ImageClassification, SequenceClassification, Task, TokenClassification
 from hf_mtcompress.data.preprocessing import (
@@ -209,6 +209,17 @@ def test_images_are_encoded_when_they_are_read() -> None:
     assert set(row) == {"pixel_values", "labels_colour", "labels_shade"}
     assert (row["labels_colour"], row["labels_shade"]) == (IMAGES[2]["label"], IMAGES[2]["intensity"])
     assert encoded_labels(group.dataset, colour()) == list(IMAGES["label"])
+
+
+def test_numbers_in_lists_of_a_class_feature_are_its_labels() -> None:
+    """[0, 1] of two labels is else read as: the second alone."""
+    features = Features({"text": Value("string"), "topics": List(ClassLabel(names=["fox", "market"]))})
+    rows = Dataset.from_dict({"text": ["a"] * 4, "topics": [[0, 1], [1], [], None]}, features=features)
+    task = SequenceClassification(
+        "topics", problem_type="multi_label_classification", labels=["fox", "market"], text="text", label="topics"
+    )
+    (group,) = encode(by_name(task), rows, tiny_tokenizer())
+    assert list(group.dataset["labels_topics"]) == [[1, 1], [0, 1], [0, 0], [-100, -100]]
 
 
 # ------------------------------------------------------------------------------------------------------ encoded rows

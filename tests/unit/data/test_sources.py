@@ -10,6 +10,8 @@ from PIL import Image
 
 from hf_mtcompress import ImageClassification, SequenceClassification, TokenClassification
 from hf_mtcompress.data.load import content_fingerprint
+from hf_mtcompress.data.preprocessing import encode_groups
+from hf_mtcompress.data.readers import reader_of
 from hf_mtcompress.data.sources import load_sources, task_of
 from hf_mtcompress.errors import RecipeError
 from hf_mtcompress.recipe import (
@@ -20,7 +22,7 @@ from hf_mtcompress.recipe import (
     TokenClassificationConfig,
     WeightSchedule,
 )
-from tests.tiny import TAG_LABELS, tiny_text_rows, tiny_token_rows
+from tests.tiny import TAG_LABELS, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 
 SPLITS = {"train": 24, "validation": 8, "test": 6}
 
@@ -60,7 +62,7 @@ def image_folder(folder: Path) -> DataConfig:
         for place, name in enumerate(("zebra", "ant")):
             (folder / split / name).mkdir(parents=True)
             for number in range(4):
-                Image.new("RGB", (8, 8), (number, 90 * place, 0)).save(folder / split / name / f"{number}.png")
+                Image.new("RGB", (8, 8), (number, 90 * place, len(split))).save(folder / split / name / f"{number}.png")
     return DataConfig(path="imagefolder", data_dir=str(folder))
 
 
@@ -88,12 +90,40 @@ def test_a_source_can_be_named_before_it_is_declared(texts: DataConfig) -> None:
 def test_sources_of_their_own(texts: DataConfig, words: DataConfig) -> None:
     sources = load_sources({"mood": mood(texts), "tags": tags(words)}, 0)
     assert {name: set(rows.column_names) for name, rows in sources.role("train").items()} == {
-        "mood": {"text", "pair", "label", "intensity", "topics", "same"},
-        "tags": {"tokens", "tags", "label"},
+        "mood": {"text", "label"},
+        "tags": {"tokens", "tags"},
     }
     assert sources.fingerprints == {name: content_fingerprint(splits) for name, splits in sources.splits.items()}
     assert sources.fingerprints["mood"] != sources.fingerprints["tags"]
     assert {role: len(rows) for role, rows in sources.splits["tags"].items()} == SPLITS
+
+
+def test_columns_that_no_task_names_are_not_looked_at(tmp_path: Path) -> None:
+    """Called like a model's inputs or our labels, they would be taken for the texts and labels of the recipe."""
+    data = {
+        split: [
+            {**row, "input_ids": [1, 2], "pixel_values": 3, "labels_mood": 0, "attention_mask": [1, 1], "words": "a"}
+            for row in tiny_text_rows(n, seed=n)
+        ]
+        for split, n in SPLITS.items()
+    }
+    sources = load_sources({"mood": mood(write(tmp_path, "odd", data))}, 0)
+    (group,) = encode_groups(sources.tasks, sources.role("train"), reader_of(tiny_tokenizer()), "train")
+    texts, labels = [row["text"] for row in data["train"]], [row["label"] for row in data["train"]]
+    assert list(group.dataset["input_ids"]) == tiny_tokenizer()(texts)["input_ids"]
+    assert [sources.tasks["mood"].labels[place] for place in group.dataset["labels_mood"]] == labels
+
+
+def test_an_input_column_may_have_any_name(tmp_path: Path) -> None:
+    rows = {
+        split: [{"input_ids": row["text"], "labels_mood": row["label"]} for row in tiny_text_rows(n, seed=n)]
+        for split, n in SPLITS.items()
+    }
+    config = mood(write(tmp_path, "odd", rows), text="input_ids", label="labels_mood")
+    sources = load_sources({"mood": config}, 0)
+    (group,) = encode_groups(sources.tasks, sources.role("train"), reader_of(tiny_tokenizer()), "train")
+    texts = [row["input_ids"] for row in rows["train"]]
+    assert list(group.dataset["input_ids"]) == tiny_tokenizer()(texts)["input_ids"]
 
 
 def test_a_role_that_a_source_lacks_is_left_out(texts: DataConfig, tmp_path: Path) -> None:
@@ -238,12 +268,12 @@ def test_names_that_end_nowhere(configs: dict[str, TaskConfig], circle: str) -> 
 
 def test_one_label_is_no_task(tmp_path: Path) -> None:
     rows = [{"text": f"row {number}", "label": "a"} for number in range(12)]
-    (problem,) = refused({"mood": mood(write(tmp_path, "flat", {"train": rows, "validation": rows}))})
+    (problem,) = refused({"mood": mood(write(tmp_path, "flat", {"train": rows, "validation": rows[:6]}))})
     assert "expected at least 2 different labels in column 'label', found a" in problem
 
 
 def test_a_span_metric_of_labels_without_spans(tmp_path: Path) -> None:
     rows = [{"tokens": ["the", "fox"], "tags": ["article", "noun"]}] * 12
-    data = write(tmp_path, "parts", {"train": rows, "validation": rows})
+    data = write(tmp_path, "parts", {"train": rows, "validation": rows[:6]})
     (problem,) = refused({"tags": tags(data, metric="span_f1")})
     assert "task 'tags': expected a primary metric among ['token_accuracy'], found 'span_f1'" in problem

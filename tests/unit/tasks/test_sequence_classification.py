@@ -160,6 +160,42 @@ def test_perfect_logits_score_one(problem: str) -> None:
     assert task.compute_metrics(logits, np.asarray(encoded))[str(task.metric)] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "row", "expected"),
+    [
+        (("calm", "glad"), [0], [1.0, 0.0]),
+        (("calm", "glad"), [1, 1], [1.0, 1.0]),
+        (("calm", "glad"), [0.0, 1.0], [0.0, 1.0]),
+        (("calm", "glad"), [False, True], [0.0, 1.0]),
+        (("calm", "glad"), ["calm", "glad"], [1.0, 1.0]),
+        (("0", "1"), [0, 1], [1.0, 1.0]),
+        (("0", "1", "2"), [0, 1], [1.0, 1.0, 0.0]),
+        (("calm",), [1], [1.0]),
+        (("calm", "glad", "sad"), [0, 1], [1.0, 1.0, 0.0]),
+        (("calm", "glad", "sad"), [0, 1, 1], [0.0, 1.0, 1.0]),
+    ],
+)
+def test_lists_of_numbers_are_read_one_way(labels: tuple[str, ...], row: list[Any], expected: list[float]) -> None:
+    assert topics(labels).encode_labels([row], {}) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("labels", "row", "message"),
+    [
+        (("calm", "glad"), [0, 1], "may be the numbers of labels or a 0 or 1 for each label; write the names"),
+        (("calm", "glad"), [1, 0], "may be the numbers of labels"),
+        (("calm",), [0], "may be the numbers of labels"),
+        (("calm", "glad", "sad"), [1, 1], "each label of a row once.*give a 0 or 1 for each of the 3 labels"),
+        (("calm", "glad", "sad"), [0, 1, 0, 0], "each label of a row once"),
+        (("0", "1", "2"), [0, 1, 0], "each label of a row once"),
+    ],
+)
+def test_lists_that_could_be_read_two_ways_are_refused(labels: tuple[str, ...], row: list[Any], message: str) -> None:
+    """[0, 1] of two labels would be the second alone, or both; a vector that is too short would be numbers."""
+    with pytest.raises(DataError, match=message):
+        topics(labels).encode_labels([row], {})
+
+
 def test_decoding_reverses_encoding() -> None:
     """Otherwise a model answers with the names of other labels."""
     assert [mood().decode(row)["label"] for row in np.eye(3)[mood().encode_labels(FEELING_LABELS, {})]] == [
