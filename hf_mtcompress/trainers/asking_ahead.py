@@ -234,8 +234,9 @@ class AsksAhead:
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]  # of the Trainer
         signature = getattr(self, "_signature_columns", None)
-        if signature is not None and self._stock is not None:
-            names = [f"{SIGNALS}{logits_name(STOCK_TASK)}", *(f"{SIGNALS}{name}" for name in self._their_states)]
+        if signature is not None:
+            shown = [*(logits_name(name) for name in self._answered), *self._their_states]
+            names = [f"{SIGNALS}{name}" for name in shown]
             signature += [name for name in names if name not in signature]
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, seed_worker, speed_metrics
 
 from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.mixing import REACTIVE, SIGNALS, UNCOUNTED, MixedDataset, MixingSampler
@@ -44,6 +44,8 @@ from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import divisor
 from hf_mtcompress.trainers.arguments import check_arguments
 from hf_mtcompress.trainers.penalties import WeightPenalty
+from hf_mtcompress.trainers.scores import AVERAGE, LOSS, Scores, average, flat_names, known_scores
+from hf_mtcompress.trainers.stock_arguments import ONE_LABEL, check_best_metric, check_stock_arguments
 from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedGradients, refuse_sharded
 
 ItemCounts = dict[str, Tensor]
@@ -74,7 +76,9 @@ class MultiTaskTrainer(Trainer):
 
     Overrides of `Trainer`: `get_train_dataloader` (mixing), `get_batch_samples` (item counts by task),
     `train`, `training_step`, `compute_loss`, `prediction_step`, `evaluate`, `predict`, `log`, `create_optimizer`,
-    `_set_signature_columns_if_needed`, and what saves and loads the optimizer (fusion and mixing have state too).
+    `_get_eval_sampler`, `_set_signature_columns_if_needed`, and what saves and loads the optimizer (fusion and mixing
+    have state too). Your own overrides of `get_train_dataloader`, `get_eval_dataloader` and `get_test_dataloader` act;
+    the last two get the rows of one source at a time.
 
     Args:
         model: a `MultiTaskModel`, or any model that `Trainer` takes.
@@ -86,15 +90,18 @@ class MultiTaskTrainer(Trainer):
         eval_dataset: likewise.
         processing_class: tokenizer or image processor.
         compute_metrics: extra metrics: one function, or functions by task name. Each gets an `EvalPrediction` of one
-            task and returns a dict.
+            task and returns a dict. A `preprocess_logits_for_metrics` is called with the logits and labels of one task,
+            and makes the predictions of these functions and of `predict`; the tasks' own metrics go by the logits.
         fusion: how losses are combined, by name or as an object; default: `args.fusion`. Weights and normalisers of
             tasks that an object does not name are filled in.
         **kwargs: for `Trainer`, but for `model_init`.
 
-    Short batches are trained on: `dataloader_drop_last` is not read. `predict` needs no labels.
+    Arguments of `Trainer` and `TrainingArguments` act as they do there, or are refused. `predict` needs no labels, and
+    returns a `PredictionOutput` whose predictions and labels are by task.
 
     Metrics are `eval_<task>_<metric>`, `eval_<task>_loss`, `eval_average` (mean of the main tasks' primary metrics)
-    and `eval_loss` (the fused loss). `metric_for_best_model="average"` picks the best checkpoint by all tasks.
+    and `eval_loss` (the fused loss); `eval_<task>/<metric>` where two would have one name. `metric_for_best_model=
+    "average"` picks the best checkpoint by all tasks; of losses, `mae` and `mse` the smallest is the best.
 
     Raises:
         DataError: rows do not fit the tasks.
@@ -108,6 +115,7 @@ class MultiTaskTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]]
         | Mapping[str, Callable[[EvalPrediction], dict[str, float]]]
         | None = None,
@@ -147,6 +155,7 @@ class MultiTaskTrainer(Trainer):
         self._not_loaded: Any = None
         """What `Trainer` did not find by name in the checkpoint that it loads."""
         if not self.multi_task:
+            _refuse_wrapped(model)
             _refuse_rows_by_task(model, train_dataset, kwargs)
         if isinstance(model, MultiTaskModel):
             if processing_class is not None:
@@ -187,7 +196,20 @@ class MultiTaskTrainer(Trainer):
         if not self.multi_task and isinstance(self.model, MultiTaskModel):
             raise TrainingError(_NO_MODEL_INIT)
         if self.multi_task:
-            check_arguments(self.args, self.tasks)
+            core = self.accelerator.unwrap_model(self.model)
+            assert isinstance(core, MultiTaskModel)
+            check_arguments(self.args, core.tasks)
+            check_stock_arguments(self, core.tasks, core)
+            check_best_metric(
+                self.args,
+                [core.tasks[name] for group in self.eval_groups for name in group.tasks],
+                core.tasks.values(),
+                more=bool(self.task_metrics),
+            )
+            for encoder in core.encoders.values():
+                # As `Trainer` does with the config of a stock model.
+                if hasattr(encoder.config, "use_cache"):
+                    encoder.config.use_cache = self.args.use_cache
             # Losses are divided by item counts of the whole window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
             self.label_names = [task.label_name for task in self.tasks.values()]
@@ -205,13 +227,22 @@ class MultiTaskTrainer(Trainer):
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """The model's tasks by name."""
+        """The model's tasks; `label_smoothing_factor` smooths labels of those without a smoothing of their own."""
         model: Any = self.model
         if not isinstance(model, MultiTaskModel):
             # Walks through all modules, which would be done several times a step.
             model = self.accelerator.unwrap_model(model)
         assert isinstance(model, MultiTaskModel)
-        return model.tasks
+        if not (smoothing := self.args.label_smoothing_factor):
+            return model.tasks
+        found = {}
+        for name, task in model.tasks.items():
+            if task.problem in ONE_LABEL and not task.label_smoothing:
+                # The model's own task is saved with it.
+                task = copy.copy(task)
+                task.label_smoothing = smoothing
+            found[name] = task
+        return found
 
     def _by_task(self, tasks: dict[str, Task], dataset: Any, role: str) -> dict[str, Any]:
         """Rows by task name, from a dict of data sets or from one with the label columns of all tasks."""
@@ -313,6 +344,15 @@ class MultiTaskTrainer(Trainer):
             raise TrainingError(
                 f"expected validation scores for {found}, which follows them, found eval_strategy='no'; say 'epoch' or "
                 "'steps', with an eval_dataset"
+            )
+        if found and self.args.prediction_loss_only:
+            raise TrainingError(f"expected validation scores for {found}, found prediction_loss_only; leave it out")
+        least = self.args.eval_batch_size * self.args.world_size
+        short = [group.name for group in self.eval_groups if len(group.dataset) < least]
+        if self.args.dataloader_drop_last and short:
+            raise TrainingError(
+                f"dataloader_drop_last: expected a batch of {least} validation rows in every source, found fewer in "
+                f"{', '.join(short)}, which would never be scored; leave it out, or take smaller batches"
             )
 
     def _check_streams(self) -> None:
@@ -509,7 +549,7 @@ class MultiTaskTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if self.multi_task and self._signature_columns is not None:
             core: Any = self.accelerator.unwrap_model(self.model)
-            wanted = (*core.input_names, *self.label_names)
+            wanted = (*core.input_names, *self.label_names, UNCOUNTED)
             self._signature_columns += [name for name in wanted if name not in self._signature_columns]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -549,23 +589,43 @@ class MultiTaskTrainer(Trainer):
             weights=None if weights is None else self._source_weights(weights),
             epochs=math.ceil(self.args.num_train_epochs),
             mixed=getattr(self.args, "batches", "one_source") == "mixed",
+            shuffle=self.args.train_sampling_strategy != "sequential",
+            drop_last=self.args.dataloader_drop_last,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             num_processes=self.accelerator.num_processes,
             lengths=self._lengths() if self.args.train_sampling_strategy == "group_by_length" else None,
         )
         if self.args.max_steps > 0:
-            windows = len(self.mixing_sampler) // self.accelerator.num_processes / self.args.gradient_accumulation_steps
+            windows = self.mixing_sampler.groups / self.args.gradient_accumulation_steps
             self.mixing_sampler.epochs = math.ceil(self.args.max_steps / max(math.ceil(windows), 1))
+        return self._prepared_loader(
+            MixedDataset([group.dataset for group in self.train_groups]), batch_sampler=self.mixing_sampler
+        )
+
+    def _prepared_loader(self, dataset: Any, **settings: Any) -> DataLoader[Any]:
+        """As `Trainer` prepares the loader of training rows."""
         return self.accelerator.prepare(
             DataLoader(
-                MixedDataset([group.dataset for group in self.train_groups]),
-                batch_sampler=self.mixing_sampler,
-                collate_fn=self.data_collator,
+                dataset,
+                collate_fn=self._get_collator_with_removed_columns(self.data_collator, "Training"),
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
                 persistent_workers=self.args.dataloader_persistent_workers,
+                multiprocessing_context=self.args.dataloader_multiprocessing_context,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+                in_order=self.args.dataloader_in_order,
+                worker_init_fn=partial(
+                    seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+                ),
+                **settings,
             )
         )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # `Trainer` would put rows of like length together, and answers in their order.
+        if not self.multi_task:
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _stream_dataloader(self, weights: Mapping[str, float] | None) -> DataLoader[Any]:
         stream = MixedStream(
@@ -576,14 +636,7 @@ class MultiTaskTrainer(Trainer):
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             num_processes=self.accelerator.num_processes,
         )
-        return self.accelerator.prepare(
-            DataLoader(
-                stream,
-                batch_size=self._train_batch_size,
-                collate_fn=self.data_collator,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-        )
+        return self._prepared_loader(stream, batch_size=self._train_batch_size)
 
     def _source_weights(self, weights: Mapping[str, float]) -> list[float]:
         """Weights of the sources: the sum of those of their tasks."""
@@ -893,7 +946,7 @@ class MultiTaskTrainer(Trainer):
         if self.multi_task and self.args.should_save:
             state = {
                 "fusion": self.fusion.state_dict(),
-                "mixing": {"history": [] if self.train_streams else self.mixing_sampler.history, "pulls": self._pulls},
+                "mixing": {**self._mixing_state(), "pulls": self._pulls},
                 "gradients": self.gradient_log.state_dict() | {"rows": self._measures_on},
                 "stopped": {"tasks": self.stopped_tasks, "best": self._best_scores},
                 "seen": sorted(self._seen),
@@ -914,8 +967,7 @@ class MultiTaskTrainer(Trainer):
         if self.multi_task and checkpoint is not None and file.exists():
             state = json.loads(file.read_text(encoding="utf-8"))
             self.fusion.load_state_dict(state["fusion"])
-            if not self.train_streams:
-                self.mixing_sampler.history = state["mixing"]["history"]
+            self._load_mixing_state(state["mixing"])
             self._pulls = state["mixing"]["pulls"]
             self._seen = set(state.get("seen", self.tasks))
             self.stopped_tasks = state["stopped"]["tasks"]
@@ -923,6 +975,32 @@ class MultiTaskTrainer(Trainer):
             if state["gradients"].get("rows", self._measures_on) == self._measures_on:
                 # Otherwise it would be a mean over rows of two kinds.
                 self.gradient_log = GradientLog.from_state_dict(state["gradients"])
+
+    def _mixing_state(self) -> dict[str, Any]:
+        if self.train_streams:
+            return {"group_size": self._train_batch_size * self.accelerator.num_processes}
+        done = float(self.state.epoch or 0.0) - self.mixing_sampler.epoch
+        return self.mixing_sampler.state_dict(round(done * self.mixing_sampler.groups))
+
+    def _load_mixing_state(self, saved: Mapping[str, Any]) -> None:
+        """Go on among the rows where the checkpoint stopped, in batches of any size.
+
+        Raises:
+            TrainingError: streams, in batches of another size.
+        """
+        if self.train_streams:
+            size = self._train_batch_size * self.accelerator.num_processes
+            if size != saved["group_size"]:
+                raise TrainingError(
+                    f"expected streams in the batches of the checkpoint, {saved['group_size']} rows over all "
+                    f"processes, found {size}; go on with as many, or load the data without streaming"
+                )
+            return
+        # As `Trainer` counts what it skips.
+        windows = math.ceil(self.mixing_sampler.groups / self.args.gradient_accumulation_steps)
+        epoch, step = divmod(self.state.global_step, max(windows, 1))
+        skipped = 0 if self.args.ignore_data_skip else step * self.args.gradient_accumulation_steps
+        self.mixing_sampler.load_state_dict(saved, epoch, skipped)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -994,7 +1072,21 @@ class MultiTaskTrainer(Trainer):
         logits = {
             name: outputs[f"logits_{name}"].detach().float() for name in self.tasks if f"logits_{name}" in outputs
         }
-        return None, logits, labels or None
+        loss = None
+        if labels and "loss" in self.args.include_for_metrics:
+            loss = self.fusion.static(
+                {
+                    name: self._mean_loss(
+                        self.tasks[name], own_rows(logits[name], inputs.get(self.tasks[name].rows_name)), target
+                    )
+                    for name, target in labels.items()
+                }
+            )
+        return loss, logits, labels or None
+
+    @staticmethod
+    def _mean_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+        return task.loss_sum(logits, labels) / divisor(task.item_count(labels))
 
     def evaluate(
         self,
@@ -1010,58 +1102,51 @@ class MultiTaskTrainer(Trainer):
             raise DataError("expected eval_dataset for an evaluation, found none; pass rows by task name")
         self._memory_tracker.start()
         start = time.time()
-        scores: dict[str, float] = {}
-        losses: dict[str, Tensor] = {}
-        rows = 0
-        for group in groups:
-            output = self._predict_group(group, metric_key_prefix)
-            rows += len(group.dataset)
-            for name in group.tasks:
-                if output.label_ids is None or name not in output.label_ids:
-                    continue
-                logits, labels = output.predictions[name], output.label_ids[name]
-                if not labelled_rows(labels):
-                    logger.warning("%s: no row with a label of task '%s', which gets no score", metric_key_prefix, name)
-                    continue
-                task_scores, loss = self._score(self.tasks[name], logits, labels)
-                losses[name] = loss
-                scores |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in task_scores.items()}
-        primary = [
-            scores[f"{metric_key_prefix}_{name}_{task.metric}"]
-            for name, task in self.tasks.items()
-            if task.role == "main" and f"{metric_key_prefix}_{name}_{task.metric}" in scores
-        ]
+        answers = self._answer(groups, "Evaluation", metric_key_prefix)
+        scores, losses = self._score(answers, metric_key_prefix)
         if eval_dataset is None:
-            self._pulls_by_score(scores, metric_key_prefix)
+            self._pulls_by_score(scores)
             if self.is_in_train:
-                self._stop_tasks(scores, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_loss": float(self.fusion.static(losses)), **scores}
-        if primary:
-            metrics[f"{metric_key_prefix}_average"] = float(np.mean(primary))
-        batches = math.ceil(rows / (self.args.eval_batch_size * self.args.world_size))
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=rows, num_steps=batches)
+                self._stop_tasks(scores)
+        rows = sum(len(group.dataset) for group in groups)
+        metrics = self._flat_metrics(scores, losses, metric_key_prefix, start, rows)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def _pulls_by_score(self, scores: Mapping[str, float], prefix: str) -> None:
+    def _flat_metrics(
+        self, scores: Scores, losses: Mapping[str, Tensor], prefix: str, start: float, rows: int
+    ) -> dict[str, float]:
+        """The names under which logs and callbacks see what is kept by task and metric."""
+        pairs = [(name, metric) for name, found in scores.items() for metric in found]
+        names = flat_names([*known_scores(self.tasks.values()), *pairs])
+        metrics: dict[str, float] = {}
+        if losses:
+            metrics[f"{prefix}_{LOSS}"] = float(self.fusion.static(dict(losses)))
+        metrics |= {f"{prefix}_{names[name, metric]}": scores[name][metric] for name, metric in pairs}
+        if (mean := average(self.tasks.values(), scores)) is not None:
+            metrics[f"{prefix}_{AVERAGE}"] = mean
+        batches = math.ceil(rows / (self.args.eval_batch_size * self.args.world_size))
+        return metrics | speed_metrics(prefix, start, num_samples=rows, num_steps=batches)
+
+    def _pulls_by_score(self, scores: Scores) -> None:
         """How far each task is from the best score that is known for it, as a share of that score."""
         if self.mixing_strategy != "score_gap":
             return
         targets = getattr(self.args, "mixing_targets", None) or {}
         for name, task in self.tasks.items():
-            if (score := scores.get(f"{prefix}_{name}_{task.metric}")) is not None:
+            if (score := scores.get(name, {}).get(str(task.metric))) is not None:
                 target = targets.get(name, 1.0)
                 self._pulls[name] = max(target - score, 0.0) / target
 
-    def _stop_tasks(self, scores: Mapping[str, float], prefix: str) -> None:
+    def _stop_tasks(self, scores: Scores) -> None:
         """Freeze the heads of tasks that did not get better for `task_patience` evaluations."""
         patience = getattr(self.args, "task_patience", None)
         if patience is None:
             return
         for name, task in self.tasks.items():
-            score = scores.get(f"{prefix}_{name}_{task.metric}")
+            score = scores.get(name, {}).get(str(task.metric))
             if score is None or name in self.stopped_tasks:
                 continue
             best, waited = self._best_scores.get(name, (-math.inf, 0))
@@ -1072,45 +1157,156 @@ class MultiTaskTrainer(Trainer):
         if self._drawn_tasks() <= set(self.stopped_tasks):
             self.control.should_training_stop = True
 
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Logits by task for each task with rows in `test_dataset`; a stock model is predicted as `Trainer` does."""
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Answer every task with rows in `test_dataset`, and score those whose labels are there.
+
+        A stock model is predicted as `Trainer` does.
+
+        Returns:
+            Predictions (logits, or what `preprocess_logits_for_metrics` made of them) and labels by task, and metrics
+            under the names of `evaluate`; labels are None where no task has any.
+        """
         if not self.multi_task:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        outputs = {}
-        rows = self._by_task(self.tasks, test_dataset, metric_key_prefix)
-        without_labels = {name: copy.copy(self.tasks[name]) for name in rows if name in self.tasks}
-        for task in without_labels.values():
-            task.label = None
-        for group in self._encode({**self.tasks, **without_labels}, rows, metric_key_prefix):
+        self._memory_tracker.start()
+        start = time.time()
+        groups = self._encode_for_prediction(test_dataset, metric_key_prefix)
+        answers = self._answer(groups, "Prediction", metric_key_prefix)
+        scores, losses = self._score(answers, metric_key_prefix)
+        rows = sum(len(group.dataset) for group in groups)
+        metrics = self._flat_metrics(scores, losses, metric_key_prefix, start, rows)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        if self.args.prediction_loss_only:
+            return PredictionOutput(predictions=None, label_ids=None, metrics=metrics)  # type: ignore[arg-type]  # as Trainer
+        predictions: Any = {name: answer.predictions for name, answer in answers.items()}
+        labels: Any = {name: answer.labels for name, answer in answers.items() if answer.labels is not None}
+        return PredictionOutput(predictions=predictions, label_ids=labels or None, metrics=metrics)
+
+    def _encode_for_prediction(self, dataset: Any, role: str) -> list[EncodedGroup]:
+        """Rows with the labels that are there; without any where some are none, as the dummies of many test sets."""
+        rows = self._by_task(self.tasks, dataset, role)
+        tasks = dict(self.tasks)
+        for name in (name for name in rows if name in tasks):
+            if tasks[name].label not in columns_of(rows[name]):
+                tasks[name] = copy.copy(tasks[name])
+                tasks[name].label = None
+        try:
+            return self._encode(tasks, rows, role)
+        except DataError as error:
+            without = {name: copy.copy(task) for name, task in tasks.items()}
+            for task in without.values():
+                task.label = None
+            groups = self._encode(without, rows, role)
+            logger.warning("%s: the rows are answered without a look at their labels: %s", role, error)
+            return groups
+
+    def _answer(self, groups: Sequence[EncodedGroup], description: str, prefix: str) -> dict[str, "_Answer"]:
+        """What the model says of every row, by task."""
+        found = {}
+        for group in groups:
             self._wanted_tasks = group.tasks
             try:
-                output = self._predict_group(group, metric_key_prefix)
+                found |= self._answer_group(group, description, prefix)
             finally:
                 self._wanted_tasks = None
-            outputs |= {name: output.predictions[name] for name in group.tasks}
-        return outputs
+        return found
 
-    def _predict_group(self, group: EncodedGroup, prefix: str) -> Any:
-        loader = self.accelerator.prepare(
-            DataLoader(
-                MixedDataset([group.dataset]),
-                batch_size=self.args.eval_batch_size,
-                sampler=[(0, row) for row in range(len(group.dataset))],
-                collate_fn=self.data_collator,
+    def _answer_group(self, group: EncodedGroup, description: str, prefix: str) -> dict[str, "_Answer"]:
+        rows: Any = MixedDataset([group.dataset])
+        # A loader that `Trainer` kept is one of another source.
+        self.__dict__.pop("_eval_dataloaders", None)
+        loader = self.get_test_dataloader(rows) if description == "Prediction" else self.get_eval_dataloader(rows)
+        kept: dict[str, Any] = {"inputs": None, "losses": None}
+
+        def keep(found: EvalPrediction) -> dict[str, float]:
+            kept.update(inputs=found.inputs, losses=found.losses)
+            return {}
+
+        # The loop knows one function for all tasks, and lets go of what only such functions see.
+        preprocess, self.compute_metrics = self.preprocess_logits_for_metrics, keep
+        if preprocess is not None:
+            self.preprocess_logits_for_metrics = partial(_beside_logits, preprocess)  # type: ignore[assignment]  # by task
+        try:
+            output: Any = self.evaluation_loop(
+                loader, f"{description} of {group.name}", prediction_loss_only=False, metric_key_prefix=prefix
             )
-        )
-        return self.evaluation_loop(
-            loader, f"Evaluation of {group.name}", prediction_loss_only=False, metric_key_prefix=prefix
-        )
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = None, preprocess
+        logits = predictions = output.predictions
+        if preprocess is not None:
+            logits, predictions = output.predictions["logits"], output.predictions["predictions"]
+        labels = output.label_ids or {}
+        return {name: _Answer(logits[name], predictions[name], labels.get(name), **kept) for name in group.tasks}
 
-    def _score(self, task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], Tensor]:
-        targets = torch.as_tensor(labels)
-        loss = task.loss_sum(torch.as_tensor(logits), targets) / divisor(task.item_count(targets))
-        extra = self.task_metrics.get(task.name)
-        scores = {"loss": float(loss), **task.compute_metrics(logits, labels)}
-        if extra is not None:
-            scores |= extra(EvalPrediction(predictions=logits, label_ids=labels))
-        return scores, loss
+    def _score(self, answers: Mapping[str, "_Answer"], prefix: str) -> tuple[Scores, dict[str, Tensor]]:
+        """Scores of the tasks that have labels, and their mean losses."""
+        scores: Scores = {}
+        losses: dict[str, Tensor] = {}
+        for name, answer in answers.items():
+            if answer.labels is None:
+                continue
+            if not labelled_rows(answer.labels):
+                logger.warning("%s: no row with a label of task '%s', which gets no score", prefix, name)
+                continue
+            task = self.tasks[name]
+            losses[name] = self._mean_loss(task, torch.as_tensor(answer.logits), torch.as_tensor(answer.labels))
+            scores[name] = {LOSS: float(losses[name])}
+            if self.args.prediction_loss_only:
+                continue
+            scores[name] |= task.compute_metrics(answer.logits, answer.labels)
+            if (extra := self.task_metrics.get(name)) is not None:
+                scores[name] |= extra(
+                    EvalPrediction(
+                        predictions=answer.predictions,
+                        label_ids=answer.labels,
+                        inputs=answer.inputs,
+                        losses=answer.losses,
+                    )
+                )
+        return scores, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What the model says of all rows of a task.
+
+    Attributes:
+        logits: its own.
+        predictions: what `preprocess_logits_for_metrics` made of them, else the same.
+        labels: None where the rows have none.
+        inputs: where `include_for_metrics` names them.
+        losses: where it names them: the fused loss of its batch for each row.
+    """
+
+    logits: np.ndarray
+    predictions: Any
+    labels: np.ndarray | None
+    inputs: Any
+    losses: Any
+
+
+def _beside_logits(
+    preprocess: Callable[[Tensor, Tensor], Any], logits: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """The logits, and what a function of the user's makes of those of each task."""
+    made = {name: preprocess(values, (labels or {}).get(name)) for name, values in logits.items()}  # type: ignore[arg-type]  # None as Trainer
+    return {"logits": dict(logits), "predictions": made}
+
+
+def _refuse_wrapped(model: Any) -> None:
+    """What stands around a multi-task model would be taken for a stock one.
+
+    Raises:
+        TrainingError: a `PeftModel`, a compiled or a parallel model around one.
+    """
+    if isinstance(model, nn.Module) and any(isinstance(part, MultiTaskModel) for part in model.modules()):
+        raise TrainingError(
+            f"expected a MultiTaskModel, found a {type(model).__name__} around one; pass the model itself: adapters "
+            "are put on it by model.add_adapters(), and torch_compile=True compiles it"
+        )
 
 
 def _refuse_rows_by_task(model: Any, rows: Any, kwargs: Mapping[str, Any]) -> None:

@@ -41,8 +41,12 @@ def test_rows_without_label_columns_are_predicted(tmp_path: Path) -> None:
         "strength": texts.select_columns(["text"]),
         "tags": tokens.select_columns(["tokens"]),
     }
-    found = trainer.predict(bare)
-    expected = trainer.predict({"mood": texts, "strength": texts, "tags": tokens})
+    output = trainer.predict(bare)
+    found, expected = (
+        output.predictions,
+        trainer.predict({"mood": texts, "strength": texts, "tags": tokens}).predictions,
+    )
+    assert output.label_ids is None
     assert {name: logits.shape[0] for name, logits in found.items()} == {"mood": 6, "strength": 6, "tags": 4}
     for name, logits in expected.items():
         np.testing.assert_array_equal(found[name], logits)

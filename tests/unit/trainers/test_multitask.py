@@ -222,6 +222,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, settings: dic
     assert bool(whole.stopped_tasks) == ("task_patience" in settings)
 
 
+@pytest.mark.parametrize("sizes", [(2, 4), (8, 1)], ids=str)
+def test_a_run_that_goes_on_in_other_batches_ends_as_an_uninterrupted_one(
+    tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    """The same rows in a step, dealt otherwise: it would stop some steps early, with half of the rows left out."""
+
+    def run(folder: Path, batch: int, windows: int, checkpoint: Path | None = None) -> MultiTaskTrainer:
+        set_seed(0)
+        trainer = MultiTaskTrainer(
+            model=MultiTaskModel.from_encoder(tiny_encoder("bert"), text_tasks(), max_length=32),
+            args=arguments(
+                folder,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=windows,
+                save_strategy="steps",
+                save_steps=6,
+                optim="sgd",
+            ),
+            train_dataset=tiny_text_rows(32),
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer
+
+    whole = run(tmp_path / "whole", 4, 2)
+    resumed = run(tmp_path / "resumed", *sizes, tmp_path / "whole" / "checkpoint-6")
+    assert resumed.state.global_step == whole.state.global_step == 8
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(value, resumed.model.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_mixed_batches_give_the_gradients_of_separate_ones(tmp_path: Path) -> None:
     """Every head works on its own rows, whatever else is in the batch."""
     trainer = build(tmp_path)
