@@ -23,6 +23,8 @@ from hf_mtcompress.errors import ArtifactError
 RECIPE = "recipe.yaml"
 RECORD = "record.json"
 CARD = "README.md"
+CARD_ASIDE = "README.new.md"
+"""A new card beside one that somebody worked on."""
 ASSETS = "assets"
 STEP_RECORD = "step.json"
 WORK = ".work"

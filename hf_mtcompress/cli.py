@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mtcompress import __version__
-from hf_mtcompress.artifacts import CARD, write_text
 from hf_mtcompress.errors import MTCompressError, RecipeError
 
 if TYPE_CHECKING:  # slow to import
@@ -326,8 +325,7 @@ def _report(options: argparse.Namespace) -> str:
 def _card(options: argparse.Namespace) -> str:
     from hf_mtcompress.runs.commands import card
 
-    write_text(options.run / CARD, card(options.run))
-    return str(options.run / CARD)
+    return str(card(options.run))
 
 
 def _webpage(options: argparse.Namespace) -> str:

@@ -26,7 +26,14 @@ from hf_mtcompress.publishing.facts import (
     tasks_of,
     vocabulary_of,
 )
-from hf_mtcompress.publishing.figures import NOT_MEASURED, OWN_WORDS_BEGIN, OWN_WORDS_END, Figures, without_own_words
+from hf_mtcompress.publishing.figures import (
+    NO_OWN_WORDS,
+    NOT_MEASURED,
+    OWN_WORDS_BEGIN,
+    OWN_WORDS_END,
+    Figures,
+    without_own_words,
+)
 from hf_mtcompress.publishing.limitations import Limitations
 from hf_mtcompress.publishing.metadata import metadata_of
 from hf_mtcompress.publishing.portable import portable, portable_recipe
@@ -60,7 +67,6 @@ MADE = {
 """What a kind of step does to a model, in words."""
 
 _SEAL = "<!-- written by hf_mtcompress from the record, {} -->"
-_STUB = "<!-- Text between these two marks is kept when the card is written again. -->"
 
 
 def render_card(
@@ -123,7 +129,7 @@ def _render(
         table=markdown,
         recipe=portable_recipe(recipe_text).strip() if recipe_text else None,
         pictures=pictures,
-        own_words="\n".join([OWN_WORDS_BEGIN, own_words or _STUB, OWN_WORDS_END]),
+        own_words="\n".join([OWN_WORDS_BEGIN, own_words or NO_OWN_WORDS, OWN_WORDS_END]),
     )
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     return f"{text}\n{_SEAL.format(_digest(text))}\n", figures

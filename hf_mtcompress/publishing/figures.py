@@ -21,6 +21,7 @@ _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _TARGET = re.compile(r"\]\([^)\s]*\)")
 OWN_WORDS_BEGIN = "<!-- own words: begin -->"
 OWN_WORDS_END = "<!-- own words: end -->"
+NO_OWN_WORDS = "<!-- Text between these two marks is kept when the card is written again. -->"
 _OWN_WORDS = re.compile(re.escape(OWN_WORDS_BEGIN) + r"(.*?)" + re.escape(OWN_WORDS_END), re.DOTALL)
 
 
@@ -44,7 +45,7 @@ def without_own_words(text: str) -> str:
 def own_words_of(text: str) -> str | None:
     """What an author wrote between the marks of a card, or None where there is nothing."""
     found = _OWN_WORDS.search(text)
-    return (_COMMENT.sub("", found.group(1)).strip() or None) if found else None
+    return (found.group(1).replace(NO_OWN_WORDS, "").strip() or None) if found else None
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -19,7 +19,6 @@ from hf_mtcompress.evaluation.benchmark import benchmark
 from hf_mtcompress.evaluation.evaluate import evaluate_folder
 from hf_mtcompress.formats.folders import open_reader
 from hf_mtcompress.formats.web.page import write_webpage
-from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.facts import headline_figures, onnx_artefact
 from hf_mtcompress.publishing.hub import push_folder
 from hf_mtcompress.publishing.portable import portable_recipe
@@ -35,7 +34,7 @@ from hf_mtcompress.records import RunRecord
 from hf_mtcompress.runs.fingerprint import changes_of
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
-from hf_mtcompress.runs.results import load_record
+from hf_mtcompress.runs.results import load_record, write_card
 from hf_mtcompress.runs.run import prepare_output
 from hf_mtcompress.steps.run import check_steps_fit
 from hf_mtcompress.steps.run_context import RunContext, recipe_reader
@@ -105,11 +104,11 @@ def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
-def card(folder: Path) -> str:
-    """The model card of a run, rendered again from its record."""
+def card(folder: Path) -> Path:
+    """Write the model card of a run again from its record; see `write_card`."""
     recipe = folder / RECIPE
     text = portable_recipe(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    return render_card(load_record(folder), text)
+    return write_card(folder, load_record(folder), text)
 
 
 def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bool = False) -> list[str]:

@@ -1,23 +1,29 @@
 """A run's record, card and pictures, written and read."""
 
 import json
+import logging
 from pathlib import Path
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import (
-    ASSETS,
-    CARD,
-    RECORD,
-    write_text,
-)
+from hf_mtcompress.artifacts import ASSETS, CARD, CARD_ASIDE, RECORD, write_text
 from hf_mtcompress.errors import ArtifactError
-from hf_mtcompress.publishing.card import INTERFERENCE_PICTURE, PICTURE, PICTURES, SENSITIVITY_PICTURE, render_card
+from hf_mtcompress.publishing.card import (
+    INTERFERENCE_PICTURE,
+    PICTURE,
+    PICTURES,
+    SENSITIVITY_PICTURE,
+    is_untouched,
+    render_card,
+)
+from hf_mtcompress.publishing.figures import own_words_of
 from hf_mtcompress.publishing.picture import draw_comparison, draw_interference
 from hf_mtcompress.publishing.sensitivity import draw_sensitivity
 from hf_mtcompress.recipe.load import dump_recipe
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import RunRecord
 from hf_mtcompress.steps.run_context import RunContext
+
+logger = logging.getLogger(__name__)
 
 
 def write_results(context: RunContext, record: RunRecord) -> None:
@@ -32,9 +38,35 @@ def write_results(context: RunContext, record: RunRecord) -> None:
     draw_interference(record, assets / INTERFERENCE_PICTURE)
     draw_sensitivity(record, assets / SENSITIVITY_PICTURE)
     write_text(context.output / RECORD, records.to_json(record))
-    recipe = dump_recipe(context.recipe, portable=True)
-    pictures = [name for name in PICTURES if (assets / name).is_file()]
-    write_text(context.output / CARD, render_card(record, recipe, pictures=pictures))
+    write_card(context.output, record, dump_recipe(context.recipe, portable=True))
+
+
+def write_card(folder: Path, record: RunRecord, recipe_text: str | None) -> Path:
+    """Write the card of a run around what its author wrote between the marks.
+
+    Returns:
+        Where it stands: beside the card that is there, if somebody wrote elsewhere in that one.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    path, aside = folder / CARD, folder / CARD_ASIDE
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    pictures = [name for name in PICTURES if (folder / ASSETS / name).is_file()]
+    own_words = None if existing is None else own_words_of(existing)
+    text = render_card(record, recipe_text, pictures=pictures, own_words=own_words)
+    if existing is not None and not is_untouched(existing):
+        logger.warning(
+            "%s was changed by hand and stays as it is; the new card is %s. Text between the marks 'own words' is kept "
+            "in new cards",
+            path,
+            aside.name,
+        )
+        write_text(aside, text)
+        return aside
+    write_text(path, text)
+    aside.unlink(missing_ok=True)
+    return path
 
 
 def load_record(folder: Path) -> RunRecord:

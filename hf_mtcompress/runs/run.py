@@ -13,7 +13,19 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import DIGESTS, GRAPHS, RECIPE, STEP_RECORD, WORK, whole_folder, write_text
+from hf_mtcompress.artifacts import (
+    ASSETS,
+    CARD,
+    COMPARISON,
+    DIGESTS,
+    GRAPHS,
+    RECIPE,
+    RECORD,
+    STEP_RECORD,
+    WORK,
+    whole_folder,
+    write_text,
+)
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.digests import file_digests, keep, recall, values_digest
 from hf_mtcompress.errors import ArtifactError
@@ -70,8 +82,14 @@ def prepare_output(output: Path) -> None:
     """Make the folder of a run.
 
     Raises:
-        ArtifactError: it cannot be made or written.
+        ArtifactError: it cannot be made or written, or holds files of somebody else that a run would replace.
     """
+    ours = any((output / name).exists() for name in (WORK, RECORD, COMPARISON))
+    if not ours and (found := [name for name in (RECIPE, CARD, ASSETS) if (output / name).exists()]):
+        raise ArtifactError(
+            f"expected a folder of its own for the run, found {' and '.join(found)} in {output}, which no run made and "
+            "this one would replace; choose another folder with --output"
+        )
     try:
         (output / WORK).mkdir(parents=True, exist_ok=True)
         probe = output / WORK / "writable"
@@ -106,6 +124,11 @@ def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) 
             shutil.rmtree(work, ignore_errors=True)
         return found
     if folder.exists():
+        if not (folder / STEP_RECORD).exists():
+            raise ArtifactError(
+                f"expected the step '{name}' of this run at {folder}, or nothing, found a folder without "
+                f"{STEP_RECORD}, which would be replaced; move it elsewhere, or choose another folder with --output"
+            )
         logger.warning("%s: made again, %s", name, again)
     logger.warning("%s: %s%s", name, step.kind, f" from {lineage.parent}" if lineage.parent else "")
     work.mkdir(parents=True, exist_ok=True)

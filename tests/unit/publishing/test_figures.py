@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_mtcompress.publishing.figures import Figures, numbers_in, own_words_of
+from hf_mtcompress.publishing.figures import NO_OWN_WORDS, Figures, numbers_in, own_words_of
 from tests.unit.publishing.factory import make_record
 
 
@@ -78,7 +78,7 @@ def test_strings_of_the_record_do_not_break_tables():
 
 def test_own_words():
     """What an author wrote is lost when the card is written again."""
-    card = "x <!-- own words: begin -->\n<!-- hint -->\nMine, all of 3.\n<!-- own words: end --> y"
-    assert own_words_of(card) == "Mine, all of 3."
-    assert own_words_of("x <!-- own words: begin --> <!-- hint --> <!-- own words: end -->") is None
+    card = f"x <!-- own words: begin -->\n{NO_OWN_WORDS}\nMine, all <!-- ? --> of 3.\n<!-- own words: end --> y"
+    assert own_words_of(card) == "Mine, all <!-- ? --> of 3."
+    assert own_words_of(f"x <!-- own words: begin --> {NO_OWN_WORDS} <!-- own words: end -->") is None
     assert own_words_of("no marks") is None
