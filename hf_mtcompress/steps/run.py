@@ -4,14 +4,15 @@ Every step gets a `RunContext` and an empty folder that the run moves into place
 a `StepOutcome`. Half-done training lies in the step's work folder, from where a killed run goes on.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import MissingExtraError, RecipeError
+from hf_mtcompress.formats.transformers_js import wrong_there
 from hf_mtcompress.recipe import (
     DistillStep,
     ExportStep,
@@ -34,6 +35,9 @@ from hf_mtcompress.steps.saved_models import lineage_with_saved_models
 from hf_mtcompress.steps.teaching import teach_step
 from hf_mtcompress.steps.training import finetune_step
 from hf_mtcompress.steps.trimming import trim_vocabulary_step, trim_weights_step
+from hf_mtcompress.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 def run_step(step: StepConfig, source: str | None, context: RunContext, folder: Path, work: Path) -> StepOutcome:
@@ -64,7 +68,7 @@ def run_step(step: StepConfig, source: str | None, context: RunContext, folder: 
             return export_step(step, source, context, folder)
 
 
-def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
+def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
     """Look for what would stop a run late: packages that are not there, and what a step cannot do with its models.
 
     Raises:
@@ -88,8 +92,28 @@ def check_steps_fit(recipe: Recipe, tasks: Mapping[str, Any]) -> None:
         for name, task in tasks.items()
         if task.head != "stock" and name in lineage[str(step.name)].begins.tasks
     ]
+    problems += _without_transformers_js(recipe, tasks)
     if problems:
         raise RecipeError(problems)
+
+
+def _without_transformers_js(recipe: Recipe, tasks: Mapping[str, Task]) -> list[str]:
+    """Steps for transformers.js that would find no task there; single tasks that get no folder are said."""
+    lineage, problems = lineage_of(recipe), []
+    for step in recipe.steps:
+        if not isinstance(step, ExportStep) or "transformers_js" not in step.formats:
+            continue
+        own = [name for name in tasks if name in lineage[str(step.name)].begins.tasks]
+        reasons = {name: reason for name in own if (reason := wrong_there(tasks[name]))}
+        if own and len(reasons) == len(own):
+            problems.append(
+                f"steps.{step.name}.formats: expected a task that transformers.js answers, found {', '.join(reasons)}, "
+                f"{reasons[own[0]]}; leave transformers_js out"
+            )
+            continue
+        for name, reason in reasons.items():
+            logger.warning("%s: task '%s' gets no folder for transformers.js, %s", step.name, name, reason)
+    return problems
 
 
 def _extras_of(recipe: Recipe) -> list[str]:

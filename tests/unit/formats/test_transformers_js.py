@@ -12,9 +12,13 @@ import onnxruntime
 import pytest
 from transformers import pipeline
 
+from hf_mtcompress.errors import TaskError
 from hf_mtcompress.formats.onnx.graphs import largest_difference
 from hf_mtcompress.formats.onnx.session import run_session
-from hf_mtcompress.formats.transformers_js import GRAPH_NAMES, write_transformers_js
+from hf_mtcompress.formats.transformers_js import GRAPH_NAMES, write_transformers_js, wrong_there
+from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.tasks import ImageClassification, SequenceClassification, TokenClassification
+from tests.tiny import tiny_encoder
 from tests.unit.formats.artefacts import Saved, saved_images, saved_text
 
 TRANSFORMERS_JS = "@huggingface/transformers@4.3.1"  # the version that the slow test was written with
@@ -28,7 +32,7 @@ def saved(request: pytest.FixtureRequest) -> Saved:
 def test_files_have_the_names_that_transformers_js_asks_for(saved: Saved, tmp_path: Path):
     """One name off, and it looks for the file on the Hub."""
     found = write_transformers_js(saved.model, saved.processor, saved.folders["onnx"], tmp_path / "js")
-    assert list(found) == list(saved.model.tasks)
+    assert list(found) == [name for name in saved.model.tasks if name != "intensity"]
     for name, files in found.items():
         folder = tmp_path / "js" / name
         assert list(files) == [f"onnx/{file}" for file in GRAPH_NAMES.values()]
@@ -44,6 +48,8 @@ def test_the_float_graph_answers_like_the_model(saved: Saved, tmp_path: Path):
     """The output is called `logits`, and a name that is left behind is a graph that does not load."""
     write_transformers_js(saved.model, saved.processor, saved.folders["onnx"], tmp_path / "js")
     for name, expected in saved.logits().items():
+        if name == "intensity":
+            continue
         for file in GRAPH_NAMES.values():
             path = tmp_path / "js" / name / "onnx" / file
             assert [output.name for output in onnx.load(path).graph.output] == ["logits"]
@@ -51,6 +57,30 @@ def test_the_float_graph_answers_like_the_model(saved: Saved, tmp_path: Path):
             found = run_session(session, saved.inputs)
             difference = largest_difference(found, {"logits": expected})
             assert difference < (1e-4 if file == "model.onnx" else 1.0), file
+
+
+@pytest.mark.parametrize("saved_as", [saved_text, saved_images], ids=["text", "images"])
+def test_a_number_gets_no_folder(saved_as: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Pipelines of transformers.js take the softmax of one number: 1 for every text and picture."""
+    saved = saved_as()
+    write_transformers_js(saved.model, saved.processor, saved.folders["onnx"], tmp_path / "js")
+    assert not (tmp_path / "js" / "intensity").exists()
+    assert "intensity: no folder for transformers.js" in caplog.text
+
+
+def test_what_transformers_js_answers_rightly():
+    several: dict[str, Any] = {"labels": ["fox", "owl"], "problem_type": "multi_label_classification"}
+    assert wrong_there(SequenceClassification("topics", **several)) is None
+    assert wrong_there(TokenClassification("tags", labels=["O", "B-fox"])) is None
+    assert wrong_there(ImageClassification("animal", labels=["fox", "owl"])) is None
+    assert "one label only" in str(wrong_there(ImageClassification("animals", **several)))
+
+
+def test_numbers_alone_are_refused(tmp_path: Path):
+    task = SequenceClassification("strength", problem_type="regression")
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [task])
+    with pytest.raises(TaskError, match=r"expected a task that transformers[.]js answers, found strength, whose"):
+        write_transformers_js(model, None, tmp_path, tmp_path / "js")
 
 
 def test_what_is_measured_is_what_is_written(tmp_path: Path):
