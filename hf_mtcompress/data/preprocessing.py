@@ -1,16 +1,21 @@
 """Raw rows to model inputs: which tasks are encoded together, and how."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hf_mtcompress.data.load import by_name, check_label_order
-from hf_mtcompress.data.readers import WORD_IDS, Reader, are_encoded, lengths_of
+from hf_mtcompress.data.pixels import undecoded
+from hf_mtcompress.data.readers import WORD_IDS, Reader, are_encoded, input_columns, lengths_of
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 _STREAM_BLOCK = 64
 """Rows of a stream that are encoded together."""
@@ -169,8 +174,11 @@ def for_every_task(groups: Sequence[EncodedGroup], tasks: Mapping[str, Task]) ->
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; a stream may not know them before its first row."""
-    return dataset.column_names or list(next(iter(dataset), {}))
+    """Names of the columns, with those that its own transform adds; a stream may not know them before its first row."""
+    known = dataset.column_names or []
+    if not known or _transform_of(dataset) is not None:
+        return list(dict.fromkeys([*known, *next(iter(dataset), {})]))
+    return known
 
 
 def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: str) -> Any:
@@ -180,9 +188,14 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
         raise DataError(
             f"task {names}: expected rows in the {role} split, found none; check the source and its filters"
         )
+    transform = _transform_of(dataset)
     # What a task names as its input is to be read, whatever it is called.
     if are_encoded([name for name in columns if all(name not in task.input_columns for task in tasks)], reader):
+        if transform is not None:
+            return _encode_transformed(dataset, tasks, reader, role, encoded=True)
         return _name_labels(dataset, columns, tasks, role)
+    if isinstance(dataset, Dataset) and transform is None:
+        dataset = dataset.with_format(None)  # plain values, whatever their owner would see
     if reader is None:
         raise DataError(
             f"task {names}: expected a processing_class (tokenizer or image processor) for raw rows with columns "
@@ -197,9 +210,15 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
             )
         for column in (*task.input_columns, *([task.label] if task.label else [])):
             require_column(columns, column, f"task '{task.name}'", role)
+        if transform is not None and task.label:
+            require_column(
+                dataset.column_names, task.label, f"task '{task.name}', before the data set's own transform", role
+            )
         if task.label and isinstance(dataset, Dataset):
             check_label_order(dataset, task, f"task '{task.name}'")
     if reader.on_read:
+        if transform is not None:
+            return _encode_transformed(dataset, tasks, reader, role, encoded=False)
         return _encode_on_read(dataset, tasks, reader)
     words = any(task.reads_words for task in tasks)
     features = dict(dataset.features or {})
@@ -218,26 +237,33 @@ def _encode(dataset: Any, tasks: Sequence[Task], reader: Reader | None, role: st
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(encode, batched=True, batch_size=_STREAM_BLOCK, remove_columns=columns)
-    return dataset.map(
-        encode, batched=True, remove_columns=columns, desc=f"Encoding {role} rows of {names}", load_from_cache_file=True
+    if transform is not None:
+        logger.warning(
+            "%s: texts are encoded once, so the data set's own transform is called once a row: what it draws at random "
+            "is the same in every epoch",
+            names,
+        )
+    encoded = dataset.map(
+        encode,
+        batched=True,
+        remove_columns=dataset.column_names,
+        desc=f"Encoding {role} rows of {names}",
+        load_from_cache_file=True,
     )
+    return encoded if transform is None else encoded.with_format(None)
+
+
+def _transform_of(dataset: Dataset | IterableDataset) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+    """What a data set's owner has it do to rows when they are read; see `Dataset.with_transform`."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":
+        return None
+    return dataset.format["format_kwargs"]["transform"]
 
 
 def _encode_on_read(dataset: Any, tasks: Sequence[Task], reader: Reader) -> Any:
     """Labels are encoded now, inputs when a row is read."""
     inputs = tasks[0].input_columns
-    features = dict(dataset.features or {})
-
-    def encode_labels(*values: list[Any]) -> dict[str, list[Any]]:
-        labelled = [task for task in tasks if task.label]
-        return {
-            task.label_name: task.encode_labels(by_name(column, features.get(task.label), task), {})
-            for task, column in zip(labelled, values, strict=True)
-        }
-
-    label_columns = [task.label for task in tasks if task.label]
-    if label_columns:
-        dataset = dataset.map(encode_labels, batched=True, input_columns=label_columns)
+    dataset = _with_labels(undecoded(dataset), [(task, task.label) for task in tasks if task.label])
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         labels = {task.label_name: rows[task.label_name] for task in tasks if task.label_name in rows}
@@ -250,24 +276,83 @@ def _encode_on_read(dataset: Any, tasks: Sequence[Task], reader: Reader) -> Any:
     return dataset.with_transform(encode)
 
 
+def _encode_transformed(
+    dataset: Dataset, tasks: Sequence[Task], reader: Reader | None, role: str, *, encoded: bool
+) -> Dataset:
+    """As `_encode_on_read` of rows that their owner transforms when they are read; `encoded`: into model inputs."""
+    transform, seen, features = _transform_of(dataset), dataset.format["columns"], dict(dataset.features)
+    assert transform is not None
+    labelled = [task for task in tasks if encoded or task.label]
+    labels = [(task, _label_column(task, dataset.column_names, tasks, role)) for task in labelled]
+    dataset = _with_labels(dataset.with_format(None), labels)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        own = {task.label_name: rows[task.label_name] for task in tasks if task.label_name in rows}
+        if any(column not in rows for column in seen):
+            return own  # somebody asks for labels alone
+        made = transform({column: rows[column] for column in seen})
+        for task, column in labels:
+            if column not in made:
+                continue
+            found = task.encode_labels(by_name(list(made[column]), features[column], task), {})
+            if not _equal(found, own[task.label_name]):
+                raise DataError(
+                    f"task '{task.name}': expected a transform that leaves the labels in '{column}' alone, found one "
+                    "that changes them; change them with Dataset.map before"
+                )
+        if encoded or reader is None:
+            return {**{name: made[name] for name in input_columns(made, reader)}, **own}
+        for column in tasks[0].input_columns:
+            require_column(made, column, f"task '{tasks[0].name}', after the data set's own transform", role)
+        return {**reader.encode([made[column] for column in tasks[0].input_columns]), **own}
+
+    return dataset.with_transform(encode)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return np.array_equal(np.asarray(one, dtype=float), np.asarray(other, dtype=float), equal_nan=True)
+
+
+def _with_labels(dataset: Any, labels: Sequence[tuple[Task, str]]) -> Any:
+    """The rows with encoded labels of tasks beside the columns that they stand in."""
+    features = dict(dataset.features or {})
+
+    def encode_labels(*values: list[Any]) -> dict[str, list[Any]]:
+        return {
+            task.label_name: task.encode_labels(by_name(rows, features.get(column), task), {})
+            for (task, column), rows in zip(labels, values, strict=True)
+        }
+
+    columns = [column for _, column in labels]
+    return dataset.map(encode_labels, batched=True, input_columns=columns) if columns else dataset
+
+
 def _name_labels(dataset: Any, columns: Sequence[str], tasks: Sequence[Task], role: str) -> Any:
     """Give the label columns of rows that were encoded elsewhere the names that batches use."""
     for task in tasks:
-        if task.label_name in columns:
-            continue
-        found = next((name for name in (task.label, "labels", "label") if name in columns), None)
-        if found is None:
-            raise DataError(
-                f"task '{task.name}': expected labels in column '{task.label_name}', '{task.label}' or 'labels' of the "
-                f"{role} rows, found {list(columns)}; rename the column"
-            )
-        if len(tasks) > 1 and found != task.label:
-            raise DataError(
-                f"expected one label column for each of {[task.name for task in tasks]}, found only '{found}'; "
-                f"name them {[task.label_name for task in tasks]}"
-            )
-        dataset = dataset.rename_column(found, task.label_name)
+        if task.label_name not in columns:
+            dataset = dataset.rename_column(_label_column(task, columns, tasks, role), task.label_name)
     return dataset
+
+
+def _label_column(task: Task, columns: Sequence[str], tasks: Sequence[Task], role: str) -> str:
+    """Where the labels of a task stand among rows that were encoded elsewhere; `tasks` share the rows.
+
+    Raises:
+        DataError: nowhere, or where those of several tasks would.
+    """
+    found = next((name for name in (task.label, "labels", "label") if name in columns), None)
+    if found is None:
+        raise DataError(
+            f"task '{task.name}': expected labels in column '{task.label_name}', '{task.label}' or 'labels' of the "
+            f"{role} rows, found {list(columns)}; rename the column"
+        )
+    if len(tasks) > 1 and found != task.label:
+        raise DataError(
+            f"expected one label column for each of {[task.name for task in tasks]}, found only '{found}'; "
+            f"name them {[task.label_name for task in tasks]}"
+        )
+    return found
 
 
 def require_column(columns: Iterable[str], wanted: str, what: str, role: str) -> None:

@@ -23,6 +23,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_mtcompress.data.alignment import Start, as_text, read_with_starts, words_of_tokens
+from hf_mtcompress.data.pixels import fetched, picture_of
 from hf_mtcompress.environment import package_version
 from hf_mtcompress.errors import ArtifactError, DataError, UnsupportedEncoderError, first_line
 from hf_mtcompress.recipe.tasks import Modality
@@ -290,13 +291,10 @@ class ImageReader(Reader):
         return {} if side is None else {"image_size": side}
 
     def columns(self, samples: Sequence[Any]) -> list[list[Any]]:
-        for sample in samples:
-            if not hasattr(sample, "convert"):  # anything that behaves like a PIL image
-                raise DataError(f"expected PIL images, found {type(sample).__name__}; open them with PIL.Image.open")
-        return [list(samples)]
+        return [[fetched(sample) for sample in samples]]
 
     def encode(self, columns: Sequence[Sequence[Any]], *, words: bool = False) -> dict[str, list[Any]]:
-        encoded = self.processor([image.convert("RGB") for image in columns[0]], return_tensors="np")
+        encoded = self.processor([picture_of(value) for value in columns[0]], return_tensors="np")
         return {name: list(encoded[name]) for name in self.input_names if name in encoded}
 
     def encode_with_starts(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_mtcompress.data.pixels import picture_of
 from hf_mtcompress.environment import ending_of
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.folders import folder_form, read_config, task_folders
@@ -181,6 +182,6 @@ def _write_samples(samples: Sequence[Any] | None, folder: Path) -> list[Any] | N
             rows.append({"text": sample})
         else:
             folder.mkdir(exist_ok=True)
-            sample.convert("RGB").save(folder / f"{index}.png")
+            picture_of(sample).save(folder / f"{index}.png")
             rows.append({"file": str(folder / f"{index}.png")})
     return rows

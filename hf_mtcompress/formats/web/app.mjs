@@ -1,6 +1,7 @@
 // The page: loads the model, takes a text or an image, shows the answers of all tasks.
 
 import { openEngine } from "./engine.mjs";
+import { MOST_PIXELS, onWhite } from "./image.mjs";
 
 const $ = (id) => document.getElementById(id);
 const SHOWN = 5; // labels of a task with a bar of their own
@@ -59,20 +60,20 @@ async function open() {
   return { page, engine };
 }
 
-/** Red, green and blue of an image file, as it is stored: not turned, not adapted to the screen. */
+/** Red, green and blue of an image file: upright, on white, colours not adapted to the screen. */
 async function readImage(file) {
-  const bitmap = await createImageBitmap(file, { imageOrientation: "none", colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  } catch {
+    throw new Error(`${file.name} is no picture that this browser can open`);
+  }
   const { width, height } = bitmap;
+  if (width * height > MOST_PIXELS) throw new Error(`${file.name} has ${width} x ${height} pixels, more than ${MOST_PIXELS}`);
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
-  const colours = context.getImageData(0, 0, width, height).data;
-  const data = new Uint8Array(width * height * 3);
-  let transparent = false;
-  for (let place = 0; place < width * height; place++) {
-    data.set(colours.subarray(place * 4, place * 4 + 3), place * 3);
-    transparent ||= colours[place * 4 + 3] < 255;
-  }
-  return { width, height, data, transparent };
+  bitmap.close();
+  return { width, height, data: onWhite(context.getImageData(0, 0, width, height).data) };
 }
 
 /** The same colour for the same label, in every text. */
@@ -115,10 +116,7 @@ function show({ page }, result) {
   });
   $("answers").replaceChildren(...cards);
   $("time").textContent = `${page.tasks.length} ${page.tasks.length === 1 ? "task" : "tasks"} in ${result.milliseconds.toFixed(0)} ms`;
-  let note = "";
-  if (result.encoding.cut) note = `Only the first ${page.text.max_length} tokens were read.`;
-  if (result.transparent) note = "Transparent parts of the image were read as black.";
-  $("note").textContent = note;
+  $("note").textContent = result.encoding.cut ? `Only the first ${page.text.max_length} tokens were read.` : "";
 }
 
 function fail(error) {
@@ -129,7 +127,7 @@ function fail(error) {
 async function main() {
   const opened = await open();
   const { page, engine } = opened;
-  let [timer, image, running] = [0, null, Promise.resolve()];
+  let [timer, image, given, running] = [0, null, 0, Promise.resolve()];
   // One call after the other, the newest input last.
   const answer = () => {
     clearTimeout(timer);
@@ -137,7 +135,8 @@ async function main() {
       .then(async () => {
         const input = page.image ? { image } : { text: $("text").value, pair: $("pair").value.trim() };
         if (page.image ? image === null : input.text.trim() === "") return;
-        const result = { ...(await engine.predict(input)), transparent: image?.transparent };
+        const result = await engine.predict(input);
+        if (page.image && image !== input.image) return; // another picture was given meanwhile
         // For tests and for the curious: what the cards show, in numbers.
         globalThis.lastResult = result;
         show(opened, result);
@@ -171,7 +170,16 @@ async function main() {
     $("image-input").hidden = false;
     const take = async (file) => {
       if (!file) return;
-      image = await readImage(file);
+      // Whatever comes of this file, nothing more is said of the picture before.
+      image = null;
+      const number = ++given;
+      $("answers").replaceChildren();
+      for (const id of ["time", "note"]) $(id).textContent = "";
+      $("preview").hidden = true;
+      $("drop-words").hidden = false;
+      const read = await readImage(file).catch((error) => number === given && fail(error));
+      if (number !== given || !read) return;
+      image = read;
       $("preview").src = URL.createObjectURL(file);
       $("preview").hidden = false;
       $("drop-words").hidden = true;

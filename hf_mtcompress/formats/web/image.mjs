@@ -1,6 +1,8 @@
 // From pixels to model inputs, as Pillow and the image processors of transformers compute them, to the last bit of a
 // pixel: a canvas scales in its own way, which would change answers.
 
+export const MOST_PIXELS = 89478485; // of a picture, as Pillow's MAX_IMAGE_PIXELS
+
 const FILTERS = {
   nearest: null,
   box: { support: 0.5, at: (x) => (x > -0.5 && x <= 0.5 ? 1 : 0) },
@@ -71,6 +73,24 @@ function scaleLines(source, count, from, to, filter, source_steps, target_steps)
     }
   }
   return target;
+}
+
+/**
+ * Red, green and blue of pixels that may be transparent: what lies behind them is white, as Pillow computes it.
+ *
+ * @param {Uint8Array | Uint8ClampedArray} colours red, green, blue and alpha of every pixel, row by row
+ * @returns {Uint8Array}
+ */
+export function onWhite(colours) {
+  const data = new Uint8Array((colours.length / 4) * 3);
+  for (let from = 0, to = 0; from < colours.length; from += 4) {
+    const alpha = colours[from + 3];
+    for (let channel = 0; channel < 3; channel++) {
+      const scaled = 128 * (colours[from + channel] * alpha + 255 * (255 - alpha) + 128);
+      data[to++] = ((scaled >> 8) + scaled) >> 15;
+    }
+  }
+  return data;
 }
 
 /** Source places for `nearest`; Pillow adds the steps up, and so rounds in its own way. */

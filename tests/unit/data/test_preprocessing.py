@@ -225,6 +225,83 @@ def test_numbers_in_lists_of_a_class_feature_are_its_labels() -> None:
 # ------------------------------------------------------------------------------------------------------ encoded rows
 
 
+def darkened(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """As the augmentation of a data set's owner: a transform of decoded pictures."""
+    return {**rows, "image": [picture.point(lambda value: value // 4) for picture in rows["image"]]}
+
+
+def test_a_transform_of_the_data_set_is_kept() -> None:
+    """Augmentation that is dropped trains on other pictures than its owner believes."""
+    tasks = by_name(colour(), shade())
+    (found,) = encode(tasks, IMAGES.with_transform(darkened), tiny_image_processor())
+    (expected,) = encode(tasks, IMAGES.map(darkened, batched=True), tiny_image_processor())
+    assert len(found.dataset) == len(IMAGES)
+    for own, other in zip(found.dataset, expected.dataset, strict=True):
+        assert own.keys() == other.keys() == {"pixel_values", "labels_colour", "labels_shade"}
+        np.testing.assert_array_equal(own["pixel_values"], other["pixel_values"])
+    for task in tasks.values():
+        assert encoded_labels(found.dataset, task) == encoded_labels(expected.dataset, task)
+
+
+def test_a_transform_is_called_whenever_a_row_is_read() -> None:
+    """Else what it draws at random would be the same in every epoch."""
+    calls: list[int] = []
+
+    def counted(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        calls.append(len(rows["image"]))
+        return rows
+
+    (group,) = encode(by_name(colour()), IMAGES.with_transform(counted), tiny_image_processor())
+    calls.clear()
+    for _ in range(2):
+        list(group.dataset)
+    assert sum(calls) == 2 * len(IMAGES)
+
+
+@pytest.mark.parametrize("processor", [None, tiny_image_processor()], ids=["none", "given"])
+def test_a_transform_that_makes_inputs_needs_no_processor(processor: Any) -> None:
+    """As example scripts for pictures have it."""
+
+    def pixels(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"pixel_values": [np.full((3, 2, 2), label) for label in rows["label"]], "label": rows["label"]}
+
+    (group,) = encode(by_name(colour()), IMAGES.with_transform(pixels), processor)
+    assert [row["labels_colour"] for row in group.dataset] == IMAGES["label"]
+    assert [row["pixel_values"][0, 0, 0] for row in group.dataset] == IMAGES["label"]
+
+
+def test_a_transform_of_texts_is_applied_once(caplog: pytest.LogCaptureFixture) -> None:
+    def louder(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {**rows, "text": [f"very {text}" for text in rows["text"]]}
+
+    with caplog.at_level(logging.WARNING):
+        (found,) = encode(by_name(mood()), TEXTS.with_transform(louder), tiny_tokenizer())
+    (expected,) = encode(by_name(mood()), TEXTS.map(louder, batched=True), tiny_tokenizer())
+    assert list(found.dataset) == list(expected.dataset)
+    assert "the data set's own transform is called once a row" in caplog.text
+
+
+def test_a_transform_that_changes_labels_is_refused() -> None:
+    """Class weights are read off the labels before it."""
+
+    def turned(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {**rows, "label": [2 - label for label in rows["label"]]}
+
+    (group,) = encode(by_name(colour()), IMAGES.with_transform(turned), tiny_image_processor())
+    with pytest.raises(DataError, match=r"task 'colour': expected a transform that leaves the labels in 'label' alone"):
+        list(group.dataset)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_another_format_is_the_same_rows(form: str) -> None:
+    """Labels that are tensors are no labels."""
+    (found,) = encode(by_name(colour()), IMAGES.with_format(form), tiny_image_processor())
+    (expected,) = encode(by_name(colour()), IMAGES, tiny_image_processor())
+    for own, other in zip(found.dataset, expected.dataset, strict=True):
+        np.testing.assert_array_equal(own["pixel_values"], other["pixel_values"])
+        assert own["labels_colour"] == other["labels_colour"]
+
+
 def test_encoded_rows_pass_untouched() -> None:
     """Rows that someone encoded with care must not be encoded again, nor need a processor."""
     rows = ENCODED.rename_columns({"mark": "labels_mood", "rating": "labels_strength"})

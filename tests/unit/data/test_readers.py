@@ -361,13 +361,14 @@ def test_positions_that_count() -> None:
         ("bert", [("the fox",)], r"found \['tuple'\]"),
         ("bert", [IMAGES[0][0]], "expected texts, lists of words"),
         ("bert", [{"sentence": "the fox"}], r"expected the keys text and perhaps text_pair, found \['sentence'\]"),
-        ("vit", ["the fox"], "expected PIL images, found str; open them"),
-        ("vit", [*IMAGES[0][:1], None], "expected PIL images, found NoneType"),
+        ("vit", ["the fox"], "expected a picture at 'the fox', found no file"),
+        ("vit", [*IMAGES[0][:1], None], r"expected a picture \(a path, bytes, .*\), found NoneType"),
     ],
 )
 def test_samples_of_another_kind_are_refused(family: str, samples: list[Any], message: str) -> None:
+    reader = reader_for(family)
     with pytest.raises(DataError, match=message):
-        reader_for(family).columns(samples)
+        reader.encode(reader.columns(samples))
 
 
 def test_what_reads_neither_is_refused() -> None:

@@ -118,7 +118,7 @@ def test_wrong_inputs_are_refused():
         predictor.predict([3])
     with pytest.raises(TaskError, match="moods"):
         predictor.predict(["the fox"], tasks=["moods"])
-    with pytest.raises(DataError, match="expected PIL images, found str"):
+    with pytest.raises(DataError, match="expected a picture at 'the fox', found no file"):
         load_predictor(saved_images().folders["torch"]).predict(["the fox"])
     assert predictor.predict([]) == []
 

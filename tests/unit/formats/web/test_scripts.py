@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import PIL
 import pytest
 from PIL import Image
 
+from hf_mtcompress.data.pixels import picture_of
 from hf_mtcompress.data.readers import reader_of
 from hf_mtcompress.formats.web.page import _describe_task
 from hf_mtcompress.tasks import SequenceClassification, Task, TokenClassification
@@ -90,6 +92,14 @@ def test_images_are_scaled_to_the_same_bits():
     for image, (name, _, target), result in zip(images, cases, found, strict=True):
         expected = np.asarray(image.resize(target, Image.Resampling[name.upper()]))
         np.testing.assert_array_equal(np.asarray(result["data"]), expected.reshape(-1), err_msg=f"{name} {target}")
+
+
+def test_transparent_pixels_are_seen_on_white_to_the_same_bits():
+    """Every value with every alpha."""
+    values = np.arange(256, dtype=np.uint8)
+    grid = np.stack(np.broadcast_arrays(values[:, None], values[:, None], 7, values[None, :]), 2).astype(np.uint8)
+    (found,) = run([("image", "onWhite", [{"$bytes": grid.ravel().tolist()}])])
+    np.testing.assert_array_equal(found, np.asarray(picture_of(grid)).ravel())
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
@@ -209,3 +219,76 @@ def test_ranking_holds_every_label_best_first():
     (found,) = run([("answers", "ranking", [task, [0.0, 2.0, 1.0]])])
     assert [item["label"] for item in found] == ["angry", "glad", "calm"]
     assert sum(item["score"] for item in found) == pytest.approx(1.0)
+
+
+# A browser in as many words as the page of pictures needs: what it shows is read off the elements.
+_BROWSER = """
+const elements = {};
+const made = () => {
+  const listeners = {};
+  return {
+    hidden: true, textContent: "", children: [], style: { setProperty() {} }, classList: { toggle() {} },
+    append(...parts) { this.children.push(...parts); }, replaceChildren(...parts) { this.children = parts; },
+    setAttribute() {}, addEventListener(name, listener) { listeners[name] = listener; },
+    fire: (name, event) => listeners[name]({ preventDefault() {}, ...event }),
+  };
+};
+globalThis.document = { getElementById: (id) => (elements[id] ??= made()), createElement: made };
+const tasks = [{ name: "size", problem: "regression", labels: [] }];
+const page = { title: "", summary: "", facts: [], bytes: 1, image: {}, tasks };
+globalThis.fetch = async () => new Response(JSON.stringify(page));
+globalThis.options = [];
+globalThis.createImageBitmap = async (file, options) => {
+  globalThis.options.push(options);
+  if (file.broken) throw new Error("The source image could not be decoded.");
+  return { width: file.side, height: file.side, close() {} };
+};
+globalThis.OffscreenCanvas = class {
+  constructor(width, height) { this.bytes = width * height * 4; }
+  getContext() { return { drawImage() {}, getImageData: () => ({ data: new Uint8ClampedArray(this.bytes) }) }; }
+};
+URL.createObjectURL = () => "";
+console.error = () => {};
+const settled = () => new Promise((done) => setTimeout(done, 20));
+await import("FOLDER/app.mjs");
+await settled();
+const seen = [];
+for (const file of FILES) {
+  elements.drop.fire("drop", { dataTransfer: { files: [file] } });
+  await settled();
+  elements.form.fire("submit");
+  await settled();
+  const { answers, time, note, preview } = elements;
+  const texts = { time: time.textContent !== "", note: note.textContent };
+  seen.push({ answers: answers.children.length, ...texts, shown: !preview.hidden });
+}
+process.stdout.write(JSON.stringify({ seen, options: globalThis.options }));
+"""
+_ENGINE = """
+export const openEngine = async () => ({
+  predict: async ({ image }) => ({ answers: { size: image.width }, rankings: {}, encoding: {}, milliseconds: 1 }),
+});
+"""
+
+
+def test_nothing_is_said_of_the_picture_before(tmp_path: Path):
+    """A file that does not open, or is too large, under answers about another one looks answered."""
+    for name in ("app.mjs", "image.mjs"):
+        (tmp_path / name).write_text(files("hf_mtcompress.formats.web").joinpath(name).read_text())
+    (tmp_path / "engine.mjs").write_text(_ENGINE)
+    (tmp_path / "libraries").mkdir()
+    (tmp_path / "libraries" / "ort.wasm.min.mjs").write_text("export const env = { wasm: {} };")
+    given = [{"name": "fox.png", "side": 2}, {"name": "owl.png", "broken": True}, {"name": "bomb.png", "side": 30_000}]
+    script = _BROWSER.replace("FOLDER", f"file://{tmp_path}").replace("FILES", json.dumps([*given, given[0]]))
+    done = subprocess.run(
+        ["node", "--input-type=module", "--eval", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    fox, broken, bomb, again = found["seen"]
+    assert fox == again == {"answers": 1, "time": True, "note": "", "shown": True}
+    assert (broken["answers"], broken["time"], broken["shown"]) == (0, False, False)
+    assert "owl.png is no picture that this browser can open" in broken["note"]
+    assert (bomb["answers"], bomb["shown"]) == (0, False)
+    assert "bomb.png has 30000 x 30000 pixels, more than 89478485" in bomb["note"]
+    assert {options["imageOrientation"] for options in found["options"]} == {"from-image"}
