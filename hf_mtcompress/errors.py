@@ -4,6 +4,8 @@ Each class is also a familiar built-in, so that code which does not know this pa
 what was expected, what was found and what to do. The command line prints them without a traceback and exits with 2.
 """
 
+from typing import Any
+
 
 class MTCompressError(Exception):
     """Root of all errors of this package."""
@@ -51,6 +53,12 @@ class PublishingError(MTCompressError, RuntimeError):
 
 class MissingExtraError(MTCompressError, ImportError):
     """An optional dependency is needed; the message holds the command that installs it."""
+
+
+def mistakes(error: Any) -> str:
+    """What pydantic says of the first values that do not fit, in one line."""
+    found = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+    return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
 
 
 def first_line(error: Exception) -> str:

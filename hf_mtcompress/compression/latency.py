@@ -12,6 +12,7 @@ Reference:
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,19 +104,19 @@ class LatencyTable:
             raise ValueError(f"batch_size: expected one that was measured, {sorted(self.batches)}, found {batch_size}")
         return self.batches[batch_size].of(shape)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON."""
-        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_text(Path(path), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "LatencyTable":
+    def load(cls, path: str | os.PathLike[str]) -> "LatencyTable":
         """Read a table.
 
         Raises:
             ArtifactError: the file holds none.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
             batches = {}
             for size, times in values.pop("batches").items():
                 heads, widths = (

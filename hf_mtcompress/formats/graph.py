@@ -23,10 +23,10 @@ class GraphRuntime(Runtime):
         package = str(kind.backend)
         if form == "onnx":
             # It imports onnxruntime, which is of the extra "onnx".
-            from hf_mtcompress.formats.onnx.session import open_session, run_session
+            from hf_mtcompress.formats.onnx.session import open_session, output_widths, run_session
         else:
             # It imports openvino, which is an extra.
-            from hf_mtcompress.formats.openvino.session import open_session, run_session
+            from hf_mtcompress.formats.openvino.session import open_session, output_widths, run_session
 
         self._run: Any = run_session
         self.form = form
@@ -43,6 +43,18 @@ class GraphRuntime(Runtime):
                 f"{settings.versions.get(package) or 'unknown'}: install that or a newer one, or export the model again"
             ) from error
         self.tasks = settings.build_tasks()
+        widths = output_widths(self.session)
+        wrong = {
+            name: widths.get(task.logits_name, "none")
+            for name, task in self.tasks.items()
+            if widths.get(task.logits_name, 0) not in (None, task.num_outputs)
+        }
+        if wrong:
+            raise ArtifactError(
+                f"expected logits for { ({name: self.tasks[name].num_outputs for name in wrong}) } in the graph of "
+                f"{folder}, as {kind.settings} says, found {wrong}; copy or download the folder again, or export the "
+                "model again"
+            )
         self.reader = load_reader(folder, settings.preprocessing.get("max_length"))
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,11 +5,13 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from hf_mtcompress.artifacts import write_text
 from hf_mtcompress.digests import file_digest
-from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.errors import ArtifactError, mistakes
 from hf_mtcompress.records import FORMS, FormName
 from hf_mtcompress.tasks import Task, build_tasks
 
@@ -36,8 +38,8 @@ class GraphSettings:
     """
 
     format_version: int = FORMAT_VERSION
-    tasks: list[dict[str, Any]]
-    preprocessing: dict[str, Any]
+    tasks: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    preprocessing: dict[str, PositiveInt]
     inputs: list[str]
     precision: str
     parameters: dict[str, int]
@@ -50,6 +52,9 @@ class GraphSettings:
     def build_tasks(self) -> dict[str, Task]:
         """The tasks by name, in order."""
         return build_tasks(self.tasks)
+
+
+_SETTINGS = TypeAdapter(GraphSettings)
 
 
 def write_graph_settings(folder: Path, settings: GraphSettings, form: FormName = "onnx") -> None:
@@ -93,9 +98,9 @@ def read_graph_settings(folder: Path, form: FormName = "onnx") -> GraphSettings:
             raise ArtifactError(f"expected '{name}' in {folder}, found none; export the model again")
     path = folder / FORMS[form].settings
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = int(values["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+        text = path.read_text(encoding="utf-8")
+        version = int(json.loads(text)["format_version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"expected JSON with a format_version in {path}, found something else ({error}); export the model again"
         ) from error
@@ -104,8 +109,9 @@ def read_graph_settings(folder: Path, form: FormName = "onnx") -> GraphSettings:
             f"expected a graph of format_version {FORMAT_VERSION} or older, found {version} in {folder}; "
             "update hf_mtcompress to load it"
         )
-    known = {item.name for item in dataclasses.fields(GraphSettings)}
-    missing = {"tasks", "preprocessing", "inputs", "precision", "parameters"} - set(values)
-    if missing:
-        raise ArtifactError(f"expected {sorted(missing)} in {path}, found none; export the model again")
-    return GraphSettings(**{key: value for key, value in values.items() if key in known})
+    try:
+        return _SETTINGS.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ArtifactError(
+            f"expected the settings of a graph in {path}, found {mistakes(error)}; export the model again"
+        ) from error

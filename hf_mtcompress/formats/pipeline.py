@@ -31,6 +31,16 @@ class MultiTaskPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._choose(None)
+        if all(part is None for part in (self.processor, self.tokenizer, self.image_processor)):
+            place = f" in {self.model.name_or_path}" if self.model.name_or_path else ""
+            raise ArtifactError(
+                f"expected a tokenizer or image processor beside the model{place}, found none; "
+                "save it there with processor.save_pretrained(folder), or pass tokenizer= or image_processor="
+            )
+
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = sorted(set(kwargs) - {"tasks"})
         if unknown:

@@ -1,22 +1,26 @@
 """Answers in the words of the tasks, from every saved form."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_mtcompress.data.alignment import words_of
 from hf_mtcompress.data.preprocessing import columns_for
 from hf_mtcompress.data.readers import WORD_IDS, Reader, lengths_of
-from hf_mtcompress.errors import DataError, TaskError
+from hf_mtcompress.errors import TaskError
+from hf_mtcompress.formats.folders import find_model
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.tasks import Task
 
 _PROGRESS_FROM = 20
 """Batches from which on a progress bar is worth a line."""
+_ONE = (str, Mapping, Image.Image)
+"""Inputs that are no list of some."""
 
 
 class Predictor:
@@ -48,21 +52,27 @@ class Predictor:
         """All logits of a batch of model inputs; see `Runtime.logits`."""
         return self.runtime.logits(batch)
 
+    def __call__(self, inputs: Any, **options: Any) -> Any:
+        """As `predict`; one text, picture or `{"text", "text_pair"}` that is in no list gets one answer, in no list."""
+        answers = self.predict(inputs, **options)
+        return answers[0] if isinstance(inputs, _ONE) else answers
+
     def predict(
         self,
-        inputs: Sequence[Any],
+        inputs: Sequence[Any] | Mapping[str, Any] | Image.Image,
         batch_size: int = 32,
         *,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str] | str | None = None,
         progress: bool | None = None,
     ) -> list[dict[str, Any]]:
         """Answer all tasks for each input, which is encoded once.
 
         Args:
             inputs: texts, lists of words, `(text, second text)` tuples or PIL images, all of one kind. A list of words
-                is read as the text that it makes; the words of a text are what stands between white space.
+                is read as the text that it makes; the words of a text are what stands between white space. One input
+                in no list is a list of one.
             batch_size: inputs per call; inputs of like length go together.
-            tasks: names of the tasks to answer; default: all.
+            tasks: names of the tasks to answer, or one name; default: all.
             progress: show a progress bar; default: when there are many batches.
 
         Returns:
@@ -75,10 +85,8 @@ class Predictor:
             DataError: the inputs are not what the tasks take.
             TaskError: no such task.
         """
-        if isinstance(inputs, str):
-            raise DataError("expected a list of inputs, found one string; put it into a list")
-        chosen = self._choose(tasks)
-        rows = list(inputs)
+        chosen = self._choose([tasks] if isinstance(tasks, str) else tasks)
+        rows = [inputs] if isinstance(inputs, _ONE) else list(inputs)
         answers: list[dict[str, Any]] = [{} for _ in rows]
         total = -(-len(rows) // batch_size)
         with tqdm(
@@ -126,16 +134,20 @@ class Predictor:
             yield indices, {name: tensor.numpy() for name, tensor in batch.items()}, extras
 
 
-def load_predictor(folder: str | Path, threads: int | None = None) -> Predictor:
+def load_predictor(
+    folder: str | os.PathLike[str], threads: int | None = None, *, revision: str | None = None
+) -> Predictor:
     """Open a saved model of any form for prediction.
 
     Args:
         folder: what a step saved: a multi-task folder (float or quantized by bitsandbytes), a folder of plain
-            transformers folders, or one with a graph for ONNX Runtime or OpenVINO.
+            transformers folders, or one with a graph for ONNX Runtime or OpenVINO; a folder around one of these; or
+            the Hub id of a pushed repository.
         threads: threads within an operation; None leaves the runtime's choice.
+        revision: of the repository.
 
     Raises:
-        ArtifactError: the folder is none of these, incomplete, or of a newer format.
+        ArtifactError: the folder is none of these, holds several models, is incomplete, or of a newer format.
         MissingExtraError: the form needs a package that is not installed.
     """
-    return Predictor(open_runtime(Path(folder), threads))
+    return Predictor(open_runtime(find_model(folder, revision), threads))

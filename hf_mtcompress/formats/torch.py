@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PreTrainedConfig,
@@ -14,10 +12,10 @@ from transformers import (
 
 from hf_mtcompress.data.readers import load_reader
 from hf_mtcompress.environment import require_extra
-from hf_mtcompress.errors import ArtifactError, first_line
 from hf_mtcompress.formats.folders import folder_form
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.loading import opening, read_config
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records import FORMS
 
@@ -33,7 +31,7 @@ class TorchRuntime(Runtime):
         self.form = folder_form(folder)
         if (extra := FORMS[self.form].extra) is not None:
             require_extra(extra)
-        self.model: MultiTaskModel = load_weights(MultiTaskModel, folder).eval()
+        self.model: MultiTaskModel = MultiTaskModel.from_pretrained(folder).eval()
         self.tasks = dict(self.model.tasks)
         self.reader = load_reader(folder, (config.preprocessing or {}).get("main", {}).get("max_length"))
 
@@ -44,23 +42,14 @@ class TorchRuntime(Runtime):
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The config of a folder of ours or of a stock model."""
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def load_weights(cls: Any, folder: Path) -> Any:
-    """A model with its weights.
+    """The config of a folder of ours or of a stock model.
 
     Raises:
-        ArtifactError: they are damaged.
+        ArtifactError: it is damaged.
     """
-    try:
-        return cls.from_pretrained(folder)
-    except SafetensorError as error:
-        raise ArtifactError(
-            f"expected whole weights in {folder}, found a damaged file ({first_line(error)}); copy or download the "
-            "folder again, or save the model again"
-        ) from error
+    with opening(folder):
+        read_config(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def set_threads(threads: int | None) -> None:

@@ -1,6 +1,7 @@
 """Folders that transformers.js opens: one for each task, with the same graph in three precisions."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +24,8 @@ GRAPH_NAMES = {32: "model.onnx", 8: "model_quantized.onnx", 4: "model_q4.onnx"}
 def write_transformers_js(
     model: MultiTaskModel,
     processor: Any,
-    graphs: Path,
-    folder: Path,
+    graphs: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     measure: Callable[[str, Path], dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Write `folder/TASK` for each task: configuration, tokenizer or image processor, and `onnx/` with three graphs.
@@ -46,6 +47,7 @@ def write_transformers_js(
         ArtifactError: `graphs` is no ONNX folder.
         MissingExtraError: the extra `onnx` is not installed.
     """
+    folder = Path(folder)
     require_extra("onnx")
     reasons = {name: reason for name, task in model.tasks.items() if (reason := wrong_there(task))}
     for name, reason in reasons.items():

@@ -18,9 +18,10 @@ from hf_mtcompress.data.readers import load_reader
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.folders import task_folders
 from hf_mtcompress.formats.runtime import Runtime
-from hf_mtcompress.formats.torch import as_array, as_tensors, load_config, load_weights, set_threads
+from hf_mtcompress.formats.torch import as_array, as_tensors, load_config, set_threads
 from hf_mtcompress.model.base import align_weights
 from hf_mtcompress.model.inputs import taken_by
+from hf_mtcompress.model.loading import load_whole
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
@@ -45,7 +46,7 @@ class VanillaRuntime(Runtime):
         for name, path in folders.items():
             config = load_config(path)
             self.tasks[name] = stock_task(name, config, path)
-            model = load_weights(_AUTO_CLASSES[self.tasks[name].kind], path).eval()
+            model = load_whole(_AUTO_CLASSES[self.tasks[name].kind], path, use_safetensors=True)[0].eval()
             align_weights(model)
             self.models[name] = model
         reader = load_reader(next(iter(folders.values())))

@@ -256,6 +256,15 @@ def _read(folder: Path) -> _Saved:
             adapter[path, matrix] = value
         else:
             head[key.removeprefix(_PREFIX)] = value
+    # Before an adapter of this rank is built.
+    rank = description.adapter.rank
+    sides = {"lora_A": 0, "lora_B": -1}
+    wrong = [key for key, value in adapter.items() if value.dim() != 2 or value.shape[sides[key[1]]] != rank]
+    if wrong or not adapter:
+        raise ArtifactError(
+            f"expected matrices of rank {rank} in {folder}, as {SETTINGS} says, found "
+            f"{tuple(adapter[wrong[0]].shape) if wrong else 'none'}; save the adapter again"
+        )
     return _Saved(folder, description, task, adapter, head)
 
 

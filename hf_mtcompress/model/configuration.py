@@ -4,11 +4,28 @@ import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from transformers import PreTrainedConfig
 
-from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.errors import ArtifactError, mistakes
+from hf_mtcompress.model.loading import refuse_counts
 
 FORMAT_VERSION = 1
+_FIELDS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind, config=ConfigDict(strict=True))
+    for name, kind in {
+        "encoders": dict[str, dict[str, Any]],
+        "tasks": list[dict[str, Any]],
+        "preprocessing": dict[str, dict[str, PositiveInt]],
+        "branches": dict[str, dict[str, Any]],
+        "adapters": dict[str, dict[str, Any]],
+        "structure": dict[str, dict[str, Any]],
+        "without_pooler": list[str],
+    }.items()
+}
+"""What is inside the dicts is checked by those who read them."""
+_FROM_ONE = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+"""Numbers, or lists of them, by the names that every family's config knows them under."""
 
 
 @strict
@@ -51,14 +68,37 @@ class MultiTaskConfig(PreTrainedConfig):
         self.adapters = self.adapters or {}
         self.structure = self.structure or {}
         self.without_pooler = self.without_pooler or []
+        for name, kind in _FIELDS.items():
+            try:
+                kind.validate_python(getattr(self, name))
+            except ValidationError as error:
+                raise ArtifactError(
+                    f"expected a config of a multi-task model, found {name}.{mistakes(error)}; restore the config, or "
+                    "save the model again"
+                ) from error
+        refuse_counts(self.encoders, "the encoders of a multi-task model")
 
     def encoder_config(self, name: str = "main") -> PreTrainedConfig:
         """A fresh config object of one encoder, or of the one that a branch shares."""
         # transformers registers this class while it imports `AutoConfig`.
         from transformers import AutoConfig
 
-        values = copy.deepcopy((self.encoders or {})[self.root_of(name)])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        root = self.root_of(name)
+        values = copy.deepcopy((self.encoders or {}).get(root, {}))
+        if "model_type" not in values:
+            raise ArtifactError(
+                f"expected a config with a model_type for the encoder '{root}', found {len(values)} fields without it "
+                f"among the encoders {list(self.encoders or {})}; restore the config, or save the model again"
+            )
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        for key in _FROM_ONE:
+            found = getattr(config, key, None)
+            if any(isinstance(size, int) and size < 1 for size in (found if isinstance(found, list) else [found])):
+                raise ArtifactError(
+                    f"expected {key} of at least 1 in the config of the encoder '{root}', found {found}; restore the "
+                    "config, or save the model again"
+                )
+        return config
 
     def root_of(self, name: str) -> str:
         """The encoder that a branch shares; an encoder itself."""

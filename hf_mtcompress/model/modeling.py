@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapter_folders import load_adapters, save_adapters
 from hf_mtcompress.model.adapters import adapted, adapter_of, build_adapters, describe_adapters, new_adapters
 from hf_mtcompress.model.anatomy import encoder_of
@@ -21,6 +22,7 @@ from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.inputs import input_names
+from hf_mtcompress.model.loading import load_whole, opening, read_config, refuse_oversized, refuse_partial
 from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
@@ -31,7 +33,8 @@ from hf_mtcompress.tasks.base import NAME_PATTERN, divisor
 
 _ALSO_MADE = ("attention_mask", "token_type_ids")
 """Tokenizers make them for encoders that take none, too: heads read the one, nobody then reads the other."""
-_FOUND_AT_LEAST = 0.95
+_MAY_BE_FRESH = re.compile(r"(^|\.)pooler\.|mask_token$|masked_spec_embed$")
+"""Parts that pretrained encoders come without: heads train a pooler, and masks are for pretraining alone."""
 _Place = tuple[str, int | None, str | None]
 """Encoder or branch, depth, and task whose adapter is used; None for the last layer, and for no adapter."""
 
@@ -179,14 +182,43 @@ class MultiTaskModel(SharedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model, bit-equal to the one that was saved; see `PreTrainedModel.from_pretrained`."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """Load a saved model, bit-equal to the one that was saved; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ArtifactError: it is no multi-task model, damaged, or not whole: nothing is drawn at random.
+        """
+        place = pretrained_model_name_or_path
+        with_info = kwargs.pop("output_loading_info", False)
+        # Mis-shaped tensors are told apart from missing ones below, unless they are wanted.
+        redraw = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs.setdefault("use_safetensors", True)
+        with opening(place):
+            if place is not None and not isinstance(kwargs.get("config"), MultiTaskConfig):
+                _refuse_other_models(place, kwargs)
+            model, info = super().from_pretrained(
+                place, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+            if place is not None:
+                refuse_partial(place, info | ({"mismatched_keys": ()} if redraw else {}))
         align_weights(model)
         if len(model.adapters):
             # Weights from a file are trainable, whatever stood in their place.
             model.freeze_encoder()
-        return loaded
+        return (model, info) if with_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Between building on the meta device and taking memory."""
+        place = load_config.pretrained_model_name_or_path
+        if not (model.encoders and model.tasks):
+            raise ArtifactError(
+                f"expected a saved model with encoders and tasks in {place}, found {len(model.encoders)} encoders and "
+                f"the tasks {list(model.tasks)}; give the folder of a multi-task model"
+            )
+        refuse_oversized(model, checkpoint_files or [], place)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def _build_encoder(self, name: str) -> PreTrainedModel:
         config = self.config.encoder_config(name)
@@ -607,18 +639,37 @@ def _assigned(tasks: Sequence[Task], branches: Mapping[str, Sequence[str]]) -> l
 def load_encoder(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load a pretrained encoder in float32 and make sure that its weights were found.
 
+    A pooler may be missing, as it is from masked language models: it is then as fresh as the heads.
+
     Raises:
-        UnsupportedEncoderError: fewer than 95 % of the encoder's weights stand in the checkpoint.
+        UnsupportedEncoderError: other weights of the encoder are not in the checkpoint.
+        ArtifactError: the folder is damaged.
     """
-    encoder, info = AutoModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **kwargs)
-    total = len(encoder.state_dict())
-    missing = list(info["missing_keys"])
-    if total and 1 - len(missing) / total < _FOUND_AT_LEAST:
+    encoder, missing = load_whole(AutoModel, path, partly=True, dtype=torch.float32, **kwargs)
+    needed = [name for name in missing if not _MAY_BE_FRESH.search(name)]
+    if needed:
         raise UnsupportedEncoderError(
-            f"expected a checkpoint with the weights of {type(encoder).__name__}, but {len(missing)} of {total} are "
-            f"missing (such as '{missing[0]}'); check that the folder holds a pretrained encoder"
+            f"expected a checkpoint with the weights of {type(encoder).__name__} in {path}, but {len(needed)} of "
+            f"{len(encoder.state_dict())} are missing (such as '{needed[0]}'); check that the folder holds a whole "
+            "pretrained encoder"
         )
     return encoder
+
+
+def _refuse_other_models(place: Any, options: Mapping[str, Any]) -> None:
+    """Such as an encoder, of which transformers would make a model without a part."""
+    if Path(str(place)).is_dir() and not options.get("subfolder"):
+        values = read_config(Path(str(place)))
+    else:
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        values, _ = PreTrainedConfig.get_config_dict(
+            place, **{name: options[name] for name in names if name in options}
+        )
+    if (kind := values.get("model_type")) != MultiTaskConfig.model_type:
+        raise ArtifactError(
+            f"expected a multi-task model in {place}, found a model of type '{kind}'; put heads on an encoder with "
+            "MultiTaskModel.from_encoder, or on fine-tuned checkpoints with from_heads"
+        )
 
 
 def _reads_pooler(stock: type[PreTrainedModel], config: PreTrainedConfig) -> bool:

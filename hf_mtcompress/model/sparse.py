@@ -57,13 +57,17 @@ def unpack(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     Raises:
         ArtifactError: the three do not belong together.
     """
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = ((mask[:, None] >> places) & 1).flatten().bool()
     count = shape.numel()
-    if len(mask) != -(-count // 8) or int(bits.sum()) != len(values) or bool(bits[count:].any()):
+    needed = -(-count // 8)
+    found = len(mask) if mask.dim() == values.dim() == 1 and mask.dtype == torch.uint8 else 0
+    bits = torch.zeros(0, dtype=torch.bool, device=mask.device)
+    if found == needed:
+        places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+        bits = ((mask[:, None] >> places) & 1).flatten().bool()
+    if found != needed or int(bits.sum()) != len(values) or bool(bits[count:].any()):
         raise ArtifactError(
-            f"expected {-(-count // 8)} bytes of mask with a bit for each of {len(values)} values of a matrix "
-            f"{tuple(shape)}, found {len(mask)} bytes with {int(bits.sum())} bits; the folder is damaged, save it again"
+            f"expected {needed} bytes of mask with a bit for each of {values.numel()} values of a matrix "
+            f"{tuple(shape)}, found {found} bytes with {int(bits.sum())} bits; the folder is damaged, save it again"
         )
     flat = torch.zeros(count, dtype=values.dtype, device=values.device)
     flat[bits[:count]] = values

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_mtcompress.errors import TaskError
 from hf_mtcompress.model.anatomy import encoder_of
+from hf_mtcompress.model.loading import load_whole
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, Task, TokenClassification
 
 _KINDS: dict[str, type[Task]] = {
@@ -35,7 +36,7 @@ def load_stock(checkpoint: str | os.PathLike[str] | PreTrainedModel, **kwargs: A
             f"expected a checkpoint of a class {', '.join(f'...{kind}' for kind in _KINDS)}, found "
             f"'{name or 'no architecture'}' in '{checkpoint}'; pass a fine-tuned model with its head"
         )
-    return stock.from_pretrained(checkpoint, dtype=torch.float32, **kwargs)
+    return load_whole(stock, checkpoint, dtype=torch.float32, **kwargs)[0]
 
 
 def task_of_stock(name: str, stock: PreTrainedModel) -> Task:

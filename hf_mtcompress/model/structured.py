@@ -20,6 +20,7 @@ from hf_mtcompress.errors import UnsupportedEncoderError
 from hf_mtcompress.model.anatomy import encoder_of, find_anatomy
 from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.embeddings import Bits, swap_embedding
+from hf_mtcompress.model.loading import refuse_oversized, refuse_unfilled
 from hf_mtcompress.model.marking import METHODS, SPARSE_METHOD, TORCHAO_METHOD, StructureConfig, write_mark
 from hf_mtcompress.model.sparse import expanding_conversion
 from hf_mtcompress.model.surgery import apply_structure
@@ -112,8 +113,10 @@ class StructureQuantizer(HfQuantizer):
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         apply_structure(encoder_of(model), self.quantization_config.structure)
+        refuse_oversized(model, kwargs.get("checkpoint_files") or [], model.name_or_path)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        refuse_unfilled(model, model.name_or_path)
         # The entry stays in the config, so that saving writes it again; the model itself is an ordinary one.
         model.config.quantization_config = self.quantization_config
         del model.hf_quantizer
@@ -151,10 +154,13 @@ class ShapedFirst(HfQuantizer):
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         apply_structure(encoder_of(model), self.structure_config.structure)
         swap_word_embeddings(model, self.structure_config.embedding_bits)
+        refuse_oversized(model, kwargs.get("checkpoint_files") or [], model.name_or_path)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super().postprocess_model(model, **kwargs)
+        if self.pre_quantized:
+            refuse_unfilled(model, model.name_or_path)
         _forget_conversions(model, "Deserialize")
         model.config.quantization_config = self.structure_config
         align_weights(model)

@@ -77,7 +77,7 @@ def apply_structure(encoder: PreTrainedModel, structure: Mapping[str, Any] | Non
         anatomy = find_anatomy(encoder)
     for index, (layer, entry) in enumerate(zip(anatomy.layers, entries, strict=True)):
         heads, width = entry["heads"], entry["feed_forward"]
-        if heads > layer.attention.heads or width > layer.feed_forward.width:
+        if not (0 <= heads <= layer.attention.heads and 0 <= width <= layer.feed_forward.width):
             raise ArtifactError(
                 f"expected at most {layer.attention.heads} heads and {layer.feed_forward.width} neurons in layer "
                 f"{index}, as the config says, found {heads} and {width}; the config was changed after the model was "

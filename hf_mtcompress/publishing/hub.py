@@ -5,6 +5,7 @@ load again. One commit means that a reader sees the old repository or the new on
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,7 +69,7 @@ class PushResult:
 
 
 def push_folder(
-    folder: Path,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
     check: Callable[[list[Path]], list[str]],

@@ -8,7 +8,10 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from hf_mtcompress.records.forms import FormName
 
@@ -215,16 +218,19 @@ def step_from_dict(data: dict[str, Any]) -> StepRecord:
     """Rebuild a `StepRecord` from its JSON form.
 
     Raises:
-        ValueError: a field is missing or unknown.
+        ValueError: a field is missing, unknown, or of another type, or a folder is not inside of the run.
     """
-    return _rebuild(StepRecord, data, artefacts=lambda rows: [artefact_from_dict(row) for row in rows])
+    step = _rebuild(StepRecord, data, artefacts=lambda rows: [artefact_from_dict(row) for row in rows])
+    _check_places([step.name, *(artefact.folder for artefact in step.artefacts)])
+    return _checked(step)
 
 
 def run_from_dict(data: dict[str, Any]) -> RunRecord:
     """Rebuild a `RunRecord` from its JSON form.
 
     Raises:
-        ValueError: the record was written by a newer version of the package, or a field is missing or unknown.
+        ValueError: the record was written by a newer version of the package, or a field is missing, unknown, or of
+            another type, or a folder is not inside of the run.
     """
     found = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(found, int) or found > FORMAT_VERSION:
@@ -232,13 +238,45 @@ def run_from_dict(data: dict[str, Any]) -> RunRecord:
             f"expected a record of format_version {FORMAT_VERSION} or older, found {found}; "
             "update hf_mtcompress to read it"
         )
-    return _rebuild(
+    record = _rebuild(
         RunRecord,
         data,
         tasks=lambda tasks: {name: _rebuild(TaskRecord, task) for name, task in tasks.items()},
         steps=lambda steps: [step_from_dict(step) for step in steps],
         comparisons=lambda rows: [_rebuild(Comparison, row) for row in rows],
     )
+    _check_places([comparison.folder for comparison in record.comparisons])
+    return _checked(record)
+
+
+def _checked(record: Record) -> Record:
+    """The same, if its values are what its class says.
+
+    Raises:
+        ValueError: a value is of another type.
+    """
+    try:
+        TypeAdapter(type(record)).validate_json(json.dumps(dataclasses.asdict(record)), strict=True)  # pyright: ignore[reportArgumentType, reportCallIssue] - every record is a dataclass
+    except ValidationError as error:
+        # Numbers that are not finite were written as null.
+        wrong = [item for item in error.errors() if item["type"] != "float_type" or item["input"] is not None]
+        if wrong:
+            place = ".".join(str(part) for part in wrong[0]["loc"])
+            found = f"{place}: {wrong[0]['msg']}"
+            raise ValueError(f"expected the values of a {type(record).__name__}, found {found}") from error
+    return record
+
+
+def _check_places(names: list[Any]) -> None:
+    """Folders of a run lie inside it: nothing is read or written elsewhere.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in names:
+        place = PurePath(str(name))
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"expected folders inside of the run, found '{name}'")
 
 
 def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:
@@ -247,6 +285,8 @@ def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:
 
 def _rebuild(cls: type[Record], data: dict[str, Any], **nested: Callable[[Any], Any]) -> Record:
     """An instance of a record class from its fields, those with records inside through a function each."""
+    if not isinstance(data, dict):
+        raise ValueError(f"expected the fields of a {cls.__name__}, found {type(data).__name__}")
     known = {
         entry.name: entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         for entry in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType] - every record is a dataclass
@@ -255,4 +295,7 @@ def _rebuild(cls: type[Record], data: dict[str, Any], **nested: Callable[[Any], 
     problems += [f"the unknown field '{name}'" for name in data if name not in known]
     if problems:
         raise ValueError(f"expected the fields of a {cls.__name__}, found {', '.join(problems)}")
-    return cls(**{**data, **{name: build(data[name]) for name, build in nested.items() if name in data}})
+    try:
+        return cls(**{**data, **{name: build(data[name]) for name, build in nested.items() if name in data}})
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"expected the fields of a {cls.__name__}, found other values ({error})") from error

@@ -6,6 +6,7 @@ load data -> for each step: skip if done, else run and save whole, score on vali
 
 import dataclasses
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -47,7 +48,7 @@ from hf_mtcompress.steps.scoring import read_step, score_folder
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, output: Path) -> RunRecord:
+def run(recipe: Recipe, output: str | os.PathLike[str]) -> RunRecord:
     """Do every step that is not done yet, measure what came out, write record and card.
 
     A repeated call skips finished steps; a killed run goes on from its last checkpoint.
@@ -60,6 +61,7 @@ def run(recipe: Recipe, output: Path) -> RunRecord:
         RecipeError: the recipe does not fit its data or models.
         ArtifactError: the folder cannot be written, another process works in it, or something saved does not reload.
     """
+    output = Path(output)
     transformers_logging.set_verbosity_error()
     recall(output / WORK / DIGESTS)
     sources = load_sources(recipe.tasks, recipe.seed)

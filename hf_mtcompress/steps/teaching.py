@@ -28,6 +28,7 @@ from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.losses.criteria import Criterion, criterion_of
 from hf_mtcompress.losses.fusion import Weight
 from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.loading import load_whole
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.student import fresh_student_of, student_of, with_tasks
 from hf_mtcompress.recipe import (
@@ -328,7 +329,7 @@ def load_teacher(name: str, context: RunContext, where: str) -> TeacherModel:
     try:
         if isinstance(config, MultiTaskConfig):
             return MultiTaskModel.from_pretrained(name)
-        return getattr(transformers, (config.architectures or [""])[0]).from_pretrained(name, dtype=torch.float32)
+        return load_whole(getattr(transformers, (config.architectures or [""])[0]), name, dtype=torch.float32)[0]
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(
             f"{where}: expected a step of this recipe or a saved model with a head, found '{name}' "

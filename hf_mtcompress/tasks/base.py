@@ -70,6 +70,10 @@ class Task(ABC):
                 f"expected a task name of lower-case letters, digits and underscores that starts with a letter and is "
                 f"not one of {sorted(RESERVED_NAMES)}, found '{self.name}'; rename the task"
             )
+        if isinstance(self.labels, str):
+            raise TaskError(
+                f"task '{self.name}': expected a list of labels, found the text {self.labels!r}; put it into a list"
+            )
         if self.labels is not None:
             self.labels = tuple(str(label) for label in self.labels)
             if len(set(self.labels)) != len(self.labels):
@@ -261,22 +265,37 @@ def task_from_dict(values: Mapping[str, Any]) -> Task:
     """Rebuild a task from `Task.to_dict`.
 
     Raises:
-        TaskError: nothing is registered under its kind.
+        TaskError: nothing is registered under its kind, or the kind takes no such fields.
     """
     rest = dict(values)
     kind = rest.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise TaskError(
             f"expected a task kind among {sorted(_KINDS)}, found {kind!r}; import the module that registers it "
             "(register_task) before loading, or update hf_mtcompress"
         )
-    return _KINDS[kind](**rest)
+    try:
+        return _KINDS[kind](**rest)
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, TaskError):
+            raise
+        raise TaskError(
+            f"expected the fields of a task of kind '{kind}', found something else ({error}); update hf_mtcompress, or "
+            "save the model again"
+        ) from error
 
 
 def build_tasks(specs: Iterable[Mapping[str, Any]]) -> dict[str, Task]:
-    """Tasks by name, in order, from what `Task.to_dict` gave."""
+    """Tasks by name, in order, from what `Task.to_dict` gave.
+
+    Raises:
+        TaskError: see `task_from_dict`; or two have the same name.
+    """
     tasks = [task_from_dict(values) for values in specs]
-    return {task.name: task for task in tasks}
+    found = {task.name: task for task in tasks}
+    if len(found) < len(tasks):
+        raise TaskError(f"expected tasks of different names, found {[task.name for task in tasks]}; rename the doubles")
+    return found
 
 
 def cross_entropy_sum(task: Task, logits: Tensor, labels: Tensor) -> Tensor:

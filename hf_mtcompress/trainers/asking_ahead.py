@@ -5,6 +5,7 @@ the rows, and changes no gradient.
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,7 @@ class AsksAhead:
                 )
             )
 
-    def ask_teachers(self, folder: Path, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+    def ask_teachers(self, folder: str | os.PathLike[str], part: tuple[int, int] = (0, 1)) -> tuple[int, int]:
         """Ask about all training rows, or a part of them, and keep the answers in a folder.
 
         Args:
@@ -136,6 +137,7 @@ class AsksAhead:
             DataError: rows are streams, or change when they are read.
             ArtifactError: the folder cannot be written.
         """
+        folder = Path(folder)
         counts = [
             fill_cache(
                 folder,

@@ -166,3 +166,38 @@ def test_all_wrong_fields_are_named() -> None:
     del data["seed"]
     with pytest.raises(ValueError, match="found no 'seed', the unknown field 'colour', the unknown field 'shape'"):
         run_from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda data: data["steps"][0].update(seconds="ten"),
+            r"values of a StepRecord, found seconds: Input should be a valid number",
+        ),
+        (lambda data: data.update(seed="a"), r"seed: Input should be a valid integer"),
+        (lambda data: data.update(tasks=[1]), r"found other values"),
+        (lambda data: data["steps"][0]["artefacts"].append(3), r"expected the fields of a Artefact, found int"),
+        (lambda data: data["steps"][0].update(name="../../x"), r"folders inside of the run, found '../../x'"),
+        (
+            lambda data: data["steps"][0]["artefacts"][0].update(folder="/etc"),
+            r"folders inside of the run, found ./etc",
+        ),
+        (lambda data: data["comparisons"][0].update(folder="a/../../b"), r"folders inside of the run, found"),
+    ],
+)
+def test_values_of_another_type_and_places_outside(change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """A card that is rendered from such a record ends in the middle; a step elsewhere would be read, or pushed."""
+    data = plain(make_record())
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        run_from_dict(data)
+
+
+def test_numbers_that_were_not_finite_are_read_back() -> None:
+    """They were written as null, in places that hold numbers otherwise."""
+    record = make_record()
+    scored = next(artefact for step in record.steps for artefact in step.artefacts if artefact.scores)
+    scores = next(iter(scored.scores.values()))
+    next(iter(scores.tasks.values())).metrics["loss"] = float("nan")
+    assert to_json(run_from_dict(plain(record))) == to_json(record)

@@ -3,6 +3,7 @@
 import ast
 import copy
 import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ LAYER_MARK = "layer_"
 """Matrix products of encoder layer 2 have names that begin with `layer_2/attention/` or `layer_2/feed_forward/`."""
 
 
-def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
+def export_onnx(model: MultiTaskModel, processor: Any, folder: str | os.PathLike[str]) -> Path:
     """Write the graph of all heads with tokenizer or image processor and settings, and check it against the model.
 
     The graph takes any batch size and, for texts, any length; it has one output `logits_<task>` for each task and its
@@ -55,6 +56,7 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
         UnsupportedEncoderError: the encoder cannot be traced, or the model is quantized.
         MissingExtraError: the extra `onnx` is not installed.
     """
+    folder = Path(folder)
     require_extra("onnx")
     import onnx_ir
 
@@ -102,7 +104,9 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: Path) -> Path:
     return folder
 
 
-def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict[str, Path]:
+def split_onnx(
+    source_folder: str | os.PathLike[str], folder: str | os.PathLike[str], model: MultiTaskModel
+) -> dict[str, Path]:
     """Write a graph for each task from the graph of all, with the nodes and weights that this task needs.
 
     Nothing is traced again, so each answers as the whole graph does, to the bit where the runtime fuses alike.
@@ -119,6 +123,7 @@ def split_onnx(source_folder: Path, folder: Path, model: MultiTaskModel) -> dict
         ArtifactError: the source is no ONNX folder.
         MissingExtraError: the extra `onnx` is not installed.
     """
+    source_folder, folder = Path(source_folder), Path(folder)
     require_extra("onnx")
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass

@@ -11,6 +11,7 @@ References:
 
 import copy
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def _divergence(own: Tensor, wanted: Tensor) -> Tensor:
 
 
 def measure_sensitivity(
-    source_folder: Path,
+    source_folder: str | os.PathLike[str],
     batches: Sequence[Mapping[str, np.ndarray]],
     bits: Sequence[int] = (4, 8),
     *,
@@ -172,6 +173,7 @@ def measure_sensitivity(
         RecipeError: there are no rows, or other numbers of bits.
         MissingExtraError: the extra `onnx` is not installed.
     """
+    source_folder = Path(source_folder)
     require_extra("onnx")
     _check_bits(bits, block_size)
     if not batches:
@@ -267,8 +269,8 @@ def choose_within_size(choices: Sequence[BitChoice], size_mb: float) -> BitChoic
 
 
 def quantize_mixed(
-    source_folder: Path,
-    folder: Path,
+    source_folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     bits: Mapping[str, int],
     *,
     block_size: int = 64,
@@ -291,6 +293,7 @@ def quantize_mixed(
         RecipeError: a part that the graph does not have, or other numbers of bits.
         MissingExtraError: the extra `onnx` is not installed.
     """
+    source_folder, folder = Path(source_folder), Path(folder)
     require_extra("onnx")
     _check_bits(list(bits.values()), block_size)
     settings = float_settings(source_folder)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,8 +69,8 @@ class _Left:
 
 
 def quantize_onnx(
-    source_folder: Path,
-    folder: Path,
+    source_folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     bits: int = 8,
     *,
     block_size: int = 64,
@@ -110,6 +111,7 @@ def quantize_onnx(
         RecipeError: a number of bits, a block size or a layer that does not exist.
         MissingExtraError: the extra `onnx` is not installed.
     """
+    source_folder, folder = Path(source_folder), Path(folder)
     require_extra("onnx")
     _check_arguments(bits, block_size, embedding_bits, float_layers, calibration)
     settings = float_settings(source_folder)

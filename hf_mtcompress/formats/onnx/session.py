@@ -31,6 +31,12 @@ def open_session(model: Path, threads: int | None = None) -> onnxruntime.Inferen
     )
 
 
+def output_widths(session: onnxruntime.InferenceSession) -> dict[str, int | None]:
+    """Sizes of the last axis by output name; None where they depend on the input."""
+    shapes = {item.name: item.shape for item in session.get_outputs()}
+    return {name: shape[-1] if shape and isinstance(shape[-1], int) else None for name, shape in shapes.items()}
+
+
 def run_session(session: onnxruntime.InferenceSession, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One call: arrays by input name to arrays by output name; inputs that the graph does not take are left out."""
     wanted = {item.name: _TYPES[item.type] for item in session.get_inputs()}

@@ -29,8 +29,8 @@ from hf_mtcompress.records.forms import ONNX_MODEL, OPENVINO_MODEL
 
 
 def convert_openvino(
-    source_folder: Path,
-    folder: Path,
+    source_folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     bits: int = 32,
     *,
     rows: Sequence[Mapping[str, np.ndarray]] = (),
@@ -57,6 +57,7 @@ def convert_openvino(
         RecipeError: another number of bits, or no rows with 8 bits.
         MissingExtraError: the extra `openvino` or `onnx` is not installed.
     """
+    source_folder, folder = Path(source_folder), Path(folder)
     require_extra("onnx")
     require_extra("openvino")
     import openvino

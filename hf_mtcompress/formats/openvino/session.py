@@ -39,6 +39,12 @@ def open_session(model: Path, threads: int | None = None) -> Session:
     return Session(openvino.Core().compile_model(model, "CPU", config))
 
 
+def output_widths(session: Session) -> dict[str, int | None]:
+    """Sizes of the last axis by output name; None where they depend on the input."""
+    shapes = {item.any_name: list(item.partial_shape) for item in session.compiled.outputs}
+    return {name: shape[-1].get_length() if shape and shape[-1].is_static else None for name, shape in shapes.items()}
+
+
 def run_session(session: Session, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One call: arrays by input name to arrays by output name; inputs that the graph does not take are left out."""
     compiled = session.compiled

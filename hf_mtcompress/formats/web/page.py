@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -73,13 +74,13 @@ _PATIENCE = 300
 
 
 def write_webpage(
-    source: Path,
-    output: Path,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     title: str,
     facts: Mapping[str, str] | None = None,
     examples: Sequence[str] = (),
-    libraries: Path | None = None,
+    libraries: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a folder that any web server can serve, a static Space of the Hub too.
 
@@ -101,6 +102,8 @@ def write_webpage(
         UnsupportedEncoderError: the tokenizer or image processor does something the page cannot do.
         MissingExtraError: npm is needed and not installed.
     """
+    source, output = Path(source), Path(output)
+    libraries = None if libraries is None else Path(libraries)
     settings = read_graph_settings(source)
     check_graph(source, settings)
     _check_place(output)

@@ -1,14 +1,16 @@
 """`pipeline("multi-task")` answers like `predict`, and transformers finds it by name."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from hf_mtcompress.errors import DataError, TaskError
+from hf_mtcompress.errors import ArtifactError, DataError, TaskError
 from hf_mtcompress.formats.pipeline import MultiTaskPipeline
 from hf_mtcompress.formats.predictor import load_predictor
+from tests.tiny import tiny_encoder, tiny_tokenizer
 from tests.unit.formats.artefacts import saved_images, saved_text
 from tests.unit.formats.test_predictor import TEXTS, same
 
@@ -67,3 +69,14 @@ def test_stock_pipelines_open_vanilla_folders():
     answer = pipeline("text-classification", model=str(folder / "mood"), device="cpu")(TEXTS[0])
     expected = load_predictor(saved_text().folders["torch"]).predict([TEXTS[0]])[0]["mood"]
     assert same(answer[0], expected)
+
+
+def test_what_a_pipeline_lacks_is_told_when_it_is_made(tmp_path: Path):
+    """Not at the first text, as an attribute of None."""
+    folder = shutil.copytree(saved_text().folders["torch"], tmp_path / "torch")
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ArtifactError, match="expected a tokenizer or image processor beside the model in"):
+        pipeline("multi-task", model=str(folder))
+    with pytest.raises(ArtifactError, match="found BertModel; use the pipeline of its own task"):
+        pipeline("multi-task", model=tiny_encoder("bert"), tokenizer=tiny_tokenizer())

@@ -107,11 +107,36 @@ def test_pairs_and_chosen_tasks():
         predictor.predict([pair])
 
 
-def test_wrong_inputs_are_refused():
+def test_one_input_and_one_task():
     """A string iterates as letters, so a missing pair of brackets would give one answer a letter."""
+    predictor = load_predictor(str(saved_text().folders["torch"]))
+    several = predictor(["the fox sleeps", "an owl"])
+    assert same(several, predictor.predict(["the fox sleeps", "an owl"]))
+    assert same(predictor("the fox sleeps"), predictor.predict(["the fox sleeps"])[0])
+    assert same(predictor.predict("the fox sleeps"), predictor.predict(["the fox sleeps"]))
+    assert list(predictor("the fox sleeps", tasks="mood")) == ["mood"]
+    picture = saved_images().samples[0]
+    painter = load_predictor(saved_images().folders["torch"])
+    assert same(painter(picture), painter.predict([picture])[0])
+
+
+def test_folders_around_a_model(tmp_path: Path):
+    """What an export step writes holds the folder of its form; a run holds a folder for each step."""
+    folders = saved_text().folders
+    shutil.copytree(folders["vanilla"], tmp_path / "vanilla" / "vanilla")
+    assert list(load_predictor(tmp_path / "vanilla").tasks) == sorted(saved_text().model.tasks)
+    assert load_predictor(tmp_path).runtime.form == "vanilla"
+    shutil.copytree(folders["torch"], tmp_path / "student")
+    shutil.copytree(folders["onnx"], tmp_path / "export" / "onnx")
+    with pytest.raises(ArtifactError, match="with 3 in it; give one of them: export/onnx, student, vanilla/vanilla"):
+        load_predictor(tmp_path)
+    with pytest.raises(ArtifactError, match="or the id of one on the Hub, found 'somebody/model'"):
+        load_predictor("somebody/model")
+
+
+def test_wrong_inputs_are_refused():
+    """Before anything is computed."""
     predictor = load_predictor(saved_text().folders["torch"])
-    with pytest.raises(DataError, match="found one string"):
-        predictor.predict("the fox sleeps")
     with pytest.raises(DataError, match="all of one kind"):
         predictor.predict(["the fox sleeps", ["the", "owl"]])
     with pytest.raises(DataError, match="int"):

@@ -15,8 +15,9 @@ from onnx import TensorProto
 from hf_mtcompress.compression.pruning import cut
 from hf_mtcompress.errors import ArtifactError, RecipeError
 from hf_mtcompress.formats.graph_settings import read_graph_settings, write_graph_settings
-from hf_mtcompress.formats.onnx.export import export_onnx
+from hf_mtcompress.formats.onnx.export import export_onnx, split_onnx
 from hf_mtcompress.formats.onnx.graphs import largest_difference, run_graph
+from hf_mtcompress.formats.onnx.mixed_bits import quantize_mixed
 from hf_mtcompress.formats.onnx.quantize import HALF_TOLERANCE, Calibration, quantize_onnx
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.formats.reload.check import ReloadCheck, check_reload
@@ -336,3 +337,29 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path):
 
 def _mood() -> SequenceClassification:
     return SequenceClassification("mood", labels=["a", "b", "c"])
+
+
+def test_paths_may_be_text(tmp_path: Path):
+    """`export_onnx(model, tokenizer, "out")` is what everyone writes."""
+    saved = saved_text()
+    whole, small = str(tmp_path / "whole"), str(tmp_path / "small")
+    assert export_onnx(saved.model, saved.processor, whole) == tmp_path / "whole"
+    assert quantize_onnx(whole, small) == tmp_path / "small"
+    assert quantize_mixed(whole, str(tmp_path / "mixed"), {}) == tmp_path / "mixed"
+    assert list(split_onnx(whole, str(tmp_path / "tasks"), saved.model)) == list(saved.model.tasks)
+    assert load_predictor(small)("the fox sleeps")["mood"]
+
+
+@pytest.mark.parametrize("size", [8, 33])
+def test_small_vocabularies(size: int, tmp_path: Path):
+    """Both graphs are compared on ids that the tokenizer has: those of proteins have 33."""
+    tokenizer = tokenizer_of()
+    words = list(tokenizer.get_vocab().items())
+    vocabulary = [word for word, _ in sorted(words, key=lambda item: item[1])][:size]
+    small = type(tokenizer)(vocab={word: place for place, word in enumerate(vocabulary)})
+    model = MultiTaskModel.from_encoder(
+        tiny_encoder("bert", vocab_size=len(small)), [SequenceClassification("mood", labels=["bad", "good"])]
+    )
+    export_onnx(model, small, tmp_path / "whole")
+    for bits in (8, 4):
+        assert load_predictor(quantize_onnx(tmp_path / "whole", tmp_path / str(bits), bits))("the fox")["mood"]
