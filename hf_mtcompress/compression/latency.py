@@ -115,8 +115,9 @@ class LatencyTable:
         Raises:
             ArtifactError: the file holds none.
         """
+        path = Path(path)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
             batches = {}
             for size, times in values.pop("batches").items():
                 heads, widths = (

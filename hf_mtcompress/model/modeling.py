@@ -195,9 +195,9 @@ class MultiTaskModel(SharedModel):
         with opening(place):
             if place is not None and not isinstance(kwargs.get("config"), MultiTaskConfig):
                 _refuse_other_models(place, kwargs)
-            model, info = super().from_pretrained(
-                place, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = super().from_pretrained(place, *args, **options)
+            model, info = loaded
             if place is not None:
                 refuse_partial(place, info | ({"mismatched_keys": ()} if redraw else {}))
         align_weights(model)
