@@ -1,7 +1,7 @@
 """Training arguments: those of transformers and a few of our own."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
@@ -129,9 +129,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
 class DistillationTrainingArguments(MultiTaskTrainingArguments):
     """Adds what distillation needs."""
 
-    criteria: str = field(
+    criteria: list[str] | str = field(
         default="logits,hidden",
-        metadata={"help": "Comma-separated criteria among logits, hidden, relations, embedding and feature_map."},
+        metadata={
+            "help": "Criteria among logits, hidden, relations, embedding and feature_map: a list, or with commas."
+        },
     )
     temperature: float = field(default=2.0, metadata={"help": "Softens the logits that are compared; above 0."})
     label_weight: float = field(
@@ -157,6 +159,11 @@ class DistillationTrainingArguments(MultiTaskTrainingArguments):
             "help": "Labelled rows of each source on which the teacher must be better than a guess; 0 trusts it."
         },
     )
+
+
+def names_in(value: Sequence[str] | str) -> list[str]:
+    """Names that stand in a list or between commas, or both, as a command line has them."""
+    return [name.strip() for part in ([value] if isinstance(value, str) else value) for name in part.split(",")]
 
 
 def check_arguments(args: TrainingArguments, tasks: Collection[str]) -> None:

@@ -33,6 +33,7 @@ class Asking:
         collate: makes a batch of the student's inputs.
         device: where the teachers are.
         batch_size: rows a forward pass.
+        whole_rows: whether `collate` gets rows as they are, and not only their inputs.
     """
 
     panel: TeacherPanel
@@ -40,6 +41,7 @@ class Asking:
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     device: torch.device
     batch_size: int
+    whole_rows: bool = False
 
     def about(
         self,
@@ -63,7 +65,7 @@ class Asking:
         """
         hosts = [task for name, task in tasks.items() if name not in guests]
         lengths = lengths_of(dataset.select(list(indices)))
-        if lengths is not None:
+        if lengths is not None and not self.whole_rows:
             dataset = dataset.select_columns(input_columns(dataset.column_names, self.reader)).with_format(None)
         order = list(range(len(indices))) if lengths is None else np.argsort(lengths, kind="stable").tolist()
         found: dict[int, dict[str, np.ndarray]] = {}
@@ -89,7 +91,7 @@ class Asking:
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Signals of one batch, and which tokens of it count; None where rows have none."""
         rows = [dataset[index] for index in indices]
-        inputs = input_columns(rows[0], self.reader)
+        inputs = list(rows[0]) if self.whole_rows else input_columns(rows[0], self.reader)
         features = self._on_device(self.collate([{key: row[key] for key in inputs if key in row} for row in rows]))
         found = {}
         for key, (teacher, names, wanted) in self.panel.asked(tasks, states).items():

@@ -77,11 +77,17 @@ class AsksAhead:
         asking = Asking(
             panel=self.panel,
             reader=self.reader,
-            collate=own if self._stock is None else _plain(self.data_collator),
+            collate=own if self._stock is None else self._as_trained(_plain(self.data_collator)),
+            whole_rows=self._stock is not None,
             device=self.args.device,
             batch_size=self.args.eval_batch_size,
         )
         return asking.about(group.dataset, raw, indices, tasks, states, guests=group.guests)
+
+    def _as_trained(self, collator: Any) -> Any:
+        """A batch of a stock student as its Trainer makes it of rows, without labels."""
+        collate = self._get_collator_with_removed_columns(collator)  # type: ignore[attr-defined]  # of the Trainer
+        return lambda rows: {key: value for key, value in collate(rows).items() if key != "labels"}
 
     def _probe(self, count: int) -> None:
         """Refuse teachers that answer no better than a guess.
@@ -104,13 +110,14 @@ class AsksAhead:
                     continue
                 found = agreement(task, signals[logits_name(name)], labels)
                 if found.near_chance:
-                    measure = "correlation" if task.problem == "regression" else "agreement beyond chance (kappa)"
+                    regression = task.problem == "regression"
+                    measure = "a correlation" if regression else "an agreement beyond chance (kappa)"
                     cause = found.cause or (
                         "it was not trained on this task, reads another tokenizer's ids, or the columns are not those "
                         "it was trained on"
                     )
                     problems.append(
-                        f"task '{name}': expected a teacher that knows it, found a {measure} of {found.value:.2f} on "
+                        f"task '{name}': expected a teacher that knows it, found {measure} of {found.value:.2f} on "
                         f"{found.items} items; likely cause: {cause}"
                     )
         if problems:

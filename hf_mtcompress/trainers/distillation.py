@@ -22,7 +22,7 @@ from hf_mtcompress.data.teacher_cache import (
 )
 from hf_mtcompress.errors import TaskError, TrainingError
 from hf_mtcompress.formats.runtime import Runtime
-from hf_mtcompress.losses.criteria import AnswerCriterion, Criterion, StateCriterion, criterion_of, scheduled
+from hf_mtcompress.losses.criteria import EMBEDDING, AnswerCriterion, Criterion, StateCriterion, criterion_of, scheduled
 from hf_mtcompress.losses.fusion import Weight
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -31,6 +31,7 @@ from hf_mtcompress.model.states import reading_states, state_width
 from hf_mtcompress.model.stock_heads import task_of_stock
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import UNLABELLED, divisor
+from hf_mtcompress.trainers.arguments import names_in
 from hf_mtcompress.trainers.asking_ahead import AsksAhead
 from hf_mtcompress.trainers.multitask import ONLY_COUNTED, ItemCounts, MultiTaskTrainer, own_rows
 from hf_mtcompress.trainers.teachers import (
@@ -38,13 +39,16 @@ from hf_mtcompress.trainers.teachers import (
     TeacherPanel,
     Teachers,
     logits_name,
+    opened,
     panel_of,
+    refuse_wrapped,
 )
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CRITERIA = "logits,hidden"
-CACHE_FOLDER = "teacher_cache"
+CACHE_FOLDER = "_teacher_cache"
+"""In the output folder; `Trainer.push_to_hub` leaves out what begins so."""
 
 
 class DistillationMixin(AsksAhead):
@@ -84,9 +88,11 @@ class DistillationMixin(AsksAhead):
             raise TaskError("expected teacher= or teachers=, found " + ("both" if given is not None else "neither"))
         super().__init__(*args, **kwargs)
         settings = self.args
+        refuse_wrapped(self._core, "student")
+        given, beside = opened(given)
         self.label_weight: Weight = getattr(settings, "label_weight", 0.5) if label_weight is None else label_weight
         softness = float(getattr(settings, "temperature", 2.0) if temperature is None else temperature)
-        self.criteria = _criteria(criteria or str(getattr(settings, "criteria", DEFAULT_CRITERIA)).split(","), softness)
+        self.criteria = _criteria(criteria or names_in(getattr(settings, "criteria", DEFAULT_CRITERIA)), softness)
         _check_weights(self.label_weight, softness)
         self.answer_criteria = [item for item in self.criteria if isinstance(item, AnswerCriterion)]
         self.state_criteria = [item for item in self.criteria if isinstance(item, StateCriterion)]
@@ -102,7 +108,7 @@ class DistillationMixin(AsksAhead):
             self.reader = reader_if_known(self.processing_class)
             # Losses are divided by the items of a whole accumulation window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
-        self.panel = self._panel(given, teacher_processing_class)
+        self.panel = self._panel(given, teacher_processing_class, beside)
         for member in self.panel.teachers:
             member.to(self.args.device)
         self._check_states()
@@ -133,7 +139,7 @@ class DistillationMixin(AsksAhead):
     @property
     def _answered(self) -> dict[str, Task]:
         """The student's tasks by name."""
-        return {STOCK_TASK: self._stock} if self._stock is not None else self._core.tasks
+        return {STOCK_TASK: self._stock} if self._stock is not None else self.tasks
 
     @property
     def _student_encoder(self) -> PreTrainedModel:
@@ -165,12 +171,15 @@ class DistillationMixin(AsksAhead):
         one_label = task.problem in ("single_label_classification", "token_classification")
         return dataclasses.replace(task, label_smoothing=smoothing) if smoothing and one_label else task
 
-    def _panel(self, given: Teachers, processing_class: Any) -> TeacherPanel:
+    def _panel(self, given: Any, processing_class: Any, beside: Mapping[int, Any]) -> TeacherPanel:
         models, own = _models_and_processors(given, processing_class)
         readers: dict[int, Reader] = {}
         for model, processor in zip(models, own, strict=True):
             if model is self._core:
                 raise TaskError("expected a teacher beside the student, found the student; give copy.deepcopy(model)")
+            refuse_wrapped(model, "teacher")
+            if processor is None and self.reader is not None:
+                processor = beside.get(id(model))
             length = None
             if isinstance(model, Runtime):
                 length = model.reader.max_length
@@ -251,7 +260,9 @@ class DistillationMixin(AsksAhead):
                 f"expected one teacher for the states in batches of several sources, found {len(showing)}; use "
                 "batches='one_source', or criteria=['logits']"
             )
-        shapes = {(encoder.config.num_hidden_layers, encoder.config.hidden_size) for encoder in encoders if encoder}
+        kinds = [item.kind for item in self.state_criteria]
+        own = _depth_and_width(self._student_encoder, kinds)
+        shapes = {_depth_and_width(encoder, kinds) for encoder in encoders if encoder}
         if len(shapes) > 1:
             raise TaskError(
                 f"expected teachers of one depth and width for state criteria, found {sorted(shapes)}; use "
@@ -259,7 +270,7 @@ class DistillationMixin(AsksAhead):
             )
         first = encoders[0]
         assert first is not None
-        depths = self._student_encoder.config.num_hidden_layers, first.config.num_hidden_layers
+        depths = own[0], next(iter(shapes))[0]
         for item in self.state_criteria:
             words = word_table(self._student_encoder) is not None
             if item.on_patches and words and not hasattr(self._student_encoder.config, "patch_size"):
@@ -538,7 +549,8 @@ class DistillationTrainer(DistillationMixin, MultiTaskTrainer):
     Args:
         teacher: one model, or a list of models (or of pairs of model and weight) whose answers are averaged, or models
             by task name. Each is a `MultiTaskModel` with the student's tasks, a stock model of one task's kind, or
-            a graph opened by `open_runtime`. Labels may be in any order; they are matched by name.
+            a graph opened by `open_runtime`; or the folder (or Hub id) of one, then with the tokenizer or image
+            processor that is there. Labels may be in any order; they are matched by name.
         teachers: the same, for those who have several.
         teacher_processing_class: the teacher's own tokenizer or image processor, where it is not the student's: each
             then reads the rows for itself, and tokens are matched by their first character. Likewise a list or a dict.
@@ -590,6 +602,23 @@ def _models_and_processors(given: Teachers, processing_class: Any) -> tuple[list
             )
         return models, list(processing_class)
     return models, [processing_class] * len(models)
+
+
+def _depth_and_width(encoder: PreTrainedModel, kinds: Sequence[str]) -> tuple[int, int]:
+    """Layers and width of an encoder whose states can be compared.
+
+    Raises:
+        TaskError: it has no layers of one width, as encoders in stages.
+    """
+    found = tuple(getattr(encoder.config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    depth, width = found
+    stages = encoder.config.to_dict().get("depths") if any(kind != EMBEDDING for kind in kinds) else None
+    if stages or not isinstance(depth, int) or not isinstance(width, int):
+        raise TaskError(
+            f"expected encoders with layers of one width for the criteria {list(kinds)}, found a "
+            f"{type(encoder).__name__} without; use criteria=['logits']"
+        )
+    return depth, width
 
 
 def _criteria(given: Sequence[Criterion | str], temperature: float) -> list[Criterion]:

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, seed_worker, speed_metrics
 
 from hf_mtcompress.data.collator import MultiTaskCollator
@@ -43,9 +45,10 @@ from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.tasks.base import divisor
 from hf_mtcompress.trainers.arguments import check_arguments
+from hf_mtcompress.trainers.card import trainer_card
 from hf_mtcompress.trainers.penalties import WeightPenalty
 from hf_mtcompress.trainers.scores import AVERAGE, LOSS, Scores, average, flat_names, known_scores
-from hf_mtcompress.trainers.stock_arguments import ONE_LABEL, check_best_metric, check_stock_arguments
+from hf_mtcompress.trainers.stock_arguments import ONE_LABEL, check_best_metric, check_stock_arguments, check_uploads
 from hf_mtcompress.trainers.surgery import SCOPE_WORDS, GradientSurgery, SharedGradients, refuse_sharded
 
 ItemCounts = dict[str, Tensor]
@@ -146,18 +149,26 @@ class MultiTaskTrainer(Trainer):
         """Tasks that `task_patience` stopped: their losses count no more, and their heads stay as they are."""
         self._best_scores: dict[str, tuple[float, int]] = {}
         """By task: best score, and evaluations since."""
+        self.scores: Scores = {}
+        """By task and metric, those of the last evaluation of `eval_dataset`, or of the best weights, once loaded."""
+        self._scored_at = -1
+        """Step of these weights."""
+        self._scores_by_step: dict[int, Scores] = {}
         self._seen: set[str] = set()
         """Tasks that had a label in this training, on any rank."""
         self._pulls: dict[str, float] = {}
         """By task: how strongly a reactive mixing strategy wants its rows."""
         self._wanted_tasks: tuple[str, ...] | None = None
         """Tasks that `predict` wants, whatever labels the rows have."""
+        self._kept: dict[str, Tensor] = {}
+        """Of a model in few bits: what stayed as it was when a checkpoint was loaded."""
         self._not_loaded: Any = None
         """What `Trainer` did not find by name in the checkpoint that it loads."""
         if not self.multi_task:
             _refuse_wrapped(model)
             _refuse_rows_by_task(model, train_dataset, kwargs)
         if isinstance(model, MultiTaskModel):
+            check_uploads(args)
             if processing_class is not None:
                 length = (model.config.preprocessing or {}).get("main", {}).get("max_length")
                 self.reader = reader_if_known(processing_class, length)
@@ -488,7 +499,7 @@ class MultiTaskTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; what stopped in a training before this one counts anew."""
-        self.stopped_tasks, self._best_scores, self._seen = [], {}, set()
+        self.stopped_tasks, self._best_scores, self._seen, self._scores_by_step = [], {}, set(), {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def start_training(self) -> None:
@@ -1009,18 +1020,26 @@ class MultiTaskTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_renamed(str(self.state.best_model_checkpoint))
+        self.scores = self._scores_by_step.get(self.state.best_global_step or -1, {})
+        self._scored_at = self.state.global_step
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Files name the weights of some families (ViT, DINOv2) as older versions did, and `Trainer` loads by name: it
         # would leave those as they are, with a warning.
         if load_result.missing_keys:
             self._not_loaded = load_result
-        else:
-            super()._issue_warnings_after_load(load_result)
+            return
+        # Layers in 4 bits save what their numbers mean, and do not ask for it again.
+        own = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict()
+        self._kept = {key: own[key] for key in load_result.unexpected_keys if key in own}
+        unknown = [key for key in load_result.unexpected_keys if key not in own]
+        super()._issue_warnings_after_load(load_result._replace(unexpected_keys=unknown))
 
     def _load_renamed(self, checkpoint: str) -> None:
         """Load all weights of a checkpoint with the names that `from_pretrained` knows, where some were not found."""
         result, self._not_loaded = self._not_loaded, None
+        kept, self._kept = self._kept, {}
+        _check_kept(kept, Path(checkpoint))
         if result is None:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -1034,6 +1053,53 @@ class MultiTaskTrainer(Trainer):
                 )
         else:
             super()._issue_warnings_after_load(result)
+
+    # ---- what is saved and published ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.multi_task and self.args.should_save:
+            # A pickle, with paths of this machine, which nothing reads.
+            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: tasks, scores and settings of a multi-task model."""
+        if not self.multi_task:
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+            return
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(core, MultiTaskModel)
+        text = trainer_card(
+            model_name or folder.resolve().name,
+            core,
+            self.args,
+            self.scores if self._scored_at == self.state.global_step else {},
+            steps=self.state.global_step,
+            finetuned_from=finetuned_from,
+            metadata={
+                "language": language,
+                "license": license,
+                "tags": [tags] if isinstance(tags, str) else tags,
+                "datasets": dataset_tags or dataset,
+            },
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     def start_epoch(self, epoch: int) -> None:
         """Tell fusion and mixing that an epoch begins, or begins again after a restart."""
@@ -1105,8 +1171,10 @@ class MultiTaskTrainer(Trainer):
         answers = self._answer(groups, "Evaluation", metric_key_prefix)
         scores, losses = self._score(answers, metric_key_prefix)
         if eval_dataset is None:
+            self.scores, self._scored_at = scores, self.state.global_step
             self._pulls_by_score(scores)
             if self.is_in_train:
+                self._scores_by_step[self.state.global_step] = scores
                 self._stop_tasks(scores)
         rows = sum(len(group.dataset) for group in groups)
         metrics = self._flat_metrics(scores, losses, metric_key_prefix, start, rows)
@@ -1307,6 +1375,22 @@ def _refuse_wrapped(model: Any) -> None:
             f"expected a MultiTaskModel, found a {type(model).__name__} around one; pass the model itself: adapters "
             "are put on it by model.add_adapters(), and torch_compile=True compiles it"
         )
+
+
+def _check_kept(kept: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Frozen numbers in few bits mean what they meant in the checkpoint.
+
+    Raises:
+        TrainingError: they were made of other weights.
+    """
+    for file in sorted(checkpoint.glob("*.safetensors")) if kept else ():
+        with safe_open(file, framework="pt") as saved:
+            for name in kept.keys() & set(saved.keys()):
+                if not torch.equal(saved.get_tensor(name), kept[name].cpu()):
+                    raise TrainingError(
+                        f"expected the quantized encoder of {checkpoint.name}, found one whose '{name}' differs; "
+                        "resume with the model that saved it"
+                    )
 
 
 def _refuse_rows_by_task(model: Any, rows: Any, kwargs: Mapping[str, Any]) -> None:

@@ -80,11 +80,6 @@ def check_stock_arguments(trainer: Trainer, tasks: Mapping[str, Task], model: An
                 f"{len(model.encoders)} encoders; leave it out",
             ),
             (
-                args.push_to_hub and args.hub_strategy != HubStrategy.END,
-                "push_to_hub: expected hub_strategy='end', since uploads while training hold training_args.bin, a "
-                f"pickle with paths of this machine, found '{args.hub_strategy.value}'",
-            ),
-            (
                 several and not args.average_tokens_across_devices,
                 "average_tokens_across_devices: expected True with several processes, since losses are divided by the "
                 "labelled items of all; leave it out",
@@ -109,6 +104,19 @@ def check_stock_arguments(trainer: Trainer, tasks: Mapping[str, Task], model: An
     ]
     if found:
         raise TrainingError("\n".join(found))
+
+
+def check_uploads(args: TrainingArguments | None) -> None:
+    """Before `Trainer.__init__` makes a repository.
+
+    Raises:
+        TrainingError: uploads while it trains.
+    """
+    if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise TrainingError(
+            "push_to_hub: expected hub_strategy='end', since uploads while training hold training_args.bin, a pickle "
+            f"with paths of this machine, found '{HubStrategy(args.hub_strategy).value}'"
+        )
 
 
 def check_best_metric(args: TrainingArguments, scored: Collection[Task], tasks: Iterable[Task], *, more: bool) -> None:

@@ -9,22 +9,26 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from hf_mtcompress.data.readers import Reader, positions_of
-from hf_mtcompress.errors import TaskError
+from hf_mtcompress.data.readers import Reader, load_reader, positions_of
+from hf_mtcompress.errors import ArtifactError, TaskError, first_line
 from hf_mtcompress.formats.runtime import Runtime
+from hf_mtcompress.formats.runtimes import open_runtime
 from hf_mtcompress.losses.distillation import match_labels
 from hf_mtcompress.model.anatomy import encoder_of
+from hf_mtcompress.model.configuration import MultiTaskConfig
 from hf_mtcompress.model.inputs import taken_by
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.states import reading_states
-from hf_mtcompress.model.stock_heads import task_of_stock
+from hf_mtcompress.model.stock_heads import load_stock, task_of_stock
+from hf_mtcompress.records import FORMS
 from hf_mtcompress.tasks import Task
 
 TeacherModel = PreTrainedModel | Runtime
@@ -210,8 +214,76 @@ class TeacherPanel:
         return self.combined(found, tasks, states)
 
 
-Teachers = TeacherModel | Mapping[str, TeacherModel] | Sequence[TeacherModel] | Sequence[tuple[TeacherModel, float]]
-"""One teacher, one for each task, or several whose answers are averaged (with weights)."""
+OneTeacher = TeacherModel | str | Path
+Teachers = OneTeacher | Mapping[str, OneTeacher] | Sequence[OneTeacher] | Sequence[tuple[OneTeacher, float]]
+"""One teacher, one for each task, or several whose answers are averaged (with weights); models, or where they lie."""
+
+
+def opened(teachers: Teachers) -> tuple[Any, dict[int, Any]]:
+    """The same with models in the place of folders and Hub ids, each opened once.
+
+    Returns:
+        The teachers, and by identity of those that were opened the tokenizer or image processor that lies beside.
+    """
+    models: dict[str, TeacherModel] = {}
+
+    def model_of(teacher: Any) -> Any:
+        if isinstance(teacher, tuple):
+            return (model_of(teacher[0]), *teacher[1:])
+        if not isinstance(teacher, str | Path):
+            return teacher
+        if str(teacher) not in models:
+            models[str(teacher)] = _open(teacher)
+        return models[str(teacher)]
+
+    given: Any
+    if isinstance(teachers, Mapping):
+        given = {name: model_of(teacher) for name, teacher in teachers.items()}
+    elif isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        given = [model_of(teacher) for teacher in teachers]
+    else:
+        given = model_of(teachers)
+    return given, {id(model): _processor_in(Path(place)) for place, model in models.items()}
+
+
+def _open(place: str | Path) -> TeacherModel:
+    """A saved model, whatever it runs on.
+
+    Raises:
+        TaskError: nothing that answers is there.
+    """
+    try:
+        folder = Path(place)
+        graphs = [form.settings for form in FORMS.values() if form.layout == "graph"]
+        if folder.is_dir() and any((folder / name).is_file() for name in graphs):
+            return open_runtime(folder)
+        config = AutoConfig.from_pretrained(place)
+        return MultiTaskModel.from_pretrained(place) if isinstance(config, MultiTaskConfig) else load_stock(place)
+    except (OSError, ValueError) as error:
+        raise TaskError(
+            f"expected a teacher: a model, or a folder or Hub id of one, found '{place}' ({first_line(error)})"
+        ) from error
+
+
+def _processor_in(folder: Path) -> Any:
+    """The tokenizer or image processor of a folder; None where it has none."""
+    try:
+        return load_reader(folder).processor if folder.is_dir() else None
+    except ArtifactError:
+        return None
+
+
+def refuse_wrapped(model: Any, role: str) -> None:
+    """What stands around a model hides its encoder.
+
+    Raises:
+        TaskError: no model of transformers itself, such as a `PeftModel`.
+    """
+    if not isinstance(model, PreTrainedModel | Runtime):
+        raise TaskError(
+            f"expected a model of transformers as {role}, found a {type(model).__name__}; of one with adapters take "
+            "model.merge_and_unload()"
+        )
 
 
 def panel_of(

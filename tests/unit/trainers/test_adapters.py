@@ -1,5 +1,6 @@
 """Adapters in training: what moves, in which batches, and that a resumed run goes on."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,39 @@ def test_a_quantized_encoder_with_adapters_trains_and_resumes(tmp_path: Path, bi
     whole.save_model(str(tmp_path / "saved"))
     loaded = MultiTaskModel.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(value, after[name]) for name, value in loaded.state_dict().items())
+
+
+def test_four_bits_come_back_without_a_word_and_other_ones_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dozens of keys were called unexpected, among which one that matters could not be seen."""
+
+    def quantized(seed: int) -> MultiTaskModel:
+        model = MultiTaskModel.from_encoder(tiny_encoder("bert", seed), text_tasks(), max_length=32)
+        found = quantize_bitsandbytes(model, 4)
+        assert isinstance(found, MultiTaskModel)
+        found.add_adapters()
+        return found
+
+    def run(folder: str, seed: int, checkpoint: str | None = None) -> None:
+        trainer = MultiTaskTrainer(
+            model=quantized(seed),
+            args=arguments(tmp_path / folder, save_strategy="steps", save_steps=1, max_steps=2),
+            train_dataset=tiny_text_rows(12),
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+    logger = logging.getLogger("transformers")
+    logger.propagate, before = True, logger.propagate
+    try:
+        run("whole", 0)
+        run("again", 0, str(tmp_path / "whole" / "checkpoint-1"))
+    finally:
+        logger.propagate = before
+    assert "unexpected keys" not in caplog.text
+    with pytest.raises(TrainingError, match="expected the quantized encoder of checkpoint-1, found one whose"):
+        run("other", 1, str(tmp_path / "whole" / "checkpoint-1"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
