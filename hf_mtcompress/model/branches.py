@@ -122,17 +122,18 @@ def reads_elsewhere(model: SharedModel) -> bool:
 
 
 def refuse_sub_models(model: SharedModel, what: str) -> None:
-    """Say what cannot be done with branches and depths yet.
+    """Say what cannot be done with branches, several encoders and depths yet.
 
     Raises:
         UnsupportedEncoderError: the model has one.
     """
     deep = [task.name for task in model.tasks.values() if task.layer is not None]
-    if len(model.branches) or deep:
+    own = [*model.branches, *(name for name in model.encoders if name != "main")]
+    if own or deep:
         raise UnsupportedEncoderError(
-            f"expected tasks that all read the last layer of one encoder for {what}, found the branches "
-            f"{list(model.branches)} and the tasks {deep} that read a lower layer; do it before branches are added, or "
-            "export the tasks and compress them one by one"
+            f"expected tasks that all read the last layer of one encoder for {what}, found the branches {own} and the "
+            f"tasks {deep} that read a lower layer; do it before branches are added, or export the tasks and compress "
+            "them one by one"
         )
 
 

@@ -609,11 +609,17 @@ class MultiTaskModel(SharedModel):
         """
         return to_stock(self, name)
 
-    def export_task(self, name: str, folder: str | os.PathLike[str], processor: Any | None = None) -> Path:
-        """Write one task as a plain transformers folder (with tokenizer or image processor when given).
+    def export_task(self, name: str, folder: str | os.PathLike[str], processor: Any | None) -> Path:
+        """Write one task as a plain transformers folder, with its tokenizer or image processor.
 
         Whole layers, uniform feed-forward width and vocabulary may have been cut: the folder then loads without this
         package. After uneven cuts it loads with `import hf_mtcompress`.
+
+        Args:
+            name: of the task.
+            folder: where to write.
+            processor: tokenizer or image processor. None is for folders whose texts somebody else tokenizes:
+                transformers makes up a tokenizer for them that knows five tokens, and every text has the same answer.
 
         Raises:
             TaskError: no such task, or its head is not the stock one.

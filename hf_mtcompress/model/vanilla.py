@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mtcompress.errors import TaskError, UnsupportedEncoderError
+from hf_mtcompress.errors import DataError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import merged_encoder
 from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.base import SharedModel
@@ -69,6 +69,11 @@ def to_stock(model: SharedModel, name: str) -> PreTrainedModel:
 
 def export_folder(model: SharedModel, name: str, folder: Path, processor: Any | None) -> Path:
     """See `MultiTaskModel.export_task`."""
+    if not (processor is None or hasattr(processor, "save_pretrained")):
+        raise DataError(
+            f"expected a tokenizer or image processor to save beside the model, found {type(processor).__name__}; "
+            "AutoTokenizer.from_pretrained or AutoImageProcessor.from_pretrained give it"
+        )
     stock = to_stock(model, name)
     if not is_vanilla(encoder_of(stock)):
         mark_structure(stock)

@@ -35,7 +35,7 @@ def test_a_plain_folder_needs_nothing_of_ours(tmp_path: Path) -> None:
     model, batches = model_and_batches("bert")
     prune(model, batches, compute=0.3, importance="fisher", repair=True, shape="vanilla", multiple_of=8, progress=False)
     model.eval()
-    model.export_task("mood", tmp_path)
+    model.export_task("mood", tmp_path, None)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["intermediate_size"] == find_anatomy(model.encoder).layers[0].feed_forward.width

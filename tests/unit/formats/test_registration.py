@@ -264,7 +264,7 @@ def test_exported_uneven_task_reloads(tmp_path: Path) -> None:
     """The stock model of a pruned multi-task model is built elsewhere than the encoder was cut: it must be marked."""
     model = multi_task()
     cut(model.encoder, laws.UNEVEN_HEADS, laws.UNEVEN_NEURONS)
-    model.export_task("mood", tmp_path)
+    model.export_task("mood", tmp_path, None)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(logits(loaded), model(**tiny_inputs("bert"))["logits_mood"])

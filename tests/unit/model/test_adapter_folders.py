@@ -268,7 +268,7 @@ def test_folders_may_have_any_name_but_one_task_each(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
     model = adapted("bert")
-    model.export_task("mood", tmp_path / "mood")
+    model.export_task("mood", tmp_path / "mood", None)
     with pytest.raises(ArtifactError, match="expected no folder 'mood'"):
         model.save_adapters(tmp_path)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["mood"]

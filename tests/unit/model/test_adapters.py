@@ -117,7 +117,7 @@ def test_export_merges_the_adapter(family: str, tmp_path: Path) -> None:
     model = differ(adapted(family))
     wanted = answers(model, family)
     for name in wanted:
-        model.export_task(name, tmp_path / name)
+        model.export_task(name, tmp_path / name, None)
         assert not any("lora" in key for key in model.to_stock(name).state_dict())
         with torch.no_grad():
             found = type(model.to_stock(name)).from_pretrained(tmp_path / name).eval()(**tiny_inputs(family)).logits

@@ -178,8 +178,10 @@ def test_branches_train(tmp_path: Path) -> None:
         assert after[f"eval_{task}_loss"] < before[f"eval_{task}_loss"], task
 
 
-def test_what_cannot_be_done_with_branches_is_said() -> None:
-    model = branched("bert")
+@pytest.mark.parametrize("layers", [2, None], ids=["top layers", "an encoder of its own"])
+def test_what_cannot_be_done_with_branches_is_said(layers: int | None) -> None:
+    """With two whole encoders one was cut, and the other was not."""
+    model = branched("bert", layers)
     with pytest.raises(UnsupportedEncoderError, match="read the last layer of one encoder for pruning"):
         prune(model, [], heads=0.5)
     with pytest.raises(UnsupportedEncoderError, match="for taking layers"):

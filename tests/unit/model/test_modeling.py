@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from hf_mtcompress import (
     ImageClassification,
@@ -19,7 +19,7 @@ from hf_mtcompress import (
     TokenClassification,
     student_of,
 )
-from hf_mtcompress.errors import ArtifactError, TaskError, UnsupportedEncoderError
+from hf_mtcompress.errors import ArtifactError, DataError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.configuration import MultiTaskConfig
 from tests.tiny import FAMILIES, FEELING_LABELS, IMAGE_FAMILIES, TAG_LABELS, tiny_encoder, tiny_inputs, tiny_tokenizer
 
@@ -63,7 +63,7 @@ def test_an_exported_task_is_the_familys_own_class(family: str, tmp_path: Path) 
     model = MultiTaskModel.from_encoder(tiny_encoder(family), tasks_of(family)).eval()
     expected = logits(model, family)
     for name, task in model.tasks.items():
-        folder = model.export_task(name, tmp_path / name)
+        folder = model.export_task(name, tmp_path / name, None)
         stock = getattr(transformers, task.auto_class).from_pretrained(folder).eval()
         with torch.no_grad():
             found = stock(**tiny_inputs(family)).logits
@@ -153,7 +153,7 @@ def test_other_heads_reload_and_say_that_they_are_not_plain(family: str, head: s
     before, after = logits(model, family), logits(AutoModel.from_pretrained(tmp_path).eval(), family)
     assert all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(TaskError, match="expected a stock head"):
-        model.export_task(next(iter(model.tasks)), tmp_path / "plain")
+        model.export_task(next(iter(model.tasks)), tmp_path / "plain", None)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
@@ -257,3 +257,14 @@ def test_labels_of_an_unknown_task_are_refused() -> None:
 def test_a_newer_format_is_refused() -> None:
     with pytest.raises(ArtifactError, match="expected a model of format_version 1 or older, found 2"):
         MultiTaskConfig(format_version=2)
+
+
+def test_an_exported_task_reads_texts(tmp_path: Path) -> None:
+    """Without its tokenizer transformers makes up one of five tokens, and every text has the same answer."""
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert"), [SequenceClassification("mood", labels=["bad", "good"])])
+    with pytest.raises(TypeError, match="processor"):
+        model.export_task("mood", tmp_path)  # pyright: ignore[reportCallIssue] - what is tested
+    with pytest.raises(DataError, match="expected a tokenizer or image processor to save beside the model, found str"):
+        model.export_task("mood", tmp_path, "bert-base-uncased")
+    model.export_task("mood", tmp_path, tiny_tokenizer())
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(tiny_tokenizer())

@@ -113,7 +113,7 @@ def test_a_multi_task_model_keeps_its_tasks(tmp_path: Path) -> None:
         found, loaded = (one(**tiny_inputs("bert")) for one in (narrow, AutoModel.from_pretrained(tmp_path)))
     for name in ("mood", "words"):
         assert torch.equal(found[f"logits_{name}"], loaded[f"logits_{name}"])
-        stock = narrow.export_task(name, tmp_path / name)
+        stock = narrow.export_task(name, tmp_path / name, None)
         assert "quantization_config" not in (stock / "config.json").read_text()
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mood")
     with torch.no_grad():
