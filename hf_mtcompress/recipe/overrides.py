@@ -1,7 +1,7 @@
 """The raw recipe before it is checked: values given on the command line, and paths that become absolute."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ PACKAGED_BUILDERS = frozenset(
     {"json", "csv", "parquet", "text", "arrow", "xml", "imagefolder", "audiofolder", "videofolder", "webdataset"}
 )
 """Values of `data.path` that name a file format, not a place."""
+
+
+_KEYS = 20
+"""Keys of the deepest place that an override may name, and more."""
+_SHOWN = 200
 
 
 class _Given(str):
@@ -26,8 +31,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: Pro
     for override in overrides:
         place, equals, text = override.partition("=")
         keys = place.strip().split(".")
-        if not equals or not all(keys):
-            problems.add("", f"override '{override}': expected section.key=value, such as encoder.max_length=64")
+        if not equals or not all(keys) or len(keys) > _KEYS:
+            shown_override = override if len(override) < _SHOWN else f"{override[:_SHOWN]}..."
+            problems.add("", f"override '{shown_override}': expected section.key=value, such as encoder.max_length=64")
             continue
         try:
             value = _mark(read_yaml(text))
@@ -139,18 +145,18 @@ def _step(step: dict[str, Any], names: set[str], base_dir: Path) -> dict[str, An
     step = dict(step)
     if isinstance(step.get("student"), dict):
         step["student"] = _with_place(step["student"], "path", base_dir)
-    if step.get("teacher") not in names:
+    if not _is_one_of(step.get("teacher"), names):
         step = _with_place(step, "teacher", base_dir)
     match step.get("teachers"):
         case dict() as teachers:
             step["teachers"] = {
-                task: place if place in names else _with_place({"": place}, "", base_dir)[""]
+                task: place if _is_one_of(place, names) else _with_place({"": place}, "", base_dir)[""]
                 for task, place in teachers.items()
             }
         case list() as teachers:
             step["teachers"] = [
                 _with_place(item, "path", base_dir)
-                if isinstance(item, dict) and item.get("path") not in names
+                if isinstance(item, dict) and not _is_one_of(item.get("path"), names)
                 else item
                 for item in teachers
             ]
@@ -166,9 +172,14 @@ def _step(step: dict[str, Any], names: set[str], base_dir: Path) -> dict[str, An
     return step
 
 
+def _is_one_of(value: Any, names: Collection[str]) -> bool:
+    """Nothing is checked yet: a value may be of any kind."""
+    return isinstance(value, str) and value in names
+
+
 def _data(data: dict[str, Any], base_dir: Path) -> dict[str, Any]:
     data = dict(data)
-    if data.get("path") not in PACKAGED_BUILDERS:
+    if not _is_one_of(data.get("path"), PACKAGED_BUILDERS):
         # Of a folder or a data set of the Hub, `data_dir` and `data_files` name parts.
         return _with_place(data, "path", base_dir)
     directory = data.get("data_dir")

@@ -354,7 +354,7 @@ LIMITS: dict[str, _Limit] = {
     "rows": _AT_LEAST_1,
     "points": _AT_LEAST_1,
     "save_steps": _AT_LEAST_1,
-    "seed": _AT_LEAST_0,
+    "seed": ("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
     "share": _FRACTION,
     "shares": _INSIDE,
     "size": _AT_LEAST_1,

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from hf_mtcompress.errors import first_line
+
 _PLAIN_VALUES = {
     # YAML 1.2's core schema. PyYAML follows 1.1, where 3e-5 is text, while yes, no, on, off, 12:30 and dates are not.
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN"),
@@ -17,6 +19,15 @@ _PLAIN_VALUES = {
     ),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
+
+
+_DEPTH = 50
+"""Levels of nesting; recipes have eight."""
+_VALUES = 100_000
+"""Values of a document, aliases written out; the longest lists of labels have some hundreds."""
+
+_DIGITS = 18
+"""Of a whole number: more do not fit 64 bits."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,6 +57,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
+    if len(text) > _DIGITS:
+        raise yaml.MarkedYAMLError(None, None, f"expected a number of at most {_DIGITS} digits", node.start_mark)
     return int(text, 16) if text.lower().startswith("0x") else int(text)
 
 
@@ -62,16 +75,48 @@ def read_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        ValueError: the text is not YAML, or a section holds a key twice; the message says where.
+        ValueError: the text is not YAML, a section holds a key twice, or it is nested or repeated (by `*name`) beyond
+            what any recipe needs; the message says where.
     """
+    loader = None
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_extent(node, (), {})
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise ValueError(f"{where}{error.problem or error.context or error}") from None
+        raise ValueError(f"{_place(error.problem_mark)}{error.problem or error.context or error}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError(f"expected at most {_DEPTH} levels of nesting, found many more") from None
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"a value that does not fit the tag before it, such as !!int ({first_line(error)})") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _place(mark: Any) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+
+
+def _check_extent(node: yaml.Node, above: tuple[int, ...], known: dict[int, int]) -> int:
+    """How many values a document holds once its aliases are written out; few lines may stand for billions."""
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(None, None, "expected a section that ends, found one that holds itself", node.start_mark)
+    if id(node) not in known:
+        if len(above) >= _DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"expected at most {_DEPTH} levels of nesting", node.start_mark)
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inside = (*above, id(node))
+        children = parts if isinstance(node, yaml.CollectionNode) else ()
+        known[id(node)] = 1 + sum(_check_extent(part, inside, known) for part in children)
+    if known[id(node)] > _VALUES:
+        raise yaml.MarkedYAMLError(None, None, f"expected at most {_VALUES:,} values, found more", node.start_mark)
+    return known[id(node)]
 
 
 def write_yaml(data: Any) -> str:
