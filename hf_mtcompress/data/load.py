@@ -23,16 +23,19 @@ from datasets import (
     Dataset,
     DatasetBuilder,
     DownloadConfig,
+    Features,
     Image,
     LargeList,
     List,
     ReadInstruction,
+    Value,
     load_dataset_builder,
 )
 from datasets.config import DOWNLOADED_DATASETS_PATH
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from hf_mtcompress.data.alignment import as_text
+from hf_mtcompress.data.pixels import named, problem_of, undecoded
 from hf_mtcompress.digests import file_digest, values_digest
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.recipe import DataConfig, Role
@@ -56,11 +59,19 @@ HASHED_ROWS = 1000
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 """Files in which a local folder may say which files are data; they go unread where the files are named."""
 _PICTURES = ("imagefolder",)
+_OPENED_AT_ONCE = 64
+_OPENED_HOW = 1
+"""To be raised where other pictures are refused: what was found before is then not taken from the cache."""
 _NUMBERS = ("int64", "float64")
 
 
 def load_splits(
-    config: DataConfig, base_dir: Path | None, seed: int, what: str, label_columns: Collection[str] = ()
+    config: DataConfig,
+    base_dir: Path | None,
+    seed: int,
+    what: str,
+    label_columns: Collection[str] = (),
+    picture_columns: Collection[str] = (),
 ) -> dict[Role, Dataset]:
     """Read the splits of a data source, one for each role.
 
@@ -73,6 +84,8 @@ def load_splits(
         seed: seed of every draw, at least 0.
         what: the source in words, for messages, such as `task 'intent'`.
         label_columns: those with names of labels, which a table must not read as numbers that merge them.
+        picture_columns: those whose texts are paths of pictures, relative to `data_dir`, or else to the file they stand
+            in.
 
     Returns:
         Rows by role: always `train` and `validation`; `test` where the source has one.
@@ -100,13 +113,20 @@ def load_splits(
                 f"{what}: expected rows in the {role} split '{spec}', found none; "
                 "give another file or split, or leave this one out"
             )
-        splits[role] = rows
+        splits[role] = _with_pictures(rows, picture_columns, _picture_folders(builder, spec, config, base_dir))
     if "validation" not in splits:
         splits["train"], splits["validation"] = _carve(splits["train"], seed, what)
     return {role: _capped(splits[role], config, role, seed, what) for role in ROLES if role in splits}
 
 
-def load_unlabelled(config: DataConfig, columns: Sequence[str], base_dir: Path | None, seed: int, what: str) -> Dataset:
+def load_unlabelled(
+    config: DataConfig,
+    columns: Sequence[str],
+    base_dir: Path | None,
+    seed: int,
+    what: str,
+    picture_columns: Collection[str] = (),
+) -> Dataset:
     """Read the train split of a source whose labels, if any, do not count.
 
     Args:
@@ -115,9 +135,10 @@ def load_unlabelled(config: DataConfig, columns: Sequence[str], base_dir: Path |
         base_dir: folder that relative local paths start from; default: the current one.
         seed: of `max_rows`.
         what: the source in words, for messages.
+        picture_columns: those of the columns with pictures, read as by `load_splits`.
 
     Raises:
-        DataError: the source cannot be read, or lacks a column or its train split.
+        DataError: the source cannot be read, or lacks a column or its train split, or a picture does not open.
     """
     builder = _prepared_builder(config, base_dir or Path(), what)
     spec = config.splits.get("train", next(iter(_split_rows(builder))) if len(_split_rows(builder)) == 1 else "train")
@@ -134,7 +155,11 @@ def load_unlabelled(config: DataConfig, columns: Sequence[str], base_dir: Path |
             f"{what}: expected rows with the columns {list(columns)}, found {rows.num_rows} rows with "
             f"{rows.column_names}; name the columns as those of the labelled rows"
         )
-    return _capped(rows.select_columns(list(columns)), config, "train", seed, what)
+    folders = _picture_folders(builder, spec, config, base_dir)
+    rows = _with_pictures(rows.select_columns(list(columns)), picture_columns, folders)
+    rows = _capped(rows, config, "train", seed, what)
+    check_pictures({"train": rows}, picture_columns, what)
+    return rows
 
 
 def dataset_revision(splits: Mapping[Role, Dataset]) -> str | None:
@@ -192,6 +217,74 @@ def check_columns(splits: Mapping[Role, Dataset], columns: Iterable[str], what: 
                     )
                 if texts:
                     _check_text(value, f"{what}: column '{column}', {index}")
+
+
+def check_pictures(splits: Mapping[Role, Dataset], columns: Iterable[str], what: str) -> None:
+    """Open every picture once, and tell of all that do not; what was found is kept as long as they stay the same.
+
+    Raises:
+        DataError: some do not open.
+    """
+    problems = []
+    for role, rows in splits.items():
+        for column in columns:
+            own = undecoded(rows.select_columns([column]))
+            opened = own.map(
+                _picture_problems,
+                batched=True,
+                batch_size=_OPENED_AT_ONCE,
+                remove_columns=[column],
+                features=Features({"problem": Value("string")}),
+                new_fingerprint=values_digest([_OPENED_HOW, content_fingerprint({role: own})])[:32],
+                desc=f"Opening the pictures of {what}, {role}",
+            )
+            problems += [
+                f"row {row} of the {role} split: {found}" for row, found in enumerate(opened["problem"]) if found
+            ]
+    if problems:
+        raise DataError(f"{what}: expected pictures that open, found {len(problems):,} that do not:\n{named(problems)}")
+
+
+def _picture_problems(rows: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+    (values,) = rows.values()
+    return {"problem": [problem_of(value) or "" for value in values]}
+
+
+def _with_pictures(rows: Dataset, columns: Iterable[str], folders: Sequence[str]) -> Dataset:
+    """The rows with paths in these columns as pictures, which lie in one of the folders."""
+    for column in columns:
+        if getattr(rows.features.get(column), "dtype", None) in ("string", "large_string"):
+            rows = rows.map(
+                _located,
+                batched=True,
+                input_columns=[column],
+                features=Features({**rows.features, column: Image()}),
+                fn_kwargs={"column": column, "folders": folders},
+            )
+    return rows
+
+
+def _located(names: list[str | None], column: str, folders: Sequence[str]) -> dict[str, list[Any]]:
+    return {column: [None if name is None else {"bytes": None, "path": _place_of(name, folders)} for name in names]}
+
+
+def _place_of(name: str, folders: Sequence[str]) -> str:
+    if "://" in name:
+        return name
+    places = list(dict.fromkeys(str(Path(folder, name).expanduser()) for folder in folders)) or [name]
+    found = [place for place in places if Path(place).is_file()]
+    if len(found) > 1:
+        raise DataError(f"expected one picture '{name}', found {' and '.join(found)}; give paths from data_dir")
+    return (found or places)[0]
+
+
+def _picture_folders(builder: DatasetBuilder, spec: str, config: DataConfig, base_dir: Path | None) -> list[str]:
+    """Where the paths in rows start: from `data_dir` if it is given, else from the files that the rows stand in."""
+    start = (base_dir or Path()).expanduser().absolute()
+    if config.data_dir is not None:
+        return [str((start if config.path in PACKAGED_BUILDERS else start / config.path) / config.data_dir)]
+    splits = [part.split("[")[0].strip() for part in spec.split("+")]
+    return list(dict.fromkeys(str(Path(name).parent) for split in splits for name in _local_files(builder, split)))
 
 
 def _check_text(value: Any, what: str) -> None:
@@ -737,7 +830,9 @@ def _label_order(value: Any) -> tuple[int, float, str]:
 
 
 def _image_digest(value: Any) -> str | None:
-    """Digest of one undecoded image, `{"bytes": ..., "path": ...}`."""
+    """Digest of one undecoded image, `{"bytes": ..., "path": ...}`; its path where no file is."""
     if value is None:
         return None
-    return file_digest(value["path"]) if value["bytes"] is None else hashlib.sha256(value["bytes"]).hexdigest()
+    if value["bytes"] is not None:
+        return hashlib.sha256(value["bytes"]).hexdigest()
+    return file_digest(value["path"]) if Path(value["path"]).is_file() else value["path"]

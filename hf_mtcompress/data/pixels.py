@@ -127,8 +127,8 @@ def undecoded(rows: Any) -> Any:
 def named(problems: Sequence[str]) -> str:
     """Problems as one text, the first hundred of them."""
     more = len(problems) - _MOST_NAMED
-    return "\n".join(f"  - {problem}" for problem in problems[:_MOST_NAMED]) + (
-        f"\n  - and {more:,} more" if more > 0 else ""
+    return "\n".join(f"    - {problem}" for problem in problems[:_MOST_NAMED]) + (
+        f"\n    - and {more:,} more" if more > 0 else ""
     )
 
 
@@ -141,6 +141,8 @@ def _stored(value: Mapping[str, Any], coarse: bool) -> Image.Image:
         return _open(io.BytesIO(content), name_of(value), coarse)
     if path is None:
         raise DataError("expected a picture, found neither bytes nor a path; give one of them")
+    if str(path).startswith(_WEB):
+        return picture_of(str(path))
     if "://" not in str(path):
         return _open(str(path), name_of(value), coarse)
     with _refusing(name_of(value)):

@@ -12,6 +12,7 @@ from pyarrow import ArrowInvalid, ArrowNotImplementedError
 from hf_mtcompress.data.load import (
     check_columns,
     check_labels,
+    check_pictures,
     content_fingerprint,
     dataset_revision,
     infer_labels,
@@ -91,7 +92,13 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
             named = [
                 config.label for name, config in configs.items() if origins[name] == origin and _names_labels(config)
             ]
-            loaded[origin] = load_splits(data, Path.cwd(), seed, f"task '{origin}'", named)
+            pictures = [
+                column
+                for name, config in configs.items()
+                if origins[name] == origin
+                for column in _picture_columns(task_of(name, config))
+            ]
+            loaded[origin] = load_splits(data, Path.cwd(), seed, f"task '{origin}'", named, pictures)
         except DataError as error:
             problems.append(str(error))
     tasks: dict[str, Task] = {}
@@ -111,12 +118,8 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
         }
     unlabelled: dict[str, Dataset] = {}
     for origin in (origin for origin in loaded if configs[origin].unlabelled is not None):
-        columns = [
-            column
-            for name in origins
-            if origins[name] == origin
-            for column in task_of(name, configs[name]).input_columns
-        ]
+        own = [task_of(name, configs[name]) for name in origins if origins[name] == origin]
+        columns = [column for task in own for column in task.input_columns]
         try:
             found = load_unlabelled(
                 _unlabelled_config(configs[origin]),
@@ -124,6 +127,7 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
                 Path.cwd(),
                 seed,
                 f"task '{origin}', unlabelled",
+                [column for task in own for column in _picture_columns(task)],
             )
             unlabelled |= {name: found for name in origins if origins[name] == origin}
         except DataError as error:
@@ -189,6 +193,10 @@ def _names_labels(config: TaskConfig) -> bool:
     return getattr(config, "problem_type", None) != "regression"
 
 
+def _picture_columns(task: Task) -> tuple[str, ...]:
+    return task.input_columns if isinstance(task, ImageClassification) else ()
+
+
 def _columns(task: Task) -> tuple[str, ...]:
     return (*task.input_columns, str(task.label))
 
@@ -206,6 +214,7 @@ def _build_task(name: str, config: TaskConfig, splits: dict[Role, Dataset]) -> T
         for column in (*task.input_columns, config.label):
             require_column(rows.column_names, column, what, role)
     check_columns(splits, task.input_columns, what, texts="text" in config.reads)
+    check_pictures(splits, _picture_columns(task), what)
     if config.labels is None:
         problem = None if task.problem == "token_classification" else task.problem
         task = dataclasses.replace(task, labels=infer_labels(splits, config.label, config.kind, problem, what))

@@ -21,7 +21,7 @@ from hf_mtcompress.model.anatomy import encoder_of
 from hf_mtcompress.model.base import SharedModel, align_weights
 from hf_mtcompress.model.branches import Branch, check_depth, run_branch, run_depth
 from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.inputs import input_names
+from hf_mtcompress.model.inputs import check_picture_size, check_repeatable, input_names
 from hf_mtcompress.model.loading import load_whole, opening, read_config, refuse_oversized, refuse_partial
 from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
@@ -121,12 +121,16 @@ class MultiTaskModel(SharedModel):
 
         Raises:
             TaskError: two tasks share a name, labels are missing, or branches name tasks that are not there or twice.
-            UnsupportedEncoderError: the checkpoint's weights do not fill the encoder.
+            UnsupportedEncoderError: the checkpoint lacks weights of the encoder, it takes no pictures of this size,
+                or what it says of a picture changes from call to call.
         """
         names = [task.name for task in tasks]
         if len(set(names)) != len(names) or not names:
             raise TaskError(f"expected at least one task and different names, found {names}; rename the doubles")
         loaded = encoder if isinstance(encoder, PreTrainedModel) else load_encoder(encoder, **kwargs)
+        check_repeatable(loaded)
+        if image_size is not None:
+            check_picture_size(loaded.config, {"pixel_values": torch.empty(1, 3, image_size, image_size)})
         tasks = _assigned(tasks, branches or {})
         preprocessing = {"max_length": max_length, "image_size": image_size}
         whole = list(branches or {}) if branch_layers is None else []

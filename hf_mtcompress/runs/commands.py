@@ -37,7 +37,7 @@ from hf_mtcompress.runs.plan import describe_plan
 from hf_mtcompress.runs.results import load_record, write_card
 from hf_mtcompress.runs.run import prepare_output
 from hf_mtcompress.steps.run import check_steps_fit
-from hf_mtcompress.steps.run_context import RunContext, recipe_reader
+from hf_mtcompress.steps.run_context import RunContext, check_readers, recipe_reader
 from hf_mtcompress.steps.scoring import read_step
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
 
@@ -52,7 +52,7 @@ def validate(recipe: Recipe) -> None:
     """
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
-    recipe_reader(recipe)
+    check_readers(recipe)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.steps.pruning import recoveries
 from hf_mtcompress.steps.rows import texts_to_keep
-from hf_mtcompress.steps.run_context import RunContext, recipe_reader
+from hf_mtcompress.steps.run_context import RunContext, check_readers, recipe_reader
 from hf_mtcompress.steps.saved_models import encoder_config, lineage_with_saved_models
 from hf_mtcompress.steps.training import merged_training
 
@@ -54,6 +54,7 @@ def describe_plan(recipe: Recipe) -> dict[str, Any]:
         RecipeError: data or a saved model cannot be read, or a step cannot do with its models what it says.
     """
     sources = load_sources(recipe.tasks, recipe.seed)
+    check_readers(recipe)
     groups = group_tasks(sources.tasks, sources.role("train"))
     lineage = lineage_with_saved_models(recipe)
     encoder = encoder_config(recipe.encoder, "encoder.path")

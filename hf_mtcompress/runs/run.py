@@ -42,7 +42,7 @@ from hf_mtcompress.runs.measure import join, measure_artefacts
 from hf_mtcompress.runs.results import last_record, write_results
 from hf_mtcompress.steps.gate import pass_gate
 from hf_mtcompress.steps.run import check_steps_fit, run_step
-from hf_mtcompress.steps.run_context import RunContext, probe_batch, recipe_reader
+from hf_mtcompress.steps.run_context import RunContext, check_readers, probe_batch
 from hf_mtcompress.steps.scoring import read_step, score_folder
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def run(recipe: Recipe, output: str | os.PathLike[str]) -> RunRecord:
     recall(output / WORK / DIGESTS)
     sources = load_sources(recipe.tasks, recipe.seed)
     check_steps_fit(recipe, sources.tasks)
-    context = RunContext(recipe, output, sources, recipe_reader(recipe))
+    context = RunContext(recipe, output, sources, check_readers(recipe))
     prepare_output(output)
     with sole_use(output):
         write_text(output / RECIPE, dump_recipe(recipe))

@@ -9,16 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoConfig, AutoModel
 
 from hf_mtcompress.data.readers import Reader, load_reader, pretrained_reader
 from hf_mtcompress.data.sources import Sources
-from hf_mtcompress.errors import ArtifactError, RecipeError, first_line
+from hf_mtcompress.errors import ArtifactError, RecipeError, UnsupportedEncoderError, first_line
+from hf_mtcompress.model.inputs import check_everything_is_read, check_picture_size
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.surgery import describe_structure
-from hf_mtcompress.recipe import EncoderConfig, Recipe, StepConfig, restricted
+from hf_mtcompress.recipe import (
+    DistillStep,
+    EncoderConfig,
+    ExportStep,
+    PretrainStep,
+    QuantizeStep,
+    Recipe,
+    StepConfig,
+    restricted,
+)
 from hf_mtcompress.recipe.lineage import Lineage, lineage_of
 from hf_mtcompress.recipe.tasks import Modality
-from hf_mtcompress.records import Artefact
+from hf_mtcompress.records import FORMS, Artefact, form_of_backend
 from hf_mtcompress.tasks import Task
 
 _PROBE_ROWS = 4
@@ -160,11 +171,12 @@ def recipe_reader(recipe: Recipe) -> Reader:
     """What makes the inputs of the recipe's encoder, of the wanted length or image size.
 
     Raises:
-        RecipeError: the encoder does not exist, or has no reader for what the tasks read.
+        RecipeError: the encoder does not exist, has no reader for what the tasks read, or no places for pictures of the
+            wanted size.
     """
     encoder = recipe.encoder
     try:
-        return pretrained_reader(
+        reader = pretrained_reader(
             encoder.path,
             modalities(recipe),
             max_length=encoder.max_length,
@@ -173,6 +185,60 @@ def recipe_reader(recipe: Recipe) -> Reader:
         )
     except ArtifactError as error:
         raise RecipeError(f"encoder.path: {error}") from error
+    if modalities(recipe) == {"image"}:
+        config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder))
+        try:
+            check_picture_size(config, reader.example(1), trust_remote_code=encoder.trust_remote_code)
+        except UnsupportedEncoderError as error:
+            raise RecipeError(f"encoder.image_size: {error}") from error
+    return reader
+
+
+def check_readers(recipe: Recipe) -> Reader:
+    """The reader of the recipe's encoder, after a look at those of other checkpoints that students are made of.
+
+    Raises:
+        RecipeError: as `recipe_reader`, of each.
+    """
+    problems: list[str] = []
+    for step in recipe.steps:
+        if isinstance(step, DistillStep | PretrainStep) and step.student is not None and step.student.path is not None:
+            own = EncoderConfig(path=step.student.path, image_size=recipe.encoder.image_size)
+            try:
+                recipe_reader(dataclasses.replace(recipe, encoder=own))
+            except RecipeError as error:
+                problems += [f"steps.{step.name}.student, {problem}" for problem in error.problems]
+    try:
+        reader = recipe_reader(recipe)
+    except RecipeError as error:
+        raise RecipeError([*error.problems, *problems]) from error
+    problems += _left_out_of_graphs(recipe, reader)
+    if problems:
+        raise RecipeError(problems)
+    return reader
+
+
+def _left_out_of_graphs(recipe: Recipe, reader: Reader) -> list[str]:
+    """Steps that make a graph of an encoder which reads more than the rows of a recipe give it."""
+    config = AutoConfig.from_pretrained(recipe.encoder.path, **loading_options(recipe.encoder))
+    encoder = AutoModel._model_mapping.get(type(config), None)
+    if not isinstance(encoder, type):
+        return []
+    problems = []
+    for step in recipe.steps:
+        match step:
+            case ExportStep(formats=formats):
+                graphs = [form for form in formats if form in FORMS and FORMS[form].layout == "graph"]
+            case QuantizeStep(backend=backend):
+                graphs = [backend] if form_of_backend(backend).layout == "graph" else []
+            case _:
+                graphs = []
+        try:
+            if graphs:
+                check_everything_is_read(encoder, reader.input_names)
+        except UnsupportedEncoderError as error:
+            problems.append(f"steps.{step.name}: {error}")
+    return problems
 
 
 def modalities(recipe: Recipe) -> set[Modality]:

@@ -27,6 +27,7 @@ from hf_mtcompress.formats.onnx.graphs import (
 )
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
+from hf_mtcompress.model.inputs import check_everything_is_read
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sizes import count_parameters, word_table
 from hf_mtcompress.records.forms import ONNX_MODEL
@@ -53,7 +54,8 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: str | os.PathLike
 
     Raises:
         ArtifactError: the graph's answers differ from the model's.
-        UnsupportedEncoderError: the encoder cannot be traced, or the model is quantized.
+        UnsupportedEncoderError: the encoder cannot be traced, or reads more than the processor makes, or the model is
+            quantized.
         MissingExtraError: the extra `onnx` is not installed.
     """
     folder = Path(folder)
@@ -64,7 +66,9 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: str | os.PathLike
         raise UnsupportedEncoderError(
             "expected a float model to export, found a quantized one; export the step it was made from"
         )
-    source, reader = copy.deepcopy(model), reader_of(processor)
+    reader = reader_of(processor)
+    check_everything_is_read(type(model.encoder), reader.input_names)
+    source = copy.deepcopy(model)
     source.float().cpu().eval()
     graph = _trace(source, reader)
     folder.mkdir(parents=True, exist_ok=True)
