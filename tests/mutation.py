@@ -7,8 +7,10 @@ from typing import Any
 import yaml
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 30, 10**9, 10**18, 0.0, 0.5, 1.0, -0.5, 1e-300, 1e300, float("inf"), float("nan"),
-    "", " ", "a", "None", "nope", "teacher", "mood", "0.5", "3", "true", "json", "linear", "../../x", "/", "~", ".", "-",
+    None, True, False, 0, 1, -1, 2, 3, 30, 10**9, 10**18, 0.0, 0.5, 1.0, -0.5, 1e-300, 1e300, float("inf"),
+    float("nan"),
+    "", " ", "a", "None", "nope", "teacher", "mood", "0.5", "3", "true", "json", "linear", "../../x", "/", "~", ".",
+    "-",
     "a/b", "s3://bucket/x", "http://127.0.0.1:9/x", "\u00e9\u4e2d\U0001f600", "\x00", "a\nb", "x" * 5000, "{{x}}", "%s",
     [], {}, [None], [[]], [1], ["a"], ["teacher"], [{}], [{"path": ["a"]}], {"a": 1}, {"path": "x"}, {"train": "train"},
     {"kind": "finetune"}, ["logits"], ["logits", "hidden"], ["logits", "logits"], [1, 2, 3], {"mood": 0.5}, {"x": {}},
@@ -16,8 +18,10 @@ ODD_VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 """Values that do not fit where they come to stand, or only just."""
 ODD_TEXTS = (
-    "*x", "&x [*x]", "!!bool 7", '!!float ""', "!!timestamp foo", "!!python/object:os.system x", "!!set {a}", "9" * 4000,
-    "[" * 200, "{" * 50, "- - - -", "? a", "<<: 3", "'", '"', "\t", "|", ">", "%YAML 1.1", "---", "...", "0x" + "f" * 99,
+    "*x", "&x [*x]", "!!bool 7", '!!float ""', "!!timestamp foo", "!!python/object:os.system x", "!!set {a}",
+    "9" * 4000,
+    "[" * 200, "{" * 50, "- - - -", "? a", "<<: 3", "'", '"', "\t", "|", ">", "%YAML 1.1", "---", "...",
+    "0x" + "f" * 99,
     "4294967296", "1:30", "2020-01-01", "no", "!!binary aGk=", "@a", "`a`", "{a: b, a: c}", "\u2028", "\ufeff",
 )  # fmt: skip
 """Texts of values that a YAML parser takes for something else."""

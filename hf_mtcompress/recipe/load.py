@@ -148,7 +148,10 @@ def _steps(raw: Any, problems: Problems) -> tuple[StepConfig, ...]:
     classes = kinds(StepConfig)
     names = step_names(raw)
     step_kinds = [step.get("kind") if isinstance(step, dict) else None for step in raw]
-    paths = [f"steps.{index}" + (f" ({kind})" if isinstance(kind, str) and kind in classes else "") for index, kind in enumerate(step_kinds)]
+    paths = [
+        f"steps.{index}" + (f" ({kind})" if isinstance(kind, str) and kind in classes else "")
+        for index, kind in enumerate(step_kinds)
+    ]
     steps: list[StepConfig | None] = [
         build_by_kind(classes, step, path, problems) for step, path in zip(raw, paths, strict=True)
     ]

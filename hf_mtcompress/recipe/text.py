@@ -106,7 +106,9 @@ def _place(mark: Any) -> str:
 def _check_extent(node: yaml.Node, above: tuple[int, ...], known: dict[int, int]) -> int:
     """How many values a document holds once its aliases are written out; few lines may stand for billions."""
     if id(node) in above:
-        raise yaml.MarkedYAMLError(None, None, "expected a section that ends, found one that holds itself", node.start_mark)
+        raise yaml.MarkedYAMLError(
+            None, None, "expected a section that ends, found one that holds itself", node.start_mark
+        )
     if id(node) not in known:
         if len(above) >= _DEPTH:
             raise yaml.MarkedYAMLError(None, None, f"expected at most {_DEPTH} levels of nesting", node.start_mark)
