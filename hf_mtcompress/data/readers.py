@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -39,6 +40,11 @@ _TEXTS = (
 )
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Filters by their number in Pillow."""
+
+
+_BACKENDS = ("pil", "torchvision")
+_BACKEND = "image_backend"
+"""Which of them an image processor computes with, beside its settings in `preprocessor_config.json`."""
 
 
 class Reader(ABC):
@@ -285,6 +291,10 @@ class ImageReader(Reader):
 
     processor: Any
 
+    def __post_init__(self) -> None:
+        # The processor's own `save_pretrained` leaves this out, whoever calls it; pixels are not quite the same.
+        object.__setattr__(self, "processor", _with_its_backend(self.processor))
+
     @property
     def preprocessing(self) -> dict[str, int]:
         side = dict(getattr(self.processor, "size", None) or {}).get("height")
@@ -343,6 +353,29 @@ class ImageReader(Reader):
         return _digest_of(sorted(self.processor.to_dict().items()))
 
 
+def _with_its_backend(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """An image processor that computes with the library that it was saved with, and is saved with a note of it.
+
+    Raises:
+        ArtifactError: that library is not installed.
+    """
+    found = getattr(processor, "backend", None)
+    noted = getattr(processor, _BACKEND, found)
+    if noted != found:
+        with TemporaryDirectory() as scratch:
+            processor.save_pretrained(scratch)
+            processor = AutoImageProcessor.from_pretrained(scratch, backend=noted)
+        if (found := getattr(processor, "backend", None)) != noted:
+            raise ArtifactError(
+                f"expected {noted}, which made the pixels that this model was trained on, found {found}, which makes "
+                f"slightly other ones; install {noted}, or change {_BACKEND} in preprocessor_config.json to '{found}' "
+                "if those will do"
+            )
+    if found in _BACKENDS:
+        setattr(processor, _BACKEND, found)
+    return processor
+
+
 _READERS: tuple[type[Reader], ...] = (TextReader, ImageReader)
 
 
@@ -368,6 +401,13 @@ def reader_of(processor: Any, max_length: int | None = None) -> Reader:
             )
 
 
+def saved_reader(processor: Any, max_length: int | None = None) -> Reader:
+    """As `reader_of`, of what transformers read from a saved folder, with whatever library it prefers there."""
+    if isinstance(processor, BaseImageProcessor) and not hasattr(processor, _BACKEND):
+        setattr(processor, _BACKEND, "pil")
+    return reader_of(processor, max_length)
+
+
 def reader_if_known(processor: Any, max_length: int | None = None) -> Reader | None:
     """As `reader_of`; None for anything else, which a script with rows and a collator of its own may pass on."""
     try:
@@ -388,9 +428,11 @@ def load_reader(folder: Path, max_length: int | None = None) -> Reader:
     """
     try:
         if (folder / "preprocessor_config.json").is_file():
-            return reader_of(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
+            return reader_of(AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
         if (folder / "tokenizer_config.json").is_file():
             return reader_of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), max_length)
+    except ArtifactError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(
             f"expected a tokenizer or image processor that loads from {folder}, found one that does not ({error}); "

@@ -1,6 +1,7 @@
 """`pipeline("multi-task", model=folder)`: one call, the answers of all tasks."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import Pipeline
@@ -8,7 +9,7 @@ from transformers.utils.generic import ModelOutput
 
 from hf_mtcompress.data.alignment import words_of
 from hf_mtcompress.data.preprocessing import columns_for
-from hf_mtcompress.data.readers import WORD_IDS, reader_of
+from hf_mtcompress.data.readers import WORD_IDS, Reader, saved_reader
 from hf_mtcompress.errors import ArtifactError, TaskError
 from hf_mtcompress.formats.registration import PIPELINE
 from hf_mtcompress.model.modeling import MultiTaskModel
@@ -16,9 +17,10 @@ from hf_mtcompress.tasks import Task
 
 
 class MultiTaskPipeline(Pipeline):
-    """Answers all tasks of a multi-task folder for a text, a list of words, `{"text", "text_pair"}` or a PIL image.
+    """Answers all tasks of a multi-task folder for a text, a list of words, `{"text", "text_pair"}` or a picture.
 
-    A list of strings is several texts, as everywhere in transformers; give words as `{"text": [...]}`.
+    A picture is a path, an address, bytes, a PIL image, an array or a tensor (`picture_of`). A list of strings is
+    several texts, as everywhere in transformers; give words as `{"text": [...]}`.
 
     ```python
     answer = pipeline("multi-task", model="runs/nlu/student")("wake me at seven")
@@ -49,15 +51,18 @@ class MultiTaskPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
         chosen = self._choose(preprocess_parameters.get("tasks"))
-        settings = (self.model.config.preprocessing or {}).get("main", {})
-        given = (self.processor, self.tokenizer, self.image_processor)
-        processor = next((part for part in given if part is not None), None)
-        reader = reader_of(processor, settings.get("max_length"))
+        reader = self._reader
         columns = columns_for([input_], chosen.values(), reader)
         encoded = reader.encode(columns, words=any(task.reads_words for task in chosen.values()))
         word_ids = encoded.pop(WORD_IDS, None)
         encoding = {} if word_ids is None else {"word_ids": word_ids[0], "words": words_of(columns[0][0])}
         return {**reader.collate([{name: values[0] for name, values in encoded.items()}]), "encoding": encoding}
+
+    @cached_property
+    def _reader(self) -> Reader:
+        settings = (self.model.config.preprocessing or {}).get("main", {})
+        given = (self.processor, self.tokenizer, self.image_processor)
+        return saved_reader(next((part for part in given if part is not None), None), settings.get("max_length"))
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> ModelOutput:
         encoding = input_tensors.pop("encoding")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_mtcompress.data.alignment import words_of
@@ -19,7 +20,7 @@ from hf_mtcompress.tasks import Task
 
 _PROGRESS_FROM = 20
 """Batches from which on a progress bar is worth a line."""
-_ONE = (str, Mapping, Image.Image)
+_ONE = (str, bytes, os.PathLike, Mapping, Image.Image)
 """Inputs that are no list of some."""
 
 
@@ -59,7 +60,7 @@ class Predictor:
 
     def predict(
         self,
-        inputs: Sequence[Any] | Mapping[str, Any] | Image.Image,
+        inputs: Sequence[Any] | Mapping[str, Any] | os.PathLike[str] | Image.Image | np.ndarray | Tensor,
         batch_size: int = 32,
         *,
         tasks: Sequence[str] | str | None = None,
@@ -68,9 +69,10 @@ class Predictor:
         """Answer all tasks for each input, which is encoded once.
 
         Args:
-            inputs: texts, lists of words, `(text, second text)` tuples or PIL images, all of one kind. A list of words
-                is read as the text that it makes; the words of a text are what stands between white space. One input
-                in no list is a list of one.
+            inputs: texts, lists of words, `(text, second text)` tuples or pictures, all of one kind. Pictures are
+                paths, addresses, bytes, PIL images, arrays or tensors (`picture_of`). A list of words is read as the
+                text that it makes; the words of a text are what stands between white space. One input in no list is a
+                list of one.
             batch_size: inputs per call; inputs of like length go together.
             tasks: names of the tasks to answer, or one name; default: all.
             progress: show a progress bar; default: when there are many batches.
@@ -86,7 +88,9 @@ class Predictor:
             TaskError: no such task.
         """
         chosen = self._choose([tasks] if isinstance(tasks, str) else tasks)
-        rows = [inputs] if isinstance(inputs, _ONE) else list(inputs)
+        # The rows of one picture are no pictures.
+        one = isinstance(inputs, _ONE) or getattr(inputs, "ndim", 0) in (2, 3)
+        rows: list[Any] = [inputs] if one else list(inputs)
         answers: list[dict[str, Any]] = [{} for _ in rows]
         total = -(-len(rows) // batch_size)
         with tqdm(

@@ -1,6 +1,7 @@
 """Laws of readers: a row becomes what its tokenizer or image processor makes of it, alone and in company."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.utils import is_torchvision_available
 
 from hf_mtcompress.data.readers import (
     WORD_IDS,
@@ -26,6 +29,7 @@ from hf_mtcompress.data.readers import (
     pretrained_reader,
     reader_if_known,
     reader_of,
+    saved_reader,
 )
 from hf_mtcompress.errors import ArtifactError, DataError
 from hf_mtcompress.model.inputs import taken_by
@@ -302,6 +306,31 @@ def test_the_side_of_the_input_is_noted_where_there_is_one() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_a_saved_folder_notes_what_makes_its_pixels(tmp_path: Path) -> None:
+    """Where another library is installed too, transformers takes that one: pixels differ by a step here and there."""
+    processor = tiny_image_processor()
+    reader = reader_of(processor)
+    processor.save_pretrained(tmp_path)  # as a Trainer does
+    config = tmp_path / "preprocessor_config.json"
+    assert json.loads(config.read_text())["image_backend"] == "pil"
+    again = load_reader(tmp_path)
+    assert again.processor.backend == "pil"
+    assert again.digest() == reader.digest()
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="what is not installed cannot be missed")
+@pytest.mark.filterwarnings("ignore:.*requires the Torchvision")
+def test_pixels_of_a_library_that_is_missing_are_refused(tmp_path: Path) -> None:
+    """transformers says a word in the log, and reads other pixels."""
+    reader_of(tiny_image_processor()).save(tmp_path)
+    config = tmp_path / "preprocessor_config.json"
+    config.write_text(config.read_text().replace('"pil"', '"torchvision"'))
+    with pytest.raises(ArtifactError, match=r"expected torchvision, .* found pil, .*; install torchvision, or change"):
+        load_reader(tmp_path)
+    with pytest.raises(ArtifactError, match="expected torchvision"):
+        saved_reader(AutoImageProcessor.from_pretrained(tmp_path))
 
 
 def test_an_encoder_with_both_is_read_as_its_tasks_want(tmp_path: Path) -> None:

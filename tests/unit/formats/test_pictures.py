@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from transformers import pipeline
@@ -20,8 +21,9 @@ from hf_mtcompress.errors import DataError
 from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import ImageClassification
-from tests.pictures import REFUSED, SAME
+from tests.pictures import REFUSED, SAME, upright
 from tests.tiny import COLOUR_LABELS, tiny_encoder, tiny_image_processor
+from tests.unit.formats.artefacts import saved_images
 
 LABELLED = Features({"image": ImageFeature(), "label": ClassLabel(names=list(COLOUR_LABELS))})
 PATHS = Features({**LABELLED, "image": Value("string")})
@@ -85,3 +87,15 @@ def test_a_file_that_shows_none_is_refused_by_name(name: str, way: str, ways: Wa
     path = write(tmp_path)
     with pytest.raises(DataError, match=message):
         ways[way](path)
+
+
+def test_one_picture_in_no_list_is_one_picture(tmp_path: Path):
+    """The rows of an array would be answered as so many grey pictures."""
+    predictor = load_predictor(saved_images().folders["torch"])
+    upright().save(tmp_path / "fox.png")
+    path = tmp_path / "fox.png"
+    (expected,) = predictor.predict([upright()])
+    array = np.asarray(upright())
+    for given in (array, torch.tensor(array.copy()), upright(), path, str(path), path.read_bytes(), array[None]):
+        assert predictor.predict(given) == [expected]
+    assert len(predictor.predict(np.stack([array, array]))) == 2
