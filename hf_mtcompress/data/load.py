@@ -102,6 +102,11 @@ def load_splits(
     for role, spec in specs.items():
         try:
             rows = builder.as_dataset(split=spec)
+        except TypeError as error:
+            raise DataError(
+                f"{what}: expected keys of data that '{config.path}' takes, found a problem: {_first_line(error)}; "
+                f"correct {', '.join(config.builder_arguments) or 'them'}"
+            ) from error
         except (ValueError, AssertionError, DatasetsError) as error:
             raise DataError(
                 f"{what}: expected a split such as train or train[:1000] for {role}, found '{spec}' "
@@ -365,6 +370,11 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
     for role, rows in splits.items():
         _check_column(rows, task.label, role, what)
         check_label_order(rows, task, what)
+        if all(is_unlabelled(value) for _, value in _values({role: rows}, task.label)):
+            raise DataError(
+                f"{what}: expected a label in some row of the {role} split, found none in column '{task.label}'; "
+                "name the column with the labels, or leave the split out"
+            )
     feature = next(iter(splits.values())).features[task.label]
     for index, value in _values(splits, task.label):
         if is_unlabelled(value):
@@ -454,16 +464,16 @@ def _prepared_builder(config: DataConfig, base_dir: Path, what: str) -> DatasetB
             f"found '{config.path}', which is no folder here and not on the Hub as far as it could be reached "
             f"({_first_line(error)}); {hint}check the spelling and the network, or give a local folder"
         ) from error
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, LookupError, AttributeError, ImportError, OSError) as error:
         raise DataError(
             f"{what}: expected data that can be read as '{config.path}', found a problem: {_first_line(error)}; "
-            "check path, name, data_dir and data_files"
+            "check path, name, data_dir, data_files and the builder's arguments"
         ) from error
     try:
         builder.download_and_prepare(download_config=download)
     except StopIteration as error:
         raise DataError(f"{what}: expected rows in every file of '{config.path}', found a file without rows") from error
-    except (DatasetsError, ValueError, OSError, TypeError) as error:
+    except (DatasetsError, ValueError, LookupError, AttributeError, ImportError, OSError, TypeError) as error:
         raise DataError(
             f"{what}: expected files that can be read as '{config.path}' and have the same columns, found a problem: "
             f"{_first_line(error.__cause__ or error)}; correct the files or the builder arguments"

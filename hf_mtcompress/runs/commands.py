@@ -34,10 +34,10 @@ from hf_mtcompress.records import RunRecord
 from hf_mtcompress.runs.fingerprint import changes_of
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
+from hf_mtcompress.runs.rehearsal import check_run
 from hf_mtcompress.runs.results import load_record, write_card
 from hf_mtcompress.runs.run import prepare_output
-from hf_mtcompress.steps.run import check_steps_fit
-from hf_mtcompress.steps.run_context import RunContext, check_readers, recipe_reader
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.scoring import read_step
 from hf_mtcompress.steps.teaching import ask_teacher as steps_ask_teacher
 
@@ -45,19 +45,23 @@ logger = logging.getLogger(__name__)
 
 
 def validate(recipe: Recipe) -> None:
-    """Check a recipe against its data and its encoder, without training.
+    """Check a recipe against its data and its encoder, without training; see `check_run`.
+
+    Raises:
+        RecipeError: it cannot be run.
+    """
+    check_run(recipe, load_sources(recipe.tasks, recipe.seed))
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `run` would do, without doing it; see `describe_plan`.
 
     Raises:
         RecipeError: it cannot be run.
     """
     sources = load_sources(recipe.tasks, recipe.seed)
-    check_steps_fit(recipe, sources.tasks)
-    check_readers(recipe)
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `run` would do, without doing it; see `describe_plan`."""
-    return describe_plan(recipe)
+    check_run(recipe, sources)
+    return describe_plan(recipe, sources)
 
 
 def ask_teacher(recipe: Recipe, output: Path, name: str, part: tuple[int, int] = (0, 1)) -> tuple[int, int]:

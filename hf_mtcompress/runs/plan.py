@@ -1,6 +1,7 @@
 """What a recipe would do, told before it is done: rows, batches, steps, expected parameters and sizes."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from hf_mtcompress.compression.vocabulary import count_tokens, trim_tokenizer
 from hf_mtcompress.data.preprocessing import group_tasks
-from hf_mtcompress.data.sources import Sources, load_sources
+from hf_mtcompress.data.sources import Sources
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
@@ -28,14 +29,15 @@ from hf_mtcompress.recipe import (
     TrimVocabularyStep,
     TrimWeightsStep,
 )
+from hf_mtcompress.recipe.lineage import Lineage
 from hf_mtcompress.steps.pruning import recoveries
 from hf_mtcompress.steps.rows import texts_to_keep
-from hf_mtcompress.steps.run_context import RunContext, check_readers, recipe_reader
+from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.saved_models import encoder_config, lineage_with_saved_models
 from hf_mtcompress.steps.training import merged_training
 
 
-def describe_plan(recipe: Recipe) -> dict[str, Any]:
+def describe_plan(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     """The plan of a recipe as plain values.
 
     Sizes are estimates from shapes alone: four bytes a parameter in float32; with onnxruntime two in 16 bits, one in 8,
@@ -46,32 +48,18 @@ def describe_plan(recipe: Recipe) -> dict[str, Any]:
 
     Args:
         recipe: what is wanted.
+        sources: its data.
 
     Returns:
         `{"rows": by task and role, "groups": tasks encoded together, "steps": one dict a step}`.
 
     Raises:
-        RecipeError: data or a saved model cannot be read, or a step cannot do with its models what it says.
+        RecipeError: a saved model cannot be read, or a step cannot do with its models what it says.
     """
-    sources = load_sources(recipe.tasks, recipe.seed)
-    check_readers(recipe)
     groups = group_tasks(sources.tasks, sources.role("train"))
-    lineage = lineage_with_saved_models(recipe)
-    encoder = encoder_config(recipe.encoder, "encoder.path")
-    trusted = recipe.encoder.trust_remote_code
-    shapes: dict[str, _Shape] = {recipe.encoder.path: _shape_of(encoder, trust_remote_code=trusted)}
     steps = []
-    for step in recipe.steps:
-        found = lineage[str(step.name)]
-        origin = found.origin or recipe.encoder.path
-        if origin not in shapes:
-            shapes[origin] = _shape_of(AutoConfig.from_pretrained(origin, trust_remote_code=False))
-        start, own = shapes[origin], sources.of(found.begins.tasks)
-        if isinstance(step, TrimVocabularyStep):
-            shape = start.with_tokens(min(start.tokens, _tokens_left(step, recipe, own)))
-        else:
-            shape = start.after(step, recipe.encoder)
-        shapes[str(step.name)] = shape
+    for step, found, _, shape in _shapes(recipe, sources):
+        own = sources.of(found.begins.tasks)
         steps.append(
             {
                 "step": step.name,
@@ -89,6 +77,77 @@ def describe_plan(recipe: Recipe) -> dict[str, Any]:
         "groups": [list(group) for group in groups],
         "steps": steps,
     }
+
+
+def layer_problems(recipe: Recipe) -> list[str]:
+    """Steps that remove, keep or name layers which are not there by then."""
+    counting = [step for step in recipe.steps if _counts_layers(step)]
+    if not counting:
+        return []
+    problems: list[str] = []
+    for step, found, before, _ in _shapes(recipe, None):
+        name, count, origin = f"steps.{step.name}", before.layers, found.origin or recipe.encoder.path
+        match step:
+            case PruneStep(layers=layers) if layers and layers >= count:
+                problems.append(
+                    f"{name}.layers: expected at most {count - 1} layers to remove from the {count} of '{origin}', "
+                    f"found {layers}; it is the number to remove, not to keep"
+                )
+            case DistillStep(student=student) | PretrainStep(student=student) if student is not None and student.layers:
+                wanted = student.layers
+                if isinstance(wanted, int) and wanted > count:
+                    problems.append(
+                        f"{name}.student.layers: expected at most the {count} layers of '{origin}' to keep, found "
+                        f"{wanted}"
+                    )
+                elif not isinstance(wanted, int) and max(wanted) >= count:
+                    problems.append(
+                        f"{name}.student.layers: expected numbers of the {count} layers of '{origin}', counted from 0, "
+                        f"found {list(wanted)}"
+                    )
+            case QuantizeStep(float_layers=layers) if layers and max(layers) >= count:
+                problems.append(
+                    f"{name}.float_layers: expected numbers of the {count} layers of '{origin}', counted from 0, found "
+                    f"{list(layers)}"
+                )
+            case _:
+                continue
+        if problems:
+            return problems  # what follows is built on a step that cannot be
+    return problems
+
+
+def _counts_layers(step: StepConfig) -> bool:
+    match step:
+        case PruneStep():
+            return bool(step.layers)
+        case DistillStep(student=student) | PretrainStep(student=student):
+            return student is not None and bool(student.layers)
+        case QuantizeStep():
+            return bool(step.float_layers)
+        case _:
+            return False
+
+
+def _shapes(recipe: Recipe, sources: Sources | None) -> Iterator[tuple[StepConfig, Lineage, "_Shape", "_Shape"]]:
+    """Every step with its lineage, and the shape of its model before and after.
+
+    Without `sources` the tokens of a vocabulary that is cut are not counted.
+    """
+    lineage = lineage_with_saved_models(recipe)
+    encoder = encoder_config(recipe.encoder, "encoder.path")
+    trusted = recipe.encoder.trust_remote_code
+    shapes: dict[str, _Shape] = {recipe.encoder.path: _shape_of(encoder, trust_remote_code=trusted)}
+    for step in recipe.steps:
+        found = lineage[str(step.name)]
+        origin = found.origin or recipe.encoder.path
+        if origin not in shapes:
+            shapes[origin] = _shape_of(AutoConfig.from_pretrained(origin, trust_remote_code=False))
+        start = shapes[origin]
+        if isinstance(step, TrimVocabularyStep) and sources is not None:
+            left = _tokens_left(step, recipe, sources.of(found.begins.tasks))
+            shapes[str(step.name)] = start.with_tokens(min(start.tokens, left))
+        yield step, found, start, shapes.setdefault(str(step.name), start.after(step, recipe.encoder))
 
 
 def _training_rows(sources: Sources) -> int:

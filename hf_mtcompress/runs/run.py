@@ -39,10 +39,11 @@ from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import RunRecord, StepRecord
 from hf_mtcompress.runs.fingerprint import foreign_files, short, step_inputs, why_again
 from hf_mtcompress.runs.measure import join, measure_artefacts
+from hf_mtcompress.runs.rehearsal import check_run
 from hf_mtcompress.runs.results import last_record, write_results
 from hf_mtcompress.steps.gate import pass_gate
-from hf_mtcompress.steps.run import check_steps_fit, run_step
-from hf_mtcompress.steps.run_context import RunContext, check_readers, probe_batch
+from hf_mtcompress.steps.run import run_step
+from hf_mtcompress.steps.run_context import RunContext, probe_batch
 from hf_mtcompress.steps.scoring import read_step, score_folder
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ def run(recipe: Recipe, output: str | os.PathLike[str]) -> RunRecord:
     transformers_logging.set_verbosity_error()
     recall(output / WORK / DIGESTS)
     sources = load_sources(recipe.tasks, recipe.seed)
-    check_steps_fit(recipe, sources.tasks)
-    context = RunContext(recipe, output, sources, check_readers(recipe))
+    context = check_run(recipe, sources, output)
     prepare_output(output)
     with sole_use(output):
         write_text(output / RECIPE, dump_recipe(recipe))

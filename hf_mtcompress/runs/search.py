@@ -35,9 +35,9 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.recipe.lineage import lineage_of
 from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord
+from hf_mtcompress.runs.rehearsal import check_run
 from hf_mtcompress.runs.run import do_step, prepare_output, run
-from hf_mtcompress.steps.run import check_steps_fit
-from hf_mtcompress.steps.run_context import RunContext, probe_samples, recipe_reader
+from hf_mtcompress.steps.run_context import RunContext, probe_samples
 from hf_mtcompress.steps.scoring import task_record
 from hf_mtcompress.steps.timing import latency_table
 
@@ -69,8 +69,7 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
         missing = "search" if settings is None else "budget"
         raise RecipeError(f"{missing}: expected the section that says what is searched for, found none; add it")
     sources = load_sources(recipe.tasks, recipe.seed)
-    check_steps_fit(recipe, sources.tasks)
-    context = RunContext(recipe, output, sources, recipe_reader(recipe))
+    context = check_run(recipe, sources, output)
     prepare_output(output)
     done: dict[str, StepRecord] = {}
     for step in recipe.steps:

@@ -4,13 +4,14 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -26,6 +27,14 @@ from hf_mtcompress.trainers.multitask import MultiTaskTrainer
 logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments", bound=MultiTaskTrainingArguments)
 _COMPLETE = "complete"
+_ELSEWHERE = "a run keeps its checkpoints in its own folder; choose that one with --output"
+_PUSH = "a run uploads nothing; push it when it is done, with hf-mtcompress push"
+_OF_THE_RUN = {
+    "output_dir": _ELSEWHERE,
+    "resume_from_checkpoint": "a killed run goes on by itself when it is started again",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_revision"), _PUSH),
+}
+"""Training arguments that a run sets for itself."""
 
 
 def finetune_step(step: FinetuneStep, source: str | None, context: RunContext, folder: Path, work: Path) -> StepOutcome:
@@ -166,6 +175,7 @@ def training_arguments(
         "use_cpu": not torch.accelerator.is_available(),
         **mixing,
     }
+    _check_arguments(cls, config.arguments)
     try:
         return cls(output_dir=str(work), **{key: value for key, value in settings.items() if value is not None})
     except (TypeError, ValueError) as error:
@@ -173,6 +183,28 @@ def training_arguments(
             f"training.arguments: expected fields of transformers.TrainingArguments, found {config.arguments} "
             f"({first_line(error)})"
         ) from error
+
+
+def _check_arguments(cls: type[MultiTaskTrainingArguments], arguments: Mapping[str, Any]) -> None:
+    """Make sure that values are of the kinds that transformers declares, and leave the run its own.
+
+    Raises:
+        RecipeError: one line for each that is not.
+    """
+    kinds, problems = get_type_hints(cls), []
+    for name, value in arguments.items():
+        if name in _OF_THE_RUN:
+            problems.append(f"training.arguments.{name}: expected no such key, found {value!r}; {_OF_THE_RUN[name]}")
+        elif name in kinds:
+            try:
+                TypeAdapter(kinds[name]).validate_python(value, strict=True)
+            except ValidationError:
+                kind = getattr(kinds[name], "__name__", str(kinds[name]).replace("typing.", ""))
+                problems.append(f"training.arguments.{name}: expected {kind}, found {value!r}")
+            except PydanticUserError:
+                continue  # of a class that pydantic knows nothing of
+    if problems:
+        raise RecipeError(problems)
 
 
 def _mixing_arguments(recipe: Recipe) -> dict[str, Any]:

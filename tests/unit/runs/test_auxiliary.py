@@ -9,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from hf_mtcompress.artifacts import CARD
+from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import RecipeError, UnsupportedEncoderError
 from hf_mtcompress.publishing.picture import draw_comparison
 from hf_mtcompress.recipe import FusionConfig, Recipe, restricted
@@ -116,7 +117,7 @@ def test_the_plan_counts_rows_of_the_tasks_that_are_left(tmp_path: Path) -> None
     files = {role: str(tmp_path / name) for role, name in (("train", "test.jsonl"), ("validation", "validation.jsonl"))}
     data = json.dumps({"path": "json", "data_files": files})
     recipe = load_recipe(path, ["tasks.strength.role=auxiliary", f"tasks.strength.data={data}"])
-    plan = describe_plan(recipe)
+    plan = describe_plan(recipe, load_sources(recipe.tasks, recipe.seed))
     assert [step["optimizer_steps"] for step in plan["steps"]] == [9, 6]
 
 
