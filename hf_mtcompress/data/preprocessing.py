@@ -282,7 +282,8 @@ def _encode_transformed(
     """As `_encode_on_read` of rows that their owner transforms when they are read; `encoded`: into model inputs."""
     transform, seen, features = _transform_of(dataset), dataset.format["columns"], dict(dataset.features)
     assert transform is not None
-    labelled = [task for task in tasks if encoded or task.label]
+    given = [task.label_name for task in tasks if task.label_name in dataset.column_names]
+    labelled = [task for task in tasks if (encoded or task.label) and task.label_name not in given]
     labels = [(task, _label_column(task, dataset.column_names, tasks, role)) for task in labelled]
     dataset = _with_labels(dataset.with_format(None), labels)
 
@@ -291,6 +292,7 @@ def _encode_transformed(
         if any(column not in rows for column in seen):
             return own  # somebody asks for labels alone
         made = transform({column: rows[column] for column in seen})
+        own |= {name: made[name] for name in given if name in made}
         for task, column in labels:
             if column not in made:
                 continue

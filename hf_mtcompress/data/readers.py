@@ -42,6 +42,8 @@ _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Filters by their number in Pillow."""
 
 
+_DATA = ("pixel_values", "bbox", "image", "visual_embeds", "visual_feats", "input_values", "input_features")
+"""Inputs that cannot be made of a text: pixels, places on a page, sound."""
 _BACKENDS = ("pil", "torchvision")
 _BACKEND = "image_backend"
 """Which of them an image processor computes with, beside its settings in `preprocessor_config.json`."""
@@ -67,6 +69,10 @@ class Reader(ABC):
         """Model inputs that it makes, the main one first."""
         made = self.processor.model_input_names
         return (*(name for name in self.names if name in made), *(name for name in made if name not in self.names))
+
+    def left_out(self, taken: Iterable[str]) -> list[str]:
+        """Those of an encoder's inputs that hold data of their own, such as pictures, and that it does not make."""
+        return [name for name in taken if name in _DATA and name not in self.input_names]
 
     @property
     @abstractmethod
@@ -377,6 +383,11 @@ def _with_its_backend(processor: BaseImageProcessor) -> BaseImageProcessor:
 
 
 _READERS: tuple[type[Reader], ...] = (TextReader, ImageReader)
+
+
+def lies_in_files(reads: Collection[Modality]) -> bool:
+    """Whether what tasks read may lie in files of its own, whose paths stand in the rows."""
+    return "image" in reads
 
 
 def reader_of(processor: Any, max_length: int | None = None) -> Reader:

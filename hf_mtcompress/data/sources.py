@@ -20,6 +20,7 @@ from hf_mtcompress.data.load import (
     load_unlabelled,
 )
 from hf_mtcompress.data.preprocessing import require_column
+from hf_mtcompress.data.readers import lies_in_files
 from hf_mtcompress.errors import DataError, MTCompressError, RecipeError
 from hf_mtcompress.recipe import (
     DataConfig,
@@ -96,7 +97,7 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
                 column
                 for name, config in configs.items()
                 if origins[name] == origin
-                for column in _picture_columns(task_of(name, config))
+                for column in _picture_columns(task_of(name, config), config)
             ]
             loaded[origin] = load_splits(data, Path.cwd(), seed, f"task '{origin}'", named, pictures)
         except DataError as error:
@@ -118,8 +119,8 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
         }
     unlabelled: dict[str, Dataset] = {}
     for origin in (origin for origin in loaded if configs[origin].unlabelled is not None):
-        own = [task_of(name, configs[name]) for name in origins if origins[name] == origin]
-        columns = [column for task in own for column in task.input_columns]
+        own = [(task_of(name, configs[name]), configs[name]) for name in origins if origins[name] == origin]
+        columns = [column for task, _ in own for column in task.input_columns]
         try:
             found = load_unlabelled(
                 _unlabelled_config(configs[origin]),
@@ -127,7 +128,7 @@ def load_sources(configs: Mapping[str, TaskConfig], seed: int) -> Sources:
                 Path.cwd(),
                 seed,
                 f"task '{origin}', unlabelled",
-                [column for task in own for column in _picture_columns(task)],
+                [column for task, config in own for column in _picture_columns(task, config)],
             )
             unlabelled |= {name: found for name in origins if origins[name] == origin}
         except DataError as error:
@@ -193,8 +194,8 @@ def _names_labels(config: TaskConfig) -> bool:
     return getattr(config, "problem_type", None) != "regression"
 
 
-def _picture_columns(task: Task) -> tuple[str, ...]:
-    return task.input_columns if isinstance(task, ImageClassification) else ()
+def _picture_columns(task: Task, config: TaskConfig) -> tuple[str, ...]:
+    return task.input_columns if lies_in_files(config.reads) else ()
 
 
 def _columns(task: Task) -> tuple[str, ...]:
@@ -214,7 +215,7 @@ def _build_task(name: str, config: TaskConfig, splits: dict[Role, Dataset]) -> T
         for column in (*task.input_columns, config.label):
             require_column(rows.column_names, column, what, role)
     check_columns(splits, task.input_columns, what, texts="text" in config.reads)
-    check_pictures(splits, _picture_columns(task), what)
+    check_pictures(splits, _picture_columns(task, config), what)
     if config.labels is None:
         problem = None if task.problem == "token_classification" else task.problem
         task = dataclasses.replace(task, labels=infer_labels(splits, config.label, config.kind, problem, what))

@@ -89,8 +89,9 @@ class Predictor:
         """
         chosen = self._choose([tasks] if isinstance(tasks, str) else tasks)
         # The rows of one picture are no pictures.
+        given: Any = inputs
         one = isinstance(inputs, _ONE) or getattr(inputs, "ndim", 0) in (2, 3)
-        rows: list[Any] = [inputs] if one else list(inputs)
+        rows: list[Any] = [given] if one else list(given)
         answers: list[dict[str, Any]] = [{} for _ in rows]
         total = -(-len(rows) // batch_size)
         with tqdm(

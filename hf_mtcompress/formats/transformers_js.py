@@ -13,12 +13,16 @@ from hf_mtcompress.formats.onnx.export import split_onnx
 from hf_mtcompress.formats.onnx.quantize import quantize_onnx
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.records.forms import ONNX_MODEL
-from hf_mtcompress.tasks import ImageClassification, Task
+from hf_mtcompress.tasks import Task
 
 logger = logging.getLogger(__name__)
 
 GRAPH_NAMES = {32: "model.onnx", 8: "model_quantized.onnx", 4: "model_q4.onnx"}
 """By bits of a weight: the names that transformers.js asks for with `dtype` `fp32`, `q8` and `q4`."""
+
+
+_SEVERAL_LABELS = ("text-classification",)
+"""Pipelines of transformers.js that look whether a model has several labels."""
 
 
 def write_transformers_js(
@@ -83,8 +87,8 @@ def wrong_there(task: Task) -> str | None:
     """
     if task.problem == "regression":
         return "whose pipelines answer with 1 whatever number a model finds"
-    if task.problem == "multi_label_classification" and isinstance(task, ImageClassification):
-        return "whose pipeline for pictures knows one label only"
+    if task.problem == "multi_label_classification" and task.pipeline not in _SEVERAL_LABELS:
+        return f"whose pipeline '{task.pipeline}' knows one label only"
     return None
 
 

@@ -130,7 +130,7 @@ class MultiTaskModel(SharedModel):
         loaded = encoder if isinstance(encoder, PreTrainedModel) else load_encoder(encoder, **kwargs)
         check_repeatable(loaded)
         if image_size is not None:
-            check_picture_size(loaded.config, {"pixel_values": torch.empty(1, 3, image_size, image_size)})
+            check_picture_size(loaded.config, image_size, image_size)
         tasks = _assigned(tasks, branches or {})
         preprocessing = {"max_length": max_length, "image_size": image_size}
         whole = list(branches or {}) if branch_layers is None else []

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel
 from hf_mtcompress.data.readers import Reader, load_reader, pretrained_reader
 from hf_mtcompress.data.sources import Sources
 from hf_mtcompress.errors import ArtifactError, RecipeError, UnsupportedEncoderError, first_line
-from hf_mtcompress.model.inputs import check_everything_is_read, check_picture_size
+from hf_mtcompress.formats.onnx.export import check_everything_is_read
+from hf_mtcompress.model.inputs import check_picture_size
 from hf_mtcompress.model.modeling import MultiTaskModel, load_encoder
 from hf_mtcompress.model.surgery import describe_structure
 from hf_mtcompress.recipe import (
@@ -185,10 +186,11 @@ def recipe_reader(recipe: Recipe) -> Reader:
         )
     except ArtifactError as error:
         raise RecipeError(f"encoder.path: {error}") from error
-    if modalities(recipe) == {"image"}:
-        config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder))
+    config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder))
+    sizes = {tuple(values.shape[2:]) for values in reader.example(1).values() if values.dim() == 4}
+    for height, width in sizes:
         try:
-            check_picture_size(config, reader.example(1), trust_remote_code=encoder.trust_remote_code)
+            check_picture_size(config, height, width, trust_remote_code=encoder.trust_remote_code)
         except UnsupportedEncoderError as error:
             raise RecipeError(f"encoder.image_size: {error}") from error
     return reader
@@ -221,7 +223,7 @@ def check_readers(recipe: Recipe) -> Reader:
 def _left_out_of_graphs(recipe: Recipe, reader: Reader) -> list[str]:
     """Steps that make a graph of an encoder which reads more than the rows of a recipe give it."""
     config = AutoConfig.from_pretrained(recipe.encoder.path, **loading_options(recipe.encoder))
-    encoder = AutoModel._model_mapping.get(type(config), None)
+    encoder: Any = AutoModel._model_mapping.get(type(config), None)
     if not isinstance(encoder, type):
         return []
     problems = []
@@ -235,7 +237,7 @@ def _left_out_of_graphs(recipe: Recipe, reader: Reader) -> list[str]:
                 graphs = []
         try:
             if graphs:
-                check_everything_is_read(encoder, reader.input_names)
+                check_everything_is_read(encoder, reader)
         except UnsupportedEncoderError as error:
             problems.append(f"steps.{step.name}: {error}")
     return problems

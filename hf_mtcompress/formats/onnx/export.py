@@ -27,7 +27,7 @@ from hf_mtcompress.formats.onnx.graphs import (
 )
 from hf_mtcompress.model.anatomy import find_anatomy
 from hf_mtcompress.model.configuration import MultiTaskConfig
-from hf_mtcompress.model.inputs import check_everything_is_read
+from hf_mtcompress.model.inputs import input_names
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.model.sizes import count_parameters, word_table
 from hf_mtcompress.records.forms import ONNX_MODEL
@@ -67,7 +67,7 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: str | os.PathLike
             "expected a float model to export, found a quantized one; export the step it was made from"
         )
     reader = reader_of(processor)
-    check_everything_is_read(type(model.encoder), reader.input_names)
+    check_everything_is_read(type(model.encoder), reader)
     source = copy.deepcopy(model)
     source.float().cpu().eval()
     graph = _trace(source, reader)
@@ -106,6 +106,19 @@ def export_onnx(model: MultiTaskModel, processor: Any, folder: str | os.PathLike
         ),
     )
     return folder
+
+
+def check_everything_is_read(encoder: type[PreTrainedModel], reader: Reader) -> None:
+    """Make sure that a graph, which has no more inputs than its reader makes, has those of its encoder.
+
+    Raises:
+        UnsupportedEncoderError: the encoder reads pictures or places on a page too, which the reader does not make.
+    """
+    if found := reader.left_out(input_names(encoder)):
+        raise UnsupportedEncoderError(
+            f"expected all inputs of {encoder.__name__}, found none for {', '.join(found)}: its graph would answer "
+            f"from {', '.join(reader.input_names)} alone; use the torch folder, or an encoder that reads nothing else"
+        )
 
 
 def split_onnx(

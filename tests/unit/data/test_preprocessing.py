@@ -270,6 +270,17 @@ def test_a_transform_that_makes_inputs_needs_no_processor(processor: Any) -> Non
     assert [row["pixel_values"][0, 0, 0] for row in group.dataset] == IMAGES["label"]
 
 
+def test_a_transform_of_encoded_rows_is_kept() -> None:
+    """Rows that hold inputs and labels of the names that batches use pass as they are."""
+
+    def other(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {**rows, "input_ids": [[5, *ids] for ids in rows["input_ids"]]}
+
+    rows = ENCODED.rename_columns({"mark": "labels_mood", "rating": "labels_strength"})
+    (group,) = encode(by_name(mood(), strength()), rows.with_transform(other))
+    assert group.dataset[0] == {**rows[0], "input_ids": [5, *rows[0]["input_ids"]]}
+
+
 def test_a_transform_of_texts_is_applied_once(caplog: pytest.LogCaptureFixture) -> None:
     def louder(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         return {**rows, "text": [f"very {text}" for text in rows["text"]]}

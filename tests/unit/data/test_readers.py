@@ -13,7 +13,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import AutoImageProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from hf_mtcompress.data.readers import (
     WORD_IDS,

@@ -73,7 +73,7 @@ def test_what_transformers_js_answers_rightly():
     assert wrong_there(SequenceClassification("topics", **several)) is None
     assert wrong_there(TokenClassification("tags", labels=["O", "B-fox"])) is None
     assert wrong_there(ImageClassification("animal", labels=["fox", "owl"])) is None
-    assert "one label only" in str(wrong_there(ImageClassification("animals", **several)))
+    assert "knows one label only" in str(wrong_there(ImageClassification("animals", **several)))
 
 
 def test_numbers_alone_are_refused(tmp_path: Path):

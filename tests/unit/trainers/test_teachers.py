@@ -743,7 +743,8 @@ def image_model(**overrides: Any) -> MultiTaskModel:
         ImageClassification("colour", labels=COLOUR_LABELS, image="image", label="label"),
         ImageClassification("strength", problem_type="regression", image="image", label="intensity"),
     ]
-    return MultiTaskModel.from_encoder(tiny_encoder("vit", **overrides), tasks, image_size=IMAGE_SIZE).eval()
+    encoder = tiny_encoder("vit", **overrides)
+    return MultiTaskModel.from_encoder(encoder, tasks, image_size=encoder.config.image_size).eval()
 
 
 def build_images(student: MultiTaskModel, teacher: Any, folder: Path, **settings: Any) -> DistillationTrainer:
