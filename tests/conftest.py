@@ -1,5 +1,6 @@
 """What holds for every test: no network, fixed seeds, one thread, nothing left behind in the repository."""
 
+import gc
 import ipaddress
 import os
 import random
@@ -60,6 +61,14 @@ def _is_local(address: Any) -> bool:
         return ipaddress.ip_address(host.split("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_collections() -> Iterator[None]:
+    """Trainer collects garbage at every start, which walks over all that was imported: most of a tiny training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

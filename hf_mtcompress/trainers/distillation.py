@@ -68,6 +68,7 @@ class DistillationMixin(AsksAhead):
     train_dataset: Any
     data_collator: Any
     processing_class: Any
+    tasks: Any
 
     def __init__(
         self,

@@ -219,8 +219,9 @@ class MultiTaskTrainer(Trainer):
             )
             for encoder in core.encoders.values():
                 # As `Trainer` does with the config of a stock model.
-                if hasattr(encoder.config, "use_cache"):
-                    encoder.config.use_cache = self.args.use_cache
+                encoder_config: Any = encoder.config
+                if hasattr(encoder_config, "use_cache"):
+                    encoder_config.use_cache = self.args.use_cache
             # Losses are divided by item counts of the whole window in `compute_loss`.
             self.loss_is_scaled_for_ga = True
             self.label_names = [task.label_name for task in self.tasks.values()]
@@ -1076,9 +1077,8 @@ class MultiTaskTrainer(Trainer):
     ) -> None:
         """Write `README.md` into the output folder: tasks, scores and settings of a multi-task model."""
         if not self.multi_task:
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
+            stock: Any = super().create_model_card
+            stock(language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
             return
         if not self.is_world_process_zero():
             return

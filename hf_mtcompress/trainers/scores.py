@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.tasks.metrics import LOWER_IS_BETTER, METRICS_BY_PROBLEM
+from hf_mtcompress.tasks.metrics import METRICS_BY_PROBLEM
 
 Scores = dict[str, dict[str, float]]
 """By task: its loss and metrics."""
@@ -53,8 +53,3 @@ def average(tasks: Iterable[Task], scores: Mapping[str, Mapping[str, float]]) ->
         if task.role == "main" and task.metric is not None and task.metric in scores.get(task.name, {})
     ]
     return sum(found) / len(found) if found else None
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value is a better one, of a loss or a metric that is known here."""
-    return metric == LOSS or metric in LOWER_IS_BETTER

@@ -12,7 +12,8 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_mtcompress.errors import TrainingError
 from hf_mtcompress.tasks import Task
-from hf_mtcompress.trainers.scores import AVERAGE, LOSS, flat_names, known_scores, lower_is_better
+from hf_mtcompress.tasks.metrics import LOWER_IS_BETTER
+from hf_mtcompress.trainers.scores import AVERAGE, LOSS, flat_names, known_scores
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,6 @@ def check_best_metric(args: TrainingArguments, scored: Collection[Task], tasks: 
             f"metric_for_best_model: expected one of {', '.join([*general, *there])}, found '{wanted}'; these are the "
             "scores of the tasks with validation rows"
         )
-    if args.greater_is_better and lower_is_better(there.get(wanted, "")):
+    if args.greater_is_better and there.get(wanted) in LOWER_IS_BETTER:
         logger.warning("metric_for_best_model='%s': the smallest value is the best (greater_is_better=False)", wanted)
         args.greater_is_better = False

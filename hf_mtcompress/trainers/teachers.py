@@ -214,6 +214,7 @@ class TeacherPanel:
         return self.combined(found, tasks, states)
 
 
+OpenTeachers = TeacherModel | Mapping[str, TeacherModel] | Sequence[TeacherModel] | Sequence[tuple[TeacherModel, float]]
 OneTeacher = TeacherModel | str | Path
 Teachers = OneTeacher | Mapping[str, OneTeacher] | Sequence[OneTeacher] | Sequence[tuple[OneTeacher, float]]
 """One teacher, one for each task, or several whose answers are averaged (with weights); models, or where they lie."""
@@ -287,7 +288,7 @@ def refuse_wrapped(model: Any, role: str) -> None:
 
 
 def panel_of(
-    teachers: Teachers,
+    teachers: OpenTeachers,
     tasks: Mapping[str, Task],
     readers: Mapping[int, Reader],
     *,
