@@ -68,7 +68,6 @@ class DistillationMixin(AsksAhead):
     train_dataset: Any
     data_collator: Any
     processing_class: Any
-    tasks: Any
 
     def __init__(
         self,
@@ -140,7 +139,10 @@ class DistillationMixin(AsksAhead):
     @property
     def _answered(self) -> dict[str, Task]:
         """The student's tasks by name."""
-        return {STOCK_TASK: self._stock} if self._stock is not None else self.tasks
+        if self._stock is not None:
+            return {STOCK_TASK: self._stock}
+        # Of `MultiTaskTrainer`, which smooths labels where it is told to.
+        return self.tasks  # type: ignore[attr-defined]  # of the Trainer
 
     @property
     def _student_encoder(self) -> PreTrainedModel:

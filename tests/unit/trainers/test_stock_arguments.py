@@ -8,7 +8,6 @@ argument that was added to transformers has no entry, and fails the walk.
 import dataclasses
 import inspect
 import logging
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -213,7 +212,7 @@ SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "micro_f1", "weighted_f1"
 def observe(
     cls: type[Trainer], folder: Path, settings: Settings, *, train: bool = True, **given: Any
 ) -> dict[str, Any]:
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002  # what Trainer seeds
+    transformers.set_seed(0)
     folder.mkdir(exist_ok=True, parents=True)
     try:
         return seen_of(trainer_for(cls, folder, settings, **given), folder, train=train)
