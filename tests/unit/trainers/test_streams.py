@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_mtcompress import MultiTaskModel, MultiTaskTrainer
 from hf_mtcompress.data.streaming import MixedStream
-from hf_mtcompress.errors import DataError
+from hf_mtcompress.errors import DataError, TrainingError
 from tests.tiny import tiny_encoder, tiny_text_rows, tiny_token_rows, tiny_tokenizer
 from tests.unit.trainers.test_multitask import arguments, tag_task, text_tasks
 
@@ -105,6 +105,9 @@ def test_a_resumed_run_on_streams_equals_an_uninterrupted_one(tmp_path: Path) ->
     stopped.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, stopped.model.state_dict()[name]), name
+    other = build(tmp_path / "other", **settings, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    with pytest.raises(TrainingError, match="expected streams in the batches of the checkpoint, 4 rows over all"):
+        other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
 def test_gradients_are_compared_on_validation_rows(tmp_path: Path) -> None:
