@@ -8,6 +8,7 @@ from typing import Any
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import STEP_RECORD, WEBPAGE
 from hf_mtcompress.data.load import content_fingerprint, load_unlabelled
+from hf_mtcompress.data.readers import lies_in_files
 from hf_mtcompress.digests import content_digest, file_digest, file_names, values_digest
 from hf_mtcompress.recipe import (
     PretrainStep,
@@ -17,7 +18,7 @@ from hf_mtcompress.recipe import (
 )
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import StepRecord
-from hf_mtcompress.steps.run_context import RunContext
+from hf_mtcompress.steps.run_context import RunContext, modalities
 from hf_mtcompress.steps.scoring import result_digest
 
 _KEEP = ("keep",)
@@ -106,7 +107,9 @@ def _own_rows(step: StepConfig, context: RunContext) -> str | None:
             key = "corpus"
         case _:
             return None
-    rows = load_unlabelled(data, [step.column], Path.cwd(), context.recipe.seed, f"steps.{step.name}.{key}")
+    pictures = [step.column] if lies_in_files(modalities(context.recipe)) else []
+    what = f"steps.{step.name}.{key}"
+    rows = load_unlabelled(data, [step.column], Path.cwd(), context.recipe.seed, what, pictures)
     return content_fingerprint({"train": rows})
 
 

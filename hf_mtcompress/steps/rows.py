@@ -15,11 +15,11 @@ from hf_mtcompress.data.collator import MultiTaskCollator
 from hf_mtcompress.data.load import load_unlabelled
 from hf_mtcompress.data.mixing import MixedDataset, MixingSampler
 from hf_mtcompress.data.preprocessing import EncodedGroup, encode_groups
-from hf_mtcompress.data.readers import positions_of
+from hf_mtcompress.data.readers import lies_in_files, positions_of
 from hf_mtcompress.data.sources import Sources, with_unlabelled, without_labels
 from hf_mtcompress.errors import DataError, RecipeError
 from hf_mtcompress.recipe import PretrainStep, Role, TrimVocabularyStep
-from hf_mtcompress.steps.run_context import RunContext, Start
+from hf_mtcompress.steps.run_context import RunContext, Start, modalities
 
 
 def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,7 +129,8 @@ def rows_to_pretrain_on(step: PretrainStep, context: RunContext) -> dict[str, Da
             )
         what = f"steps.{step.name}.data"
         try:
-            rows = load_unlabelled(step.data, [step.column], Path.cwd(), context.recipe.seed, what)
+            pictures = [step.column] if lies_in_files(modalities(context.recipe)) else []
+            rows = load_unlabelled(step.data, [step.column], Path.cwd(), context.recipe.seed, what, pictures)
         except DataError as error:
             raise RecipeError(str(error)) from error
         if step.column != task.input_columns[0]:
