@@ -11,6 +11,7 @@ runs/NAME-compare/
   MODEL/SEED/     step.json of one training, with the model if it was kept; MODEL/.work/ as above
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.errors import ArtifactError, MTCompressError, first_line
 
 RECIPE = "recipe.yaml"
 RECORD = "record.json"
@@ -80,6 +81,37 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+@contextmanager
+def telling_of_full_disk(folder: Path) -> Iterator[None]:
+    """Turn what libraries say when nothing more can be written to `folder` into one message.
+
+    Raises:
+        ArtifactError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MTCompressError) or not _is_full(error):
+            raise
+        raise ArtifactError(
+            f"expected room on the disk of {folder} (or of the folder for temporary files), found none left "
+            f"({first_line(error)}); free some space and start the same command again, which goes on from here"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        # Libraries in Rust and C++ have the words alone; torch and NumPy just find fewer bytes than they wrote.
+        if any(
+            words in str(error) for words in ("No space left", "File too large", "inline_container", "requested and ")
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(target: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # slow to import
     from hf_mtcompress.recipe import Recipe
 
 USER_ERROR = 2
-
+_MOST = 10**9
+"""Of any number on the command line."""
 
 _SHOWN_PAIRS = 5
 """Of tasks that agree, and of those that pull apart."""
@@ -44,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(answer)
     except MTCompressError as error:
         print(f"hf-mtcompress {options.verb}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        # What the verbs know of is told by them; this is a folder that cannot be read, a file where one was expected.
+        logging.getLogger(__name__).info("", exc_info=error)
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"hf-mtcompress {options.verb}: expected files that can be read and written, found "
+            f"{error.strerror or error}{where}; check the paths and their permissions",
+            file=sys.stderr,
+        )
         return USER_ERROR
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -84,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare-tasks", "train each task alone and all together, over seeds; show who is hurt", _compare_tasks
     )
     with_recipe(compare)
-    compare.add_argument("--seeds", type=int, default=3, help="trainings of each arm (default: 3)")
+    compare.add_argument("--seeds", type=_at_least(1), default=3, help="trainings of each arm (default: 3)")
     compare.add_argument("--output", metavar="DIR", type=Path, help="folder (default: runs/NAME-compare)")
     compare.add_argument(
         "--arm",
@@ -102,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument(
         "--encoders",
-        type=int,
+        type=_at_least(1),
         help="add the arm 'grouped': tasks that lose much by sharing, on validation rows, get another encoder, up to "
         "so many in all",
     )
@@ -126,9 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "run", metavar="RUN", type=Path, help="folder of a run, with its data where its recipe finds them"
     )
-    group.add_argument("--encoders", type=int, help="at most so many (default: 2)")
-    group.add_argument("--rows", type=int, default=200, help="validation rows of each source, at most (default: 200)")
-    group.add_argument("--parameters", type=int, help="at most so many in all encoders, instead of --encoders")
+    group.add_argument("--encoders", type=_at_least(1), help="at most so many (default: 2)")
+    group.add_argument(
+        "--rows", type=_at_least(1), default=200, help="validation rows of each source, at most (default: 200)"
+    )
+    group.add_argument("--parameters", type=_at_least(1), help="at most so many in all encoders, instead of --encoders")
     group.add_argument("--json", action="store_true", help="as JSON")
 
     evaluate = verb("evaluate", "score a saved model on the data of a recipe", _evaluate)
@@ -138,10 +151,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verb("bench", "time saved models side by side, the first one being the reference", _bench)
     bench.add_argument("folders", metavar="FOLDER", type=Path, nargs="+")
-    bench.add_argument("--tokens", type=int, default=64, help="length of every row (default: 64)")
-    bench.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
-    bench.add_argument("--repetitions", type=int, default=20)
-    bench.add_argument("--threads", type=int, help="default: all cores")
+    bench.add_argument("--tokens", type=_at_least(1), default=64, help="length of every row (default: 64)")
+    bench.add_argument("--batch-sizes", type=_at_least(1), nargs="+", default=[1, 32])
+    bench.add_argument("--repetitions", type=_at_least(1), default=20)
+    bench.add_argument("--threads", type=_at_least(1), help="default: all cores")
     bench.add_argument("--json", action="store_true", help="as JSON")
 
     report = verb("report", "show the figures of a run", _report)
@@ -169,8 +182,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """A whole number of an option."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= _MOST:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {_MOST}, found '{text[:20]}'")
+        return int(text)
+
+    return read
+
+
 def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 0 (any free one) to 65535, found '{text}'")
     return int(text)
 

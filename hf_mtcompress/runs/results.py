@@ -78,7 +78,7 @@ def load_record(folder: Path) -> RunRecord:
     path = folder / RECORD
     try:
         return records.run_from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
             f"expected the folder of a run with {RECORD}, found none in {folder}; run a recipe first"
         ) from None

@@ -24,6 +24,7 @@ from hf_mtcompress.artifacts import (
     RECORD,
     STEP_RECORD,
     WORK,
+    telling_of_full_disk,
     whole_folder,
     write_text,
 )
@@ -68,7 +69,7 @@ def run(recipe: Recipe, output: str | os.PathLike[str]) -> RunRecord:
     sources = load_sources(recipe.tasks, recipe.seed)
     context = check_run(recipe, sources, output)
     prepare_output(output)
-    with sole_use(output):
+    with sole_use(output), telling_of_full_disk(output):
         write_text(output / RECIPE, dump_recipe(recipe))
         done: dict[str, StepRecord] = {}
         for step in recipe.steps:
@@ -135,7 +136,7 @@ def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) 
     logger.warning("%s: %s%s", name, step.kind, f" from {lineage.parent}" if lineage.parent else "")
     work.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    with whole_folder(folder) as scratch:
+    with telling_of_full_disk(context.output), whole_folder(folder) as scratch:
         outcome = run_step(step, lineage.parent, within, scratch, work)
         record = StepRecord(
             name=name,

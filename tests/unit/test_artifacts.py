@@ -1,12 +1,18 @@
 """Laws of writing: a folder or file appears whole or not at all, and what was there stays until then."""
 
 import os
+import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
 
-from hf_mtcompress.artifacts import WORK, whole_folder, write_text
+from hf_mtcompress.artifacts import WORK, telling_of_full_disk, whole_folder, write_text
 from hf_mtcompress.errors import ArtifactError, MTCompressError
 from hf_mtcompress.locks import sole_use
 
@@ -182,3 +188,32 @@ def test_a_file_without_a_folder(tmp_path: Path, parent: str) -> None:
 def test_the_error_is_one_of_this_package_and_of_python() -> None:
     assert issubclass(ArtifactError, MTCompressError)
     assert issubclass(ArtifactError, OSError)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda place: save_file({"a": torch.zeros(10**5)}, place / "a.safetensors"),
+        lambda place: torch.save({"a": torch.zeros(10**5)}, place / "a.pt"),
+        lambda place: (place / "a.txt").write_text("x" * 10**6),
+        lambda place: np.save(place / "a.npy", np.zeros(10**6)),
+        lambda place: Dataset.from_dict({"a": ["x" * 1000] * 1000}).save_to_disk(place / "rows"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_message(write: Any, tmp_path: Path) -> None:
+    """Libraries say it each in its way, one of them without a word of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        with (
+            pytest.raises(ArtifactError, match=r"expected room on the disk.*free some space and start the same"),
+            telling_of_full_disk(tmp_path),
+        ):
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_other_errors_are_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="else"), telling_of_full_disk(tmp_path):
+        raise RuntimeError("something else")

@@ -105,6 +105,30 @@ def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "expected the folder of a run" in refused(capsys, "report", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "option", [("--tokens", "-5"), ("--batch-sizes", "0"), ("--threads", "-3"), ("--repetitions", "0")]
+)
+def test_numbers_out_of_range_are_refused(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "somewhere", *option])
+    assert f"expected a whole number from 1 to 1000000000, found '{option[1]}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["report", "card", "push", "webpage", "group-tasks", "bench"])
+@pytest.mark.parametrize("kind", ["file", "nothing", "empty folder"])
+def test_a_folder_of_a_run_that_is_none(
+    verb: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run"
+    match kind:
+        case "file":
+            place.write_text("x")
+        case "empty folder":
+            place.mkdir()
+    assert main([verb, str(place)]) == 2
+    assert capsys.readouterr().err.startswith(f"hf-mtcompress {verb}: expected ")
+
+
 def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["report", "run", "--jsn"])
