@@ -65,17 +65,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
         ) from error
     try:
         yield scratch
-        if target.exists():
+        if os.path.lexists(target):
             old = target.parent / WORK / f"{target.name}.old"
-            if old.exists():
-                shutil.rmtree(old)
+            _remove(old)
             os.replace(target, old)
             try:
                 os.replace(scratch, target)
             except BaseException:
                 os.replace(old, target)
                 raise
-            shutil.rmtree(old)
+            _remove(old)
         else:
             os.replace(scratch, target)
     except BaseException:
@@ -112,6 +111,14 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _remove(folder: Path) -> None:
+    """A folder, if it is there; of a link to one, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -340,10 +340,11 @@ def _bench(options: argparse.Namespace) -> str:
 
 def _report(options: argparse.Namespace) -> str:
     from hf_mtcompress.publishing.report import report_rows, report_table
-    from hf_mtcompress.runs.results import load_record
+    from hf_mtcompress.runs.results import load_record, told_from
 
     record = load_record(options.run)
-    return json.dumps(report_rows(record), indent=2) if options.json else report_table(record)
+    with told_from(options.run):
+        return json.dumps(report_rows(record), indent=2) if options.json else report_table(record)
 
 
 def _card(options: argparse.Namespace) -> str:

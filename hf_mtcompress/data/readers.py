@@ -439,15 +439,16 @@ def load_reader(folder: Path, max_length: int | None = None) -> Reader:
     """
     try:
         if (folder / "preprocessor_config.json").is_file():
-            return reader_of(AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            return _tried(reader_of(processor))
         if (folder / "tokenizer_config.json").is_file():
-            return reader_of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), max_length)
-    except ArtifactError:
+            return _tried(reader_of(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), max_length))
+    except (ArtifactError, ImportError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever tokenizers and Pillow raise: there is no class for all of it
         raise ArtifactError(
-            f"expected a tokenizer or image processor that loads from {folder}, found one that does not ({error}); "
-            "save it again with processor.save_pretrained(folder)"
+            f"expected a tokenizer or image processor that loads from {folder}, found one that does not "
+            f"({type(error).__name__}: {first_line(error)}); save it again with processor.save_pretrained(folder)"
         ) from error
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
@@ -455,6 +456,13 @@ def load_reader(folder: Path, max_length: int | None = None) -> Reader:
         f"expected a tokenizer or image processor in {folder}, found {found}; "
         "save it there with processor.save_pretrained(folder)"
     )
+
+
+def _tried(reader: Reader) -> Reader:
+    """The same, once it has read something: settings that cannot be are noticed at the first input alone."""
+    encoded = reader.encode(reader.columns(reader.samples()[:1]))
+    reader.collate([{name: values[0] for name, values in encoded.items()}])
+    return reader
 
 
 def pretrained_reader(

@@ -6,6 +6,7 @@ one process disturb each other and because other work on the machine must hit al
 """
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -407,7 +408,10 @@ class _Worker:
         if what == "ended" and code < 0:
             what = ending_of(code)
         self._errors.seek(0)
-        last = "\n".join(self._errors.read().strip().splitlines()[-3:])
+        lines = self._errors.read().strip().splitlines()
+        if lines and (said := re.match(r"hf_mtcompress\.errors\.\w+: (.*)", lines[-1])):
+            return ArtifactError(said[1])  # one of ours, which says all
+        last = "\n".join(lines[-3:])
         return ArtifactError(f"expected '{self.label}' to load and answer, but its process {what}:\n{last}")
 
 

@@ -56,6 +56,12 @@ class GraphRuntime(Runtime):
                 "model again"
             )
         self.reader = load_reader(folder, settings.preprocessing.get("max_length"))
+        made = set(self.reader.example(1))
+        if not set(settings.inputs) <= made:
+            raise ArtifactError(
+                f"expected a tokenizer or image processor in {folder} that makes the graph's inputs {settings.inputs}, "
+                f"found one that makes {sorted(made)}; save the one that it was exported with there"
+            )
 
     def logits(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self._run(self.session, batch)

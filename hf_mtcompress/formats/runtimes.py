@@ -7,7 +7,11 @@ from hf_mtcompress.formats.graph import GraphRuntime
 from hf_mtcompress.formats.runtime import Runtime
 from hf_mtcompress.formats.torch import TorchRuntime
 from hf_mtcompress.formats.vanilla import VanillaRuntime
+from hf_mtcompress.model.loading import opening
 from hf_mtcompress.records import FORMS
+
+_TRIED = 8
+"""Tokens of the pass that every model makes when it is opened."""
 
 
 def open_runtime(folder: Path, threads: int | None = None) -> Runtime:
@@ -18,14 +22,18 @@ def open_runtime(folder: Path, threads: int | None = None) -> Runtime:
         threads: threads within an operation, for the whole process where the form runs on torch; None leaves them.
 
     Raises:
-        ArtifactError: the folder is none of these, incomplete, or of a newer format.
+        ArtifactError: the folder is none of these, incomplete, of a newer format, or opens and does not answer.
         MissingExtraError: the form needs a package that is not installed.
     """
     form = folder_form(folder)
     match FORMS[form].layout:
         case "model":
-            return TorchRuntime(folder, threads)
+            runtime: Runtime = TorchRuntime(folder, threads)
         case "tasks":
-            return VanillaRuntime(folder, threads)
+            runtime = VanillaRuntime(folder, threads)
         case "graph":
-            return GraphRuntime(folder, form, threads)
+            runtime = GraphRuntime(folder, form, threads)
+    with opening(folder):
+        # A token that has no row in the encoder's table, say, is noticed by a pass alone.
+        runtime.logits(runtime.reader.unpadded(runtime.reader.samples()[:1], _TRIED))
+    return runtime

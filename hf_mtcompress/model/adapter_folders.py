@@ -225,7 +225,7 @@ def _read(folder: Path) -> _Saved:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         version = int(values["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"expected the description of an adapter, found {file} which cannot be read ({error!r}); save it again"
         ) from error

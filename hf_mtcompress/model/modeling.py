@@ -1,5 +1,6 @@
 """The shared encoder with one head for each task."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -145,7 +146,8 @@ class MultiTaskModel(SharedModel):
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             # Trainer aligns these with the tokenizer's, and says so, where they are missing.
             setattr(config, key, getattr(loaded.config, key, None))
-        model = cls(config, encoders={"main": loaded, **{name: copy.deepcopy(loaded) for name in whole}})
+        with contextlib.nullcontext() if loaded is encoder else opening(encoder):
+            model = cls(config, encoders={"main": loaded, **{name: copy.deepcopy(loaded) for name in whole}})
         for task in tasks:
             # The data columns are not in the config, but useful while the model lives.
             model.tasks[task.name] = task

@@ -35,7 +35,7 @@ from hf_mtcompress.runs.fingerprint import changes_of
 from hf_mtcompress.runs.measure import check_reloads
 from hf_mtcompress.runs.plan import describe_plan
 from hf_mtcompress.runs.rehearsal import check_run
-from hf_mtcompress.runs.results import load_record, write_card
+from hf_mtcompress.runs.results import load_record, told_from, write_card
 from hf_mtcompress.runs.run import prepare_output
 from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.scoring import read_step
@@ -110,9 +110,10 @@ def bench(folders: Sequence[Path], config: BenchmarkConfig) -> dict[str, Any]:
 
 def card(folder: Path) -> Path:
     """Write the model card of a run again from its record; see `write_card`."""
-    recipe = folder / RECIPE
-    text = portable_recipe(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    return write_card(folder, load_record(folder), text)
+    recipe, record = folder / RECIPE, load_record(folder)
+    with told_from(folder):
+        text = portable_recipe(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+        return write_card(folder, record, text)
 
 
 def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bool = False) -> list[str]:

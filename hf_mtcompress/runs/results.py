@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_mtcompress import records
-from hf_mtcompress.artifacts import ASSETS, CARD, CARD_ASIDE, RECORD, write_text
-from hf_mtcompress.errors import ArtifactError
+from hf_mtcompress.artifacts import ASSETS, CARD, CARD_ASIDE, RECIPE, RECORD, write_text
+from hf_mtcompress.errors import ArtifactError, MTCompressError, first_line
 from hf_mtcompress.publishing.card import (
     INTERFERENCE_PICTURE,
     PICTURE,
@@ -51,7 +53,8 @@ def write_card(folder: Path, record: RunRecord, recipe_text: str | None) -> Path
         ArtifactError: it cannot be written.
     """
     path, aside = folder / CARD, folder / CARD_ASIDE
-    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    # What is no text was changed, too.
+    existing = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     pictures = [name for name in PICTURES if (folder / ASSETS / name).is_file()]
     own_words = None if existing is None else own_words_of(existing)
     text = render_card(record, recipe_text, pictures=pictures, own_words=own_words)
@@ -82,8 +85,28 @@ def load_record(folder: Path) -> RunRecord:
         raise ArtifactError(
             f"expected the folder of a run with {RECORD}, found none in {folder}; run a recipe first"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"expected a readable {path.name} in {folder}, found: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"expected a readable {path.name} in {folder}, found: {error}; run the recipe again"
+        ) from error
+
+
+@contextmanager
+def told_from(folder: Path) -> Iterator[None]:
+    """Say that a record is damaged where what is told of it does not find what a run writes.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    try:
+        yield
+    except MTCompressError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"expected {RECORD} and {RECIPE} in {folder} as a run writes them, found something else "
+            f"({type(error).__name__}: {first_line(error)}); run the recipe again"
+        ) from error
 
 
 def last_record(output: Path) -> RunRecord | None:

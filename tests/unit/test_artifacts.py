@@ -121,6 +121,22 @@ def test_what_a_killed_run_left_is_thrown_away(existing: Path) -> None:
     assert contents(work) == {}
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["a folder", "nothing"])
+def test_a_link_is_replaced_and_not_followed(there: bool, target: Path) -> None:
+    """A step that was moved to a larger disk: what it was moved to is not ours to delete."""
+    elsewhere = target.parent.parent / "elsewhere"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if there:
+        fill(elsewhere, "mine")
+    target.symlink_to(elsewhere)
+    for _ in range(2):
+        with whole_folder(target) as scratch:
+            fill(scratch, "new")
+    assert not target.is_symlink()
+    assert contents(target) == NEW
+    assert set(contents(elsewhere).values()) == ({"mine"} if there else set())
+
+
 def test_folders_beside_each_other_do_not_meet(target: Path) -> None:
     other = target.with_name("teacher")
     with whole_folder(target) as one, whole_folder(other) as two:

@@ -83,3 +83,40 @@ def test_folders_without_a_digest_still_open(tmp_path: Path):
     assert len(digest) == 64
     path.write_text(text.replace(digest, ""))
     assert load_predictor(folder).predict(["a fox"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokenizer_class": -1}, "that loads from"),
+        ({"pad_token": 3}, "that loads from"),
+        ({"model_input_names": ["x"]}, "that loads from"),
+        ({"model_input_names": ["input_ids", "attention_mask"]}, "that makes the graph's inputs"),
+        ({"model_max_length": [[]]}, "that loads from"),
+    ],
+)
+def test_settings_of_a_tokenizer_that_cannot_be(values: dict[str, object], message: str, tmp_path: Path):
+    """They were noticed at the first text, in the words of another library."""
+    folder = _copy("onnx", tmp_path)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    settings = folder / "mtcompress_onnx.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "preprocessing": {}}))
+    with pytest.raises(ArtifactError, match=f"expected a tokenizer or image processor .*{message}"):
+        load_predictor(folder)
+
+
+def test_what_opens_answers(tmp_path: Path):
+    """A token beyond the encoder's table, or a setting of its forward, was noticed at the first text."""
+    folder = _copy("torch", tmp_path)
+    path = folder / "tokenizer_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "cls_token": "[BEGINNING]"}))
+    with pytest.raises(ArtifactError, match="IndexError"):
+        load_predictor(folder)
+    path.write_text(before)
+    config = json.loads((folder / "config.json").read_text())
+    config["encoders"]["main"]["chunk_size_feed_forward"] = 10**6
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="chunk size 1000000"):
+        load_predictor(folder)
