@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from hf_mtcompress.environment import child_environment
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
@@ -15,7 +13,6 @@ def test_damaged_folders_are_refused_in_words_and_cheaply(seed: int):
     """What is downloaded was made by somebody: no traceback of a library, no gigabytes for a number in a file."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.unit.formats.hostile", str(seed), "250"],
-        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=900,
