@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from hf_mtcompress.errors import ArtifactError, MTCompressError, first_line
@@ -80,6 +81,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def save_processor(processor: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a tokenizer or image processor such that the files tell nothing of what it read before.
+
+    A fast tokenizer notes how it cut and padded last: a run that was interrupted would leave other files.
+    """
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    processor.save_pretrained(folder)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from hf_mtcompress.artifacts import save_processor
 from hf_mtcompress.data.alignment import Start, as_text, read_with_starts, words_of_tokens
 from hf_mtcompress.data.pixels import fetched, picture_of
 from hf_mtcompress.environment import package_version
@@ -156,7 +157,7 @@ class Reader(ABC):
 
     def save(self, folder: Path) -> None:
         """Write it beside a model; `load_reader` opens it."""
-        self.processor.save_pretrained(folder)
+        save_processor(self.processor, folder)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from hf_mtcompress.artifacts import save_processor
 from hf_mtcompress.environment import require_extra
 from hf_mtcompress.errors import TaskError
 from hf_mtcompress.formats.onnx.export import split_onnx
@@ -69,7 +70,7 @@ def write_transformers_js(
             own = folder / name
             (own / "onnx").mkdir(parents=True)
             model.to_stock(name).config.save_pretrained(own)
-            processor.save_pretrained(own)
+            save_processor(processor, own)
             written[name] = {}
             for bits, file in GRAPH_NAMES.items():
                 graph = whole if bits == 32 else quantize_onnx(whole, Path(scratch) / str(bits) / name, bits)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_mtcompress.artifacts import save_processor
 from hf_mtcompress.errors import DataError, TaskError, UnsupportedEncoderError
 from hf_mtcompress.model.adapters import merged_encoder
 from hf_mtcompress.model.anatomy import encoder_of
@@ -79,7 +80,7 @@ def export_folder(model: SharedModel, name: str, folder: Path, processor: Any | 
         mark_structure(stock)
     stock.save_pretrained(folder)
     if processor is not None:
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
     return folder
 
 

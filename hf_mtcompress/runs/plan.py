@@ -67,7 +67,7 @@ def describe_plan(recipe: Recipe, sources: Sources) -> dict[str, Any]:
                 "from": found.parent,
                 "layers": shape.layers,
                 "parameters": round(shape.parameters),
-                "estimated_mb": round(shape.megabytes(step), 1),
+                "estimated_mb": round(shape.megabytes(step) * _copies(step, len(own.tasks)), 1),
                 **({"tokens": shape.tokens} if isinstance(step, TrimVocabularyStep) else {}),
                 **_training_size(step, recipe, _training_rows(own)),
             }
@@ -246,6 +246,15 @@ class _Shape:
                 return (self.parameters * 4 - among * max(4 * trimmed - 1 / 8, 0.0)) / 1e6
             case _:
                 return self.parameters * 4 / 1e6
+
+
+def _copies(step: StepConfig, tasks: int) -> float:
+    """How often the weights are written, in float32."""
+    if not isinstance(step, ExportStep):
+        return 1
+    # Of transformers.js each task has its graph in 32, 8 and 4 bits.
+    by_format = {"vanilla": tasks, "onnx": 1 + (tasks if step.per_task else 0), "transformers_js": tasks * 44 / 32}
+    return sum(by_format.get(name, 1) for name in step.formats)
 
 
 def _shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> _Shape:

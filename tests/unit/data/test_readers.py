@@ -230,6 +230,17 @@ def test_a_text_is_read_alike_whoever_reads_it(make: Any) -> None:
                 assert tokenizer.decode(own).strip() == word
 
 
+def test_a_saved_tokenizer_tells_nothing_of_what_it_read(tmp_path: Path) -> None:
+    """Files of an interrupted run would differ from those of another."""
+    reader = reader_of(copy.deepcopy(tiny_tokenizer()), 8)
+    for number in range(3):
+        reader.save(tmp_path / str(number))
+        reader.collate(rows_of(reader.encode([["the fox", "the salmon waits near the market"]])), 8 * number or None)
+    files = sorted(path.name for path in (tmp_path / "0").iterdir())
+    for name in files:
+        assert len({(tmp_path / str(number) / name).read_bytes() for number in range(3)}) == 1
+
+
 def test_words_that_become_no_token_keep_their_place() -> None:
     """Later labels would shift by one."""
     reader = reader_of(tiny_tokenizer())
