@@ -154,7 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=_at_least(1), default=64, help="length of every row (default: 64)")
     bench.add_argument("--batch-sizes", type=_at_least(1), nargs="+", default=[1, 32])
     bench.add_argument("--repetitions", type=_at_least(1), default=20)
-    bench.add_argument("--threads", type=_at_least(1), help="default: all cores")
+    bench.add_argument("--threads", type=_at_least(1), help="default: all cores that other processes leave")
+    bench.add_argument(
+        "--wait", type=_at_least(0), default=30, metavar="SECONDS", help="for a quiet machine, at most (default: 30)"
+    )
     bench.add_argument("--json", action="store_true", help="as JSON")
 
     report = verb("report", "show the figures of a run", _report)
@@ -317,6 +320,7 @@ def _evaluate(options: argparse.Namespace) -> str:
 
 
 def _bench(options: argparse.Namespace) -> str:
+    from hf_mtcompress.publishing.figures import NOT_TIMED
     from hf_mtcompress.recipe import BenchmarkConfig
     from hf_mtcompress.runs.commands import bench
 
@@ -325,16 +329,20 @@ def _bench(options: argparse.Namespace) -> str:
         batch_sizes=tuple(options.batch_sizes),
         repetitions=options.repetitions,
         threads=options.threads,
+        wait=options.wait,
     )
     result = bench(options.folders, config)
     if options.json:
         return json.dumps(result, indent=2)
     lines = [f"{'artefact':<32}{'batch':>6}{'min ms':>10}{'median ms':>11}{'ratio':>8}"]
-    lines += [
-        f"{label:<32}{row['batch_size']:>6}{row['minimum_ms']:>10.2f}{row['median_ms']:>11.2f}{row['ratio_minimum']:>8.3f}"
-        for label, rows in result["latency"].items()
-        for row in rows
-    ]
+    for label, rows in result["latency"].items():
+        for row in rows:
+            times = [row["minimum_ms"], row["median_ms"]]
+            figures = "" if times[0] is None else f"{times[0]:>10.2f}{times[1]:>11.2f}"
+            ratio = row["ratio_minimum"]
+            figures += f"  {NOT_TIMED}" if ratio is None else f"{ratio:>8.3f}"
+            lines.append(f"{label:<32}{row['batch_size']:>6}{figures}")
+    lines += [f"{NOT_TIMED}: {reason}" for reason in result["conditions"]["not_measured"]]
     return "\n".join(lines)
 
 

@@ -81,6 +81,25 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+def busy_seconds() -> float | None:
+    """Seconds since its start that the cores of this process have worked for anybody; None where that is not told.
+
+    What other guests of the same hardware took from a virtual machine counts, too.
+    """
+    import psutil  # of no use to those who measure nothing
+
+    try:
+        cores = psutil.cpu_times(percpu=True)
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(len(cores)))
+    except (OSError, RuntimeError, NotImplementedError):  # such as no /proc
+        return None
+    if max(mine, default=0) < len(cores):
+        cores = [cores[core] for core in sorted(mine)]
+    parts = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc", "steal")
+    total = sum(getattr(core, part, 0.0) for core in cores for part in parts)
+    return total or None  # some sandboxes show zeros
+
+
 def load_average() -> float | None:
     """Mean number of processes that wanted to run in the last minute; None where the system does not tell."""
     try:

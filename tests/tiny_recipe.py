@@ -41,7 +41,7 @@ def write_tiny_recipe(folder: Path, **sections: Any) -> Path:
             },
         },
         "training": {"batch_size": 8, "epochs": 2, "learning_rate": 2.0e-3, "arguments": {"disable_tqdm": True}},
-        "benchmark": {"tokens": 8, "batch_sizes": [1, 4], "repetitions": 2, "warmup": 1, "threads": 1},
+        "benchmark": {"tokens": 8, "batch_sizes": [1, 4], "repetitions": 2, "warmup": 1, "threads": 1, "wait": 0},
         "steps": [
             {"kind": "finetune", "name": "teacher"},
             {"kind": "distill", "name": "student", "teacher": "teacher", "student": {"layers": 2}},

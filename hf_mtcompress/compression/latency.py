@@ -24,7 +24,7 @@ from scipy.optimize import nnls
 from tqdm.auto import tqdm
 
 from hf_mtcompress.artifacts import write_text
-from hf_mtcompress.environment import available_cores, environment_facts
+from hf_mtcompress.environment import environment_facts
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import benchmark
 from hf_mtcompress.formats.onnx.export import export_onnx
@@ -86,6 +86,7 @@ class LatencyTable:
         threads: of the runtime.
         batches: times by batch size.
         environment: the machine and versions of packages.
+        busy: what shows that the machine was busy, so that times are rough; None where they hold.
     """
 
     runtime: Runtime
@@ -93,6 +94,7 @@ class LatencyTable:
     threads: int
     batches: dict[int, BlockTimes]
     environment: dict[str, Any]
+    busy: str | None = None
 
     def milliseconds(self, shape: Shape, batch_size: int) -> float:
         """Predicted time of one call.
@@ -142,6 +144,7 @@ def measure_latency(
     batch_sizes: Sequence[int] = (1, 32),
     threads: int | None = None,
     repetitions: int = 20,
+    wait: float = 30.0,
     progress: bool = True,
 ) -> LatencyTable:
     """Time about twenty shapes of a model's architecture and split the times into blocks.
@@ -153,8 +156,9 @@ def measure_latency(
         runtime: what the model will be deployed on.
         tokens: of every row.
         batch_sizes: rows in a call.
-        threads: of the runtime; default: all cores.
+        threads: of the runtime; default: all cores, less those that other processes keep busy.
         repetitions: turns of each shape at each batch size (see `BenchmarkConfig`); the fastest call counts.
+        wait: seconds to wait for a quiet machine.
         progress: whether to show a progress bar.
 
     Raises:
@@ -166,7 +170,9 @@ def measure_latency(
         raise ValueError(f"model: expected layers that are all alike, found {full}; use the model before it was pruned")
     layers, (heads, width) = len(full), full[0]
     shapes = shapes_to_measure(layers, heads, width)
-    config = BenchmarkConfig(tokens=tokens, batch_sizes=tuple(batch_sizes), repetitions=repetitions, threads=threads)
+    config = BenchmarkConfig(
+        tokens=tokens, batch_sizes=tuple(batch_sizes), repetitions=repetitions, threads=threads, wait=wait
+    )
     with TemporaryDirectory() as scratch:
         folders = {_REFERENCE: Path(scratch) / "reference"}
         model.save_pretrained(folders[_REFERENCE])
@@ -178,13 +184,13 @@ def measure_latency(
                 model, processor, [shape[1:]] * shape[0], Path(scratch) / _label(shape), runtime
             )
         found = benchmark(folders, reference=_REFERENCE, config=config, samples=samples)
-    times = {label: {row.batch_size: row.minimum_ms for row in rows} for label, rows in found.latency.items()}
+    times = found.minimum_ms
     if runtime == "torch":
         times[_label((layers, heads, width))] = times[_REFERENCE]
     return LatencyTable(
         runtime=runtime,
         tokens=int(found.conditions["tokens"]),
-        threads=threads if threads is not None else available_cores(),
+        threads=int(found.conditions["threads"]),
         batches={
             size: split_times(
                 {shape: times[_label(shape)][size] for shape in shapes}, reference=times[_REFERENCE][size]
@@ -192,6 +198,8 @@ def measure_latency(
             for size in batch_sizes
         },
         environment=environment_facts(),
+        # A shape or two whose times are odd do little to the sum of blocks; a busy machine bends all.
+        busy=found.busy,
     )
 
 

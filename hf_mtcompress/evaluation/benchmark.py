@@ -2,16 +2,18 @@
 
 What is timed is the whole multi-task graph: model inputs as arrays in memory -> the logits of all tasks as arrays;
 tokenization is not part of it. Every artefact runs in a process of its own and they take turns, because two runtimes in
-one process disturb each other and because other work on the machine must hit all of them alike.
+one process disturb each other and because other work on the machine must hit all of them alike. A quiet moment is
+waited for; times that do not hold together (`records.timing.doubtful_times`) are taken again, and in the end not given.
 """
 
 import json
+import logging
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_mtcompress.data.readers import padded_length
-from hf_mtcompress.environment import available_cores, ending_of, load_average
+from hf_mtcompress.environment import available_cores, busy_seconds, ending_of, load_average
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.formats.folders import folder_form, open_reader, task_folders
 from hf_mtcompress.formats.graph_settings import graph_bytes, read_graph_settings
@@ -41,6 +43,10 @@ from hf_mtcompress.model.surgery import apply_structure
 from hf_mtcompress.model.vanilla import stock_class
 from hf_mtcompress.recipe import BenchmarkConfig
 from hf_mtcompress.records import FORMS, FormName, LatencyRecord, SizeRecord
+from hf_mtcompress.records.run import without_doubtful
+from hf_mtcompress.records.timing import BUSY, SPARE_CORES, Calls, Cost, Surroundings, cost_of, doubtful_times
+
+logger = logging.getLogger(__name__)
 
 _PROCESSOR_FILES = (
     "tokenizer*",
@@ -62,6 +68,8 @@ _SETTLE_BELOW_MS = 50.0
 artefact takes longer, there are several timed ones a turn."""
 _SHORT_CALLS = 5
 """As many: short calls vary more, and cost little."""
+_LOOK_SECONDS = 0.5
+"""So long is looked at once at what other processes use."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +77,19 @@ class BenchmarkResult:
     """What was measured, by the label of the artefact.
 
     Attributes:
-        latency: one row for each batch size.
+        latency: one row for each batch size; times that do not hold together are None, with the reason.
         peak_memory_mb: largest resident memory of the artefact's process, interpreter and libraries included.
-        conditions: how it was measured; `suspicious` lists figures that contradict each other.
+        conditions: how it was measured; `not_measured` lists the times that are not given, with what shows that the
+            machine was busy.
+        minimum_ms: smallest times by batch size, those that do not hold among them: to choose by, not to be claimed.
+        busy: what other processes did while all were timed; None where they left enough of the machine.
     """
 
     latency: dict[str, list[LatencyRecord]]
     peak_memory_mb: dict[str, float | None]
     conditions: dict[str, Any]
+    minimum_ms: dict[str, dict[int, float]]
+    busy: str | None
 
 
 def benchmark(
@@ -92,7 +105,7 @@ def benchmark(
     Args:
         folders: artefacts by label.
         reference: label of the one that ratios refer to; a torch folder in float32.
-        config: tokens, batch sizes, repetitions, threads.
+        config: tokens, batch sizes, repetitions, threads, how long to wait for a quiet machine.
         samples: texts, lists of words, pairs of texts or images. Texts are repeated and cut to exactly
             `config.tokens` tokens (fewer where the model's `max_length` is shorter); no padding is timed.
         timeout: seconds that one answer of a process may take.
@@ -108,9 +121,17 @@ def benchmark(
             f"expected a torch folder in float32 as reference, found '{reference}' of form {forms[reference]}; "
             "name the step that everything is compared with"
         )
-    threads = config.threads if config.threads is not None else available_cores()
-    before = load_average()
-    times: dict[str, dict[int, list[float]]] = {label: {size: [] for size in config.batch_sizes} for label in folders}
+    load = load_average()
+    begin = time.monotonic()
+    free = _wait_for_quiet(config.threads or available_cores(), config.wait)
+    left = config.wait - (time.monotonic() - begin)
+    threads = config.threads or max(free, 1)
+    if config.threads is None and threads < available_cores():
+        logger.warning("timed with threads: %d, since other processes use the other cores", threads)
+    costs = {label: _cost(folder, forms[label]) for label, folder in folders.items()}
+    times: dict[str, dict[int, list[list[float]]]] = {label: {} for label in folders}
+    around: dict[int, Surroundings] = {}
+    doubts: dict[str, dict[int, str]] = {}
     tokens: dict[str, int] = {}
     calls: dict[int, int] = {}
     with TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -128,20 +149,39 @@ def benchmark(
             workers[label] = stack.enter_context(worker)
         for worker in workers.values():
             worker.wait_until_ready()
-        for size in config.batch_sizes:
-            slowest = max(min(worker.time(size, max(config.warmup, 1))) for worker in workers.values())
-            # As many calls for all, since a minimum over more calls is smaller.
-            calls[size] = _SHORT_CALLS if slowest < _SETTLE_BELOW_MS else 1
-            _take_turns(workers, size, config.repetitions, calls[size], times)
+        todo, until = list(config.batch_sizes), 0.0
+        while todo:
+            for size in todo:
+                slowest = max(min(worker.time(size, max(config.warmup, 1))) for worker in workers.values())
+                # As many calls for all, since a minimum over more calls is smaller.
+                calls[size] = _SHORT_CALLS if slowest < _SETTLE_BELOW_MS else 1
+                look = _Look(workers.values())
+                for label, turns in _take_turns(workers, size, config.repetitions, calls[size]).items():
+                    times[label][size] = turns
+                around[size] = Surroundings(cores=available_cores(), threads=threads, others=look.others(), load=load)
+            doubts = doubtful_times({label: _calls(rows) for label, rows in times.items()}, costs, around)
+            todo = [size for size in config.batch_sizes if any(size in rows for rows in doubts.values())]
+            # What does not hold is taken again, at least once, while there is time to wait for a better moment.
+            now = time.monotonic()
+            if config.wait == 0 or (until and now > until):
+                break
+            until = until or now + max(left, _LOOK_SECONDS)
+            if todo and _wait_for_quiet(threads, until - now, workers.values()) < threads:
+                break
         peaks = {label: worker.peak_mb() for label, worker in workers.items()}
     latency = {
-        label: [_row(times[label][size], times[reference][size], size, tokens[label]) for size in config.batch_sizes]
+        label: without_doubtful(
+            [_row(times[label][size], times[reference][size], size, tokens[label]) for size in config.batch_sizes],
+            doubts.get(label, {}),
+            doubts.get(reference, {}),
+        )
         for label in folders
     }
-    minimum = {label: {row.batch_size: row.minimum_ms for row in rows} for label, rows in latency.items()}
-    middle = {label: {row.batch_size: row.median_ms for row in rows} for label, rows in latency.items()}
-    costs = {label: _cost(folder, forms[label]) for label, folder in folders.items()}
-    after = load_average()
+    not_measured = [
+        f"{label}, batch {size}: {why}" for label, rows in doubts.items() for size, why in sorted(rows.items())
+    ]
+    for line in not_measured:
+        logger.warning("not measured, %s: %s", BUSY, line)
     return BenchmarkResult(
         latency=latency,
         peak_memory_mb=peaks,
@@ -154,12 +194,19 @@ def benchmark(
             "threads": threads,
             "cores": available_cores(),
             "instructions": processor_instructions(),
-            "load_before": before,
-            "load_after": after,
+            "load_before": load,
+            "load_after": load_average(),
+            "other_processes": {
+                str(size): None if seen.others is None else round(seen.others, 2) for size, seen in around.items()
+            },
             "order": "one process for each artefact, taking turns; timed calls a turn: "
-            + ", ".join(f"{count} with batches of {size}" for size, count in calls.items()),
+            + ", ".join(f"{calls[size]} with batches of {size}" for size in config.batch_sizes),
             "timed": "model inputs in memory to the logits of all tasks in memory; tokenization is not included",
-            "suspicious": contradictions(minimum, middle, costs),
+            "not_measured": not_measured,
+        },
+        busy=next((why for seen in around.values() if (why := seen.busy()) is not None), None),
+        minimum_ms={
+            label: {size: row.minimum_ms for size, row in _calls(rows).items()} for label, rows in times.items()
         },
     )
 
@@ -175,52 +222,6 @@ def real_inputs(folder: Path, samples: Sequence[Any], tokens: int, rows: int) ->
     """
     chosen = [samples[index % len(samples)] for index in range(rows)]
     return open_reader(folder).unpadded(chosen, tokens)
-
-
-def contradictions(
-    minimum: Mapping[str, Mapping[int, float]],
-    middle: Mapping[str, Mapping[int, float]],
-    costs: Mapping[str, tuple[str, int | None]],
-) -> list[str]:
-    """Figures that cannot all be true: a sign that something else ran on the machine.
-
-    Args:
-        minimum: smallest times by label and batch size.
-        middle: medians by label and batch size.
-        costs: by label: a group of artefacts that run the same kernels, and the encoder's parameters without
-            embeddings, None where unknown.
-
-    Returns:
-        One sentence each. Within a group, with k times the parameters a call cannot be faster than the smaller model's
-        nor more than k times slower, with half as much again for leeway. A median of three times the minimum is noise.
-    """
-    notes = []
-    for label, rows in minimum.items():
-        for size, value in rows.items():
-            if middle[label][size] > 3 * value:
-                notes.append(
-                    f"{label}, batch {size}: the median ({middle[label][size]:.1f} ms) is more than three times the "
-                    f"minimum ({value:.1f} ms)"
-                )
-    labels = list(minimum)
-    for small in labels:
-        for large in labels:
-            (group, few), (other, many) = costs[small], costs[large]
-            if group != other or few is None or many is None or not few < many:
-                continue
-            for size in minimum[small]:
-                fast, slow = minimum[small][size], minimum[large][size]
-                if fast > 1.5 * slow:
-                    notes.append(
-                        f"batch {size}: {small} ({fast:.1f} ms) is slower than {large} ({slow:.1f} ms), which has "
-                        f"{many / few:.1f} times its parameters"
-                    )
-                elif slow > 1.5 * fast * many / few:
-                    notes.append(
-                        f"batch {size}: {small} ({fast:.1f} ms) is {slow / fast:.1f} times as fast as {large} "
-                        f"({slow:.1f} ms), which has only {many / few:.1f} times its parameters"
-                    )
-    return notes
 
 
 def processor_instructions() -> list[str]:
@@ -381,6 +382,10 @@ class _Worker:
     def peak_mb(self) -> float | None:
         return self._ask({"do": "peak"})["mb"]
 
+    def used_seconds(self) -> float:
+        """Of processors, since it was started."""
+        return self._ask({"do": "used"})["seconds"]
+
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
@@ -415,37 +420,112 @@ class _Worker:
         return ArtifactError(f"expected '{self.label}' to load and answer, but its process {what}:\n{last}")
 
 
+class _Look:
+    """What other processes use of the cores, from now on.
+
+    Args:
+        workers: whose work is ours, beside that of this process.
+    """
+
+    def __init__(self, workers: Iterable[_Worker] = ()) -> None:
+        self._workers = list(workers)
+        self._begin = time.monotonic()
+        self._busy, self._own = busy_seconds(), self._own_seconds()
+
+    def others(self) -> float | None:
+        """Cores that they used, on average; None where the system does not tell."""
+        busy = busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        other = busy - self._busy - (self._own_seconds() - self._own)
+        return max(other / (time.monotonic() - self._begin), 0.0)
+
+    def _own_seconds(self) -> float:
+        return time.process_time() + sum(worker.used_seconds() for worker in self._workers)
+
+
+def _wait_for_quiet(threads: int, seconds: float, workers: Iterable[_Worker] = ()) -> int:
+    """Wait until other processes leave as many cores as threads are to be timed.
+
+    Args:
+        threads: to be timed.
+        seconds: to wait, at most.
+        workers: see `_Look`.
+
+    Returns:
+        Threads that other processes leave room for: those that are asked for, or fewer where it did not get quiet.
+    """
+    cores, begin, seen = available_cores(), time.monotonic(), []
+    while seconds > 0:
+        look = _Look(workers)
+        time.sleep(_LOOK_SECONDS)
+        others = look.others()
+        if others is None or Surroundings(cores=cores, threads=threads, others=others).busy() is None:
+            return threads
+        if not seen:
+            logger.warning(
+                "timing waits for a quiet machine, up to %.0f s: other processes use %.1f of %d cores",
+                seconds,
+                others,
+                cores,
+            )
+        seen.append(others)
+        if time.monotonic() - begin >= seconds:
+            return int(cores - median(seen) + SPARE_CORES)
+    return threads
+
+
 def _take_turns(
-    workers: Mapping[str, _Worker], size: int, repetitions: int, calls: int, times: dict[str, dict[int, list[float]]]
-) -> None:
+    workers: Mapping[str, _Worker], size: int, repetitions: int, calls: int
+) -> dict[str, list[list[float]]]:
+    """Milliseconds by artefact, of the calls of each turn."""
     labels = list(workers)
+    times: dict[str, list[list[float]]] = {label: [] for label in labels}
     for repetition in range(repetitions):
         # Another one begins each time, so that nobody always follows the same neighbour.
         start = repetition % len(labels)
         for label in labels[start:] + labels[:start]:
             time.sleep(_PAUSE_SECONDS)
-            times[label][size].extend(workers[label].timed_turn(size, calls))
+            times[label].append(workers[label].timed_turn(size, calls))
+    return times
 
 
-def _row(times: Sequence[float], reference: Sequence[float], size: int, tokens: int) -> LatencyRecord:
+def _calls(times: Mapping[int, Sequence[Sequence[float]]]) -> dict[int, Calls]:
+    """By batch size, what is known of the times of an artefact; of each turn its calls."""
+    found = {}
+    for size, turns in times.items():
+        every = [ms for turn in turns for ms in turn]
+        smallest = [min(turn) for turn in turns]
+        half = len(turns) // 2
+        halves = (min(smallest[:half]), min(smallest[half:])) if half > 1 else None
+        found[size] = Calls(minimum_ms=min(every), median_ms=median(every), halves_ms=halves)
+    return found
+
+
+def _row(
+    times: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], size: int, tokens: int
+) -> LatencyRecord:
+    every, others = ([ms for turn in turns for ms in turn] for turns in (times, reference))
     return LatencyRecord(
         batch_size=size,
         tokens=tokens,
-        minimum_ms=min(times),
-        median_ms=median(times),
-        ratio_minimum=min(times) / min(reference),
-        ratio_median=median(times) / median(reference),
-        repetitions=len(times),
+        minimum_ms=min(every),
+        median_ms=median(every),
+        ratio_minimum=min(every) / min(others),
+        ratio_median=median(every) / median(others),
+        repetitions=len(every),
     )
 
 
-def _cost(folder: Path, form: FormName) -> tuple[str, int | None]:
-    """The group of artefacts that run the same kernels, and the parameters that a call multiplies with."""
+def _cost(folder: Path, form: FormName) -> Cost:
     size = measure_size(folder)
-    precision = read_graph_settings(folder, form).precision if FORMS[form].graph else ""
-    if size.encoder_parameters is None:
-        return f"{form} {precision}", None
-    return f"{form} {precision}", size.encoder_parameters - (size.embedding_parameters or 0)
+    if FORMS[form].graph:
+        precision = read_graph_settings(folder, form).precision
+        return cost_of(form, precision, size.encoder_parameters, size.embedding_parameters)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if FORMS[form].layout == "model" else None
+    if getattr(config, "adapters", None):  # the encoder may run once for each task
+        return cost_of(form, "", None, None)
+    return cost_of(form, "", size.encoder_parameters, size.embedding_parameters)
 
 
 def _close(stream: IO[str] | None) -> None:

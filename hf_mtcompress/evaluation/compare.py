@@ -4,7 +4,7 @@ Definitions. `average` is the mean of the main tasks' primary metrics. The reten
 chance (s - b) / (t - b), with the artefact's score s, the reference's score t and the score b of the majority class or
 the mean predictor. The retention of an artefact is the mean over the main tasks, its worst task retention the minimum.
 Where the reference is not above b there is nothing to keep: both forms are then undefined for that task, which is left
-out of means and minimum and named with the reason.
+out of means and minimum and named with the reason. That a limit is met is then not decided.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,8 @@ from typing import Any
 
 from hf_mtcompress.recipe import BudgetConfig
 from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, SplitScores, TaskRecord
+from hf_mtcompress.records.retention import why_left_out
+from hf_mtcompress.records.timing import BUSY
 
 MEGABYTE = 10**6
 
@@ -103,37 +105,46 @@ def compare(
     )
 
 
-def check_budget(budget: BudgetConfig, artefact: Artefact, comparison: Comparison | None) -> dict[str, Any]:
+def check_budget(
+    budget: BudgetConfig, tasks: Mapping[str, TaskRecord], artefact: Artefact, comparison: Comparison | None
+) -> dict[str, Any]:
     """Hold an artefact against what the device allows.
 
     Args:
         budget: the limits; those that are None are not checked.
+        tasks: the tasks of the run.
         artefact: with size and latency measured.
         comparison: of this artefact with the reference.
 
     Returns:
-        By limit `{"limit", "found", "met"}`, and `artefact`, its folder. What was not measured is not met: `found` is
-        then None. Latency ratios are those of the minimum times, which other work on the machine disturbs least.
+        By limit `{"limit", "found", "met", "why"}`, and `artefact`, its folder. `met` is None where that is not
+        decided, and `why` says why: it was not measured, or what is kept is undefined for a main task. Latency ratios
+        are those of the minimum times, which other work on the machine disturbs least.
     """
     size = None if artefact.size is None else artefact.size.weights_bytes / MEGABYTE
-    retention = None if comparison is None else comparison.retention
-    worst = None if comparison is None else comparison.worst_task_retention
-    at_most: list[tuple[str, float | None, float | None]] = [
+    at_most = [
         ("latency_b1_ratio", budget.latency_b1_ratio, latency_ratio(artefact.latency, 1)),
         ("latency_b32_ratio", budget.latency_b32_ratio, latency_ratio(artefact.latency, 32)),
         ("size_mb", budget.size_mb, size),
     ]
-    at_least: list[tuple[str, float | None, float | None]] = [
-        ("retention", budget.retention, retention),
-        ("worst_task_retention", budget.worst_task_retention, worst),
+    at_least = [
+        ("retention", budget.retention, comparison and comparison.retention),
+        ("worst_task_retention", budget.worst_task_retention, comparison and comparison.worst_task_retention),
     ]
+    busy = any(row.not_measured for row in artefact.latency)
+    left_out = None if comparison is None else why_left_out(tasks, comparison.undefined)
     checked: dict[str, Any] = {"artefact": artefact.folder}
     for name, limit, found in at_most:
         if limit is not None:
-            checked[name] = {"limit": limit, "found": found, "met": found is not None and found <= limit}
+            met = None if found is None else found <= limit
+            why = f"not measured: {BUSY}" if busy and name.startswith("latency") else "not measured"
+            checked[name] = {"limit": limit, "found": found, "met": met, "why": why if met is None else None}
     for name, limit, found in at_least:
         if limit is not None:
-            checked[name] = {"limit": limit, "found": found, "met": found is not None and found >= limit}
+            # Those that are left out could not make it better.
+            met = None if found is None or (found >= limit and left_out) else found >= limit
+            why = left_out or "not measured"
+            checked[name] = {"limit": limit, "found": found, "met": met, "why": why if met is None else None}
     return checked
 
 

@@ -7,6 +7,7 @@ answers are JSON, one a line, on standard input and output:
 
     {"do": "time", "batch": "1", "calls": 1}  ->  {"ms": [12.5]}
     {"do": "peak"}                            ->  {"mb": 310.2}
+    {"do": "used"}                            ->  {"seconds": 3.5}
 
 A first line `{"ready": true}` says that the artefact is loaded. A graph is run without importing torch, so
 that its peak memory is that of its runtime.
@@ -80,6 +81,9 @@ def main(settings_path: str) -> None:
             answer({"ms": times})
         elif request["do"] == "peak":
             answer({"mb": peak_mb()})
+        elif request["do"] == "used":
+            # Of all threads, those that spin while they wait for work among them.
+            answer({"seconds": time.process_time()})
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from hf_mtcompress.publishing.facts import (
     ancestors,
     artefacts_of,
     batch_sizes,
+    beaten_reference,
+    budget_of,
     comparison_of,
     delivered_artefact,
     delivered_step,
+    every_task_left_out,
     final_scores,
     interfering_steps,
     latency_of,
@@ -23,12 +26,15 @@ from hf_mtcompress.publishing.facts import (
     parent_of,
     reference_artefact,
     short_precision,
+    tasks_left_out,
     tasks_of,
     vocabulary_of,
+    was_busy,
 )
 from hf_mtcompress.publishing.figures import (
     NO_OWN_WORDS,
     NOT_MEASURED,
+    NOT_TIMED,
     OWN_WORDS_BEGIN,
     OWN_WORDS_END,
     Figures,
@@ -48,7 +54,7 @@ from hf_mtcompress.publishing.report import (
 )
 from hf_mtcompress.publishing.sensitivity import sensitive_steps, sensitivity_rows, sensitivity_words
 from hf_mtcompress.publishing.usage import Usage, marked_name
-from hf_mtcompress.records import RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
+from hf_mtcompress.records import LatencyRecord, RunRecord, StepRecord, TaskRecord, run_from_dict, to_json
 
 PICTURE = "comparison.png"
 INTERFERENCE_PICTURE = "interference.png"
@@ -196,13 +202,31 @@ class _Page:
         if ratios and not self.is_reference:
             speeds = _join([f"{n.times_faster(ratio)} times as fast at batch size {n.plain(b)}" for b, ratio in ratios])
             claims.append(f"On the processor named below it runs {speeds} (minimum of the timed calls).")
+        busy = [n.plain(row.batch_size) for row in self.artefact.latency if row.not_measured is not None]
+        if busy and not self.is_reference:
+            claims.append(f"Its speed at batch size {_join(busy)} was {NOT_TIMED}.")
         comparison = self.comparison
+        without = _join([f"`{name}`" for name in tasks_left_out(self.record, comparison)])
         if comparison is not None and comparison.retention is not None:
             claim = f"It keeps {n.percent(comparison.retention)} of the reference's {comparison.split} scores"
             if comparison.worst_task is not None and comparison.worst_task_retention is not None:
                 claim += f" (worst task: `{comparison.worst_task}`, {n.percent(comparison.worst_task_retention)})"
-            claims.append(claim + ".")
+            claims.append(claim + (f", without {without}." if without else "."))
+        if without:
+            claims.append(f"What it keeps of {without} is undefined: the reference is not above chance there.")
+        claims += self.beaten()
         return claims
+
+    def beaten(self) -> list[str]:
+        """The sentence on a reference that something made from it beats."""
+        n = self.n
+        tasks = [
+            f"`{name}` ({n.score(row['score'])} of `{step.name}` against {n.score(row['reference'])})"
+            for name, (step, row) in beaten_reference(self.record).items()
+        ]
+        if not tasks:
+            return []
+        return [f"The reference is beaten on {_join(tasks)}, so it is probably undertrained."]
 
     # ---- at a glance ----
 
@@ -230,18 +254,29 @@ class _Page:
         add(f"average of the main tasks ({split})", [n.score(one.average if one else None) for one in scores])
         if self.comparison is not None:
             comparison = self.comparison
-            add("scores kept, mean of tasks", ["", n.percent(comparison.retention)])
-            add("scores kept above chance", ["", n.percent(comparison.retention_above_chance)])
-            add("scores kept, worst task", ["", n.percent(comparison.worst_task_retention)])
+            without = self.without()
+            add(f"scores kept, mean of tasks{without}", ["", n.percent(comparison.retention)])
+            add(f"scores kept above chance{without}", ["", n.percent(comparison.retention_above_chance)])
+            add(f"scores kept, worst task{without}", ["", n.percent(comparison.worst_task_retention)])
         for batch_size in batch_sizes(self.record):
             latency = [latency_of(column, batch_size) for column in columns]
             label = f"time per call, batch size {n.plain(batch_size)} (minimum)"
-            add(label, [n.milliseconds(one.minimum_ms if one else None) for one in latency])
+            add(label, [self._milliseconds(one, one.minimum_ms if one else None) for one in latency])
         add(
             "peak memory",
             [f"{n.count(column.peak_memory_mb)} MB" if column.peak_memory_mb else NOT_MEASURED for column in columns],
         )
         return rows
+
+    def without(self) -> str:
+        """Words on main tasks that are in no mean and no minimum; none where all are."""
+        names = [f"`{name}`" for name in every_task_left_out(self.record)]
+        return f", without {_join(names)} (undefined)" if names else ""
+
+    def _milliseconds(self, row: LatencyRecord | None, value: float | None) -> str:
+        if value is None and row is not None and row.not_measured is not None:
+            return NOT_TIMED
+        return self.n.milliseconds(value)
 
     # ---- tasks and quality ----
 
@@ -350,7 +385,7 @@ class _Page:
         n = self.n
         rows = [["step", "kind", "from", "layers", "heads a layer", "feed-forward width", "tokens"]]
         rows[0] += ["parameters", "weights"]
-        rows[0] += ["validation average", "test average", "kept", "time"]
+        rows[0] += ["validation average", "test average", f"kept{self.without()}", "time"]
         for step in self.record.steps:
             artefact = step.artefacts[0] if step.artefacts else None
             size = artefact.size if artefact else None
@@ -483,8 +518,10 @@ class _Page:
             row = [marked_name(self.record, step, artefact), artefact.form, n.text(artefact.precision), weights]
             for size in sizes:
                 one = latency_of(artefact, size)
-                row += [n.milliseconds(one.minimum_ms if one else None), n.milliseconds(one.median_ms if one else None)]
-                row.append(n.times_faster(one.ratio_minimum if one else None))
+                row.append(self._milliseconds(one, one.minimum_ms if one else None))
+                row.append(self._milliseconds(one, one.median_ms if one else None))
+                busy = was_busy(artefact, size)
+                row.append(NOT_TIMED if busy else n.times_faster(one.ratio_minimum if one else None))
             rows.append(row)
         return rows if len(rows) > 1 else []
 
@@ -495,7 +532,7 @@ class _Page:
         timed = [row for _, artefact in artefacts_of(self.record) for row in artefact.latency]
         benchmark = self.record.benchmark or {}
         # Already in the tables, or among the limitations.
-        shown = {"batch_sizes", "reference", "repetitions", "suspicious", "tokens"}
+        shown = {"batch_sizes", "not_measured", "other_processes", "reference", "repetitions", "suspicious", "tokens"}
         for label, values in (
             ("tokens", {row.tokens for row in timed}),
             ("timed calls of each artefact", {row.repetitions for row in timed}),
@@ -521,10 +558,11 @@ class _Page:
     def budget(self) -> list[list[str]]:
         """Limit, finding and verdict for each limit of the budget."""
         rows = [["limit", "allowed", "found", "met"]]
-        for name, entry in (self.record.budget or {}).items():
-            if isinstance(entry, Mapping) and "limit" in entry:
-                met = "not checked" if entry.get("met") is None else "yes" if entry["met"] else "**no**"
-                rows.append([_words(name), self.n.plain(entry["limit"]), self.n.plain(entry.get("found")), met])
+        for name, entry in budget_of(self.record).items():
+            met = "yes" if entry["met"] else "**no**"
+            if entry["met"] is None:
+                met = f"not decided ({self.n.text(entry['why'])})"
+            rows.append([_words(name), self.n.plain(entry["limit"]), self.n.plain(entry["found"]), met])
         return rows if len(rows) > 1 else []
 
     def alternative_text(self) -> str:
@@ -539,6 +577,8 @@ class _Page:
             words = f"{step.name} ({kind}) average {n.score(scores.average)}"
             if latency and latency[0] is not None and latency[0].ratio_minimum:
                 words += f" at {n.percent(latency[0].ratio_minimum)} of the reference's time"
+            elif latency and latency[0] is not None and latency[0].not_measured is not None:
+                words += f", time {NOT_TIMED}"
             points.append(words)
         return ("Quality and time of every saved form: " + "; ".join(points)).replace("[", "(").replace("]", ")")
 
@@ -589,4 +629,6 @@ def _words(key: str) -> str:
 
 
 def _join(words: Sequence[str]) -> str:
+    if not words:
+        return ""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,8 +1,10 @@
 """Questions that card, report and picture all ask of a record; pure, and no number is made here."""
 
+import re
 from typing import Any
 
 from hf_mtcompress.errors import PublishingError
+from hf_mtcompress.publishing.figures import NOT_TIMED
 from hf_mtcompress.records import (
     Artefact,
     Comparison,
@@ -13,6 +15,7 @@ from hf_mtcompress.records import (
     StepRecord,
     TaskRecord,
 )
+from hf_mtcompress.records.retention import left_out, surpassed, why_left_out
 
 
 def step_named(record: RunRecord, name: str | None) -> StepRecord | None:
@@ -65,6 +68,78 @@ def latency_of(artefact: Artefact, batch_size: int) -> LatencyRecord | None:
     return next((row for row in artefact.latency if row.batch_size == batch_size), None)
 
 
+def was_busy(artefact: Artefact, batch_size: int) -> bool:
+    """Whether a time was taken and is not given, since the machine was busy."""
+    row = latency_of(artefact, batch_size)
+    return row is not None and row.not_measured is not None
+
+
+def not_timed(record: RunRecord) -> list[str]:
+    """What shows that the machine was busy, by artefact and batch size; empty where every time is given."""
+    return [
+        f"{artefact.folder}, batch {row.batch_size}: {row.not_measured}"
+        for _, artefact in artefacts_of(record)
+        for row in artefact.latency
+        if row.not_measured is not None
+    ]
+
+
+def tasks_left_out(record: RunRecord, comparison: Comparison | None) -> dict[str, str]:
+    """Main tasks of which nothing can be said to be kept, with the reason: they are in no mean and no minimum."""
+    return {} if comparison is None else left_out(record.tasks, comparison.undefined)
+
+
+def every_task_left_out(record: RunRecord) -> dict[str, str]:
+    """The same over all comparisons of a run."""
+    return {name: why for comparison in record.comparisons for name, why in tasks_left_out(record, comparison).items()}
+
+
+def beaten_reference(record: RunRecord) -> dict[str, tuple[StepRecord, dict[str, float | None]]]:
+    """Tasks in which something beats the reference by more than chance, each with the step and its comparison."""
+    found: dict[str, tuple[StepRecord, dict[str, float | None]]] = {}
+    for step, artefact in artefacts_of(record):
+        comparison = comparison_of(record, artefact)
+        if comparison is None or step.name == record.reference or comparison.split not in artefact.scores:
+            continue
+        rows = {name: score.rows for name, score in artefact.scores[comparison.split].tasks.items()}
+        for name in surpassed(record.tasks, comparison, rows):
+            row = comparison.tasks[name]
+            if name not in found or (row["score"] or 0.0) > (found[name][1]["score"] or 0.0):
+                found[name] = (step, row)
+    return found
+
+
+def budget_of(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """The limits of the budget as they hold: each with `limit`, `found`, `met` (None where undecided) and `why`.
+
+    Older records have limits as met that leave tasks out, and as missed where nothing was measured.
+    """
+    budget = record.budget or {}
+    found = {}
+    comparison = next((item for item in record.comparisons if item.folder == budget.get("artefact")), None)
+    for name, entry in budget.items():
+        if not isinstance(entry, dict) or "limit" not in entry:
+            continue
+        row = {"found": None, "met": None, "why": None} | entry
+        if row["why"] is None:
+            if row["found"] is None:
+                row |= {"met": None, "why": "not measured"}
+            elif name.startswith("latency") and (batch := re.fullmatch(r"latency_b(\d+)_ratio", name)):
+                held = artefact_named(record, budget.get("artefact"))
+                if held is not None and was_busy(held, int(batch[1])):
+                    row |= {"found": None, "met": None, "why": NOT_TIMED}
+            elif row["met"] and name in ("retention", "worst_task_retention") and comparison is not None:
+                why = why_left_out(record.tasks, comparison.undefined)
+                row |= {"met": None, "why": why} if why else {}
+        found[name] = row
+    return found
+
+
+def artefact_named(record: RunRecord, folder: str | None) -> Artefact | None:
+    """The artefact in a folder of the run, or None."""
+    return next((artefact for _, artefact in artefacts_of(record) if artefact.folder == folder), None)
+
+
 def batch_sizes(record: RunRecord) -> list[int]:
     """Every batch size that was timed, ascending."""
     return sorted({row.batch_size for step in record.steps for artefact in step.artefacts for row in artefact.latency})
@@ -78,6 +153,12 @@ def parent_of(record: RunRecord, step: StepRecord) -> StepRecord | None:
 def short_precision(artefact: Artefact) -> str:
     """The precision without its details: `int8, dynamic, per channel` is `int8`."""
     return artefact.precision.partition(",")[0]
+
+
+def depends_on_company(artefact: Artefact) -> bool:
+    """Whether an answer can change with the rows beside it: ranges of activations are those of the whole call."""
+    kind, _, details = artefact.precision.partition(",")
+    return artefact.form == "onnx" and ("dynamic" in details or (kind == "mixed" and "int8" in details))
 
 
 def interfering_steps(record: RunRecord) -> list[StepRecord]:
@@ -176,8 +257,10 @@ def headline_figures(record: RunRecord, artefact: Artefact) -> dict[str, str]:
     if reference is None or reference.folder == artefact.folder:
         return found
     comparison = comparison_of(record, artefact)
+    without = tasks_left_out(record, comparison)
     if comparison is not None and comparison.retention is not None:
-        found[f"kept of {record.reference}"] = f"{100 * comparison.retention:.1f} %"
+        beside = f", without {', '.join(without)} (undefined)" if without else ""
+        found[f"kept of {record.reference}"] = f"{100 * comparison.retention:.1f} %{beside}"
         if comparison.worst_task_retention is not None:
             found[f"kept, worst task ({comparison.worst_task})"] = f"{100 * comparison.worst_task_retention:.1f} %"
     if artefact.size is not None and reference.size is not None:
@@ -185,7 +268,9 @@ def headline_figures(record: RunRecord, artefact: Artefact) -> dict[str, str]:
         found["size"] = f"{before:.1f} MB to {after:.1f} MB"
     for batch in batch_sizes(record):
         row = latency_of(artefact, batch)
-        if row is not None and row.ratio_minimum is not None:
+        if row is not None and row.not_measured is not None:
+            found[f"time at batch {batch}"] = NOT_TIMED
+        elif row is not None and row.ratio_minimum is not None:
             found[f"time at batch {batch}"] = f"{100 * row.ratio_minimum:.1f} %"
     return found
 

@@ -5,6 +5,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_mtcompress.publishing.figures import NOT_TIMED
 from hf_mtcompress.publishing.picture import DELIVERED_COLOUR, OTHER_COLOUR, REFERENCE_COLOUR
 from hf_mtcompress.publishing.report import align
 from hf_mtcompress.records import Candidate, SearchRecord
@@ -25,19 +26,27 @@ def family_table(record: SearchRecord) -> str:
             "*" if item.folder == record.chosen else "",
             item.folder,
             "-" if item.size_mb is None else f"{item.size_mb:.1f}",
-            *(_percent(item.ratios.get(size)) for size in sizes),
+            *("busy" if size in item.not_measured else _percent(item.ratios.get(size)) for size in sizes),
             _percent(item.retention),
             _percent(item.worst_task_retention),
             "yes" if item.on_front else "",
-            "met" if item.missed == 0 else f"misses {', '.join(_missed(item))}",
+            "; ".join(_verdicts(item)) or "met",
         ]
         for item in record.candidates
     ]
     limits = ", ".join(f"{name} {limit:g}" for name, limit in record.budget.items())
     outcome = "meets the budget" if record.met else "comes nearest to the budget, which none meets"
+    if record.met is None:
+        outcome = "is the smallest that may meet the budget, which is not decided"
+    left_out = {name: why for item in record.candidates for name, why in item.undefined.items()}
+    busy = [
+        f"{item.folder}, batch {size}: {why}" for item in record.candidates for size, why in item.not_measured.items()
+    ]
     notes = [
         f"Budget: {limits}. {record.chosen} {outcome}.",
         f"Times: share of {record.reference} in torch float32, minimum of turns; scores of validation rows.",
+        *(f"Kept leaves {name} out, where it is undefined: {why}." for name, why in left_out.items()),
+        *([f"busy: {NOT_TIMED} ({'; '.join(busy)})."] if busy else []),
     ]
     return "\n".join([align(rows), "", *notes]) + "\n"
 
@@ -69,6 +78,7 @@ def draw_family(record: SearchRecord, path: Path) -> Path | None:
         The file; None where nothing was timed and scored.
     """
     sizes = [size for size in _batch_sizes(record) if any(_place(item, size) for item in record.candidates)]
+    busy = any(item.not_measured for item in record.candidates)
     if not sizes:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -79,7 +89,8 @@ def draw_family(record: SearchRecord, path: Path) -> Path | None:
     FigureCanvasAgg(figure)
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         _draw_panel(axes, record, size)
-    figure.suptitle(f"{record.name}: the family that the search made", fontsize=12)
+    title = f"{record.name}: the family that the search made"
+    figure.suptitle(f"{title}\nsome times {NOT_TIMED}" if busy else title, fontsize=12)
     figure.savefig(path, metadata={"Software": "hf_mtcompress"})
     return path
 
@@ -103,7 +114,9 @@ def _draw_panel(axes: "Axes", record: SearchRecord, size: str) -> None:
     axes.margins(x=0.18, y=0.1)
     axes.set_xlabel(f"time at batch size {size}, % of {record.reference}")
     kept = any(item.retention is not None for item in record.candidates)
-    axes.set_ylabel("kept, % (validation)" if kept else "average x 100 (validation)")
+    without = ", ".join({name: why for item in record.candidates for name, why in item.undefined.items()})
+    beside = f", without {without}" if without else ""
+    axes.set_ylabel(f"kept, % (validation{beside})" if kept else "average x 100 (validation)")
     axes.grid(color="#DDDDDD", linewidth=0.7, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -117,15 +130,17 @@ def _batch_sizes(record: SearchRecord) -> list[str]:
     return sorted({size for item in record.candidates for size in item.ratios}, key=int)
 
 
-def _missed(item: Candidate) -> list[str]:
-    """Limits that are not met, with what was found."""
-    found = []
+def _verdicts(item: Candidate) -> list[str]:
+    """Limits that are missed, with what was found, and those that are not decided, with the reason."""
+    missed, open_ = [], []
     for name, row in item.limits.items():
-        if not row["met"]:
-            sign = "<" if name in _LOWER_LIMITS else ">"
-            value = "unknown" if row["found"] is None else f"{row['found']:.3g} {sign} {row['limit']:g}"
-            found.append(f"{name} ({value})")
-    return found
+        sign = "<" if name in _LOWER_LIMITS else ">"
+        if row["met"] is None:
+            open_.append(f"{name} ({row['why']})")
+        elif not row["met"]:
+            missed.append(f"{name} ({row['found']:.3g} {sign} {row['limit']:g})")
+    found = [f"misses {', '.join(missed)}"] if missed else []
+    return found + ([f"not decided: {', '.join(open_)}"] if open_ else [])
 
 
 def _percent(value: float | None) -> str:

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_mtcompress.records import RunRecord
+from hf_mtcompress.records.timing import BUSY
 
 NOT_MEASURED = "not measured"
+NOT_TIMED = f"{NOT_MEASURED}: {BUSY}"
+"""In place of a time that does not hold together with what else is known of the machine and of other times."""
 
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)

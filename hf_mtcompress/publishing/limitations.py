@@ -6,12 +6,14 @@ from hf_mtcompress.publishing.facts import (
     comparison_of,
     delivered_artefact,
     delivered_step,
+    depends_on_company,
     final_scores,
     is_vanilla_shape,
+    not_timed,
     reference_artefact,
     tasks_of,
 )
-from hf_mtcompress.publishing.figures import Figures
+from hf_mtcompress.publishing.figures import NOT_TIMED, Figures
 from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.records import FORMS, RunRecord
 
@@ -54,8 +56,8 @@ class Limitations:
             facts.append(
                 "Times are from one machine, named above; the ratios are likelier to carry over than the times."
             )
-        suspicious = (record.benchmark or {}).get("suspicious") or []
-        facts += [f"A time to doubt: {n.text(str(found))}." for found in suspicious]
+        if reasons := not_timed(record):
+            facts.append(f"Times that are not given: {NOT_TIMED} ({'; '.join(map(n.text, reasons))}).")
         pruned = [step for step in ancestors(record, self.step) if not is_vanilla_shape(record, step)]
         if pruned and "torch" in {artefact.form for _, artefact in self.layout.values()}:
             facts.append(
@@ -66,6 +68,13 @@ class Limitations:
         if form.layout == "graph":
             name = form.runtime.removesuffix(" Runtime")
             facts.append(f"The {name} form runs through {form.runtime} and is not opened by the `Auto` classes.")
+        moving = [f"`{step.name}`" for step, artefact in self.layout.values() if depends_on_company(artefact)]
+        if moving:
+            facts.append(
+                f"In {', '.join(moving)} the ranges of rounded activations are those of a whole call, so an answer can "
+                "change with the rows beside it (of many texts a few labels near a border do). Calibrated ranges "
+                "(`calibration`) and OpenVINO do not have that."
+            )
         if self.artefact.form == "bitsandbytes":
             facts.append("bitsandbytes saves memory; on a processor without a GPU it is usually slower than float32.")
         facts += self._reload_limits()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hf_mtcompress import artifacts
 from hf_mtcompress.publishing.facts import (
+    artefacts_of,
     batch_sizes,
     comparison_of,
     delivered_artefact,
@@ -20,7 +21,9 @@ from hf_mtcompress.publishing.facts import (
     reference_artefact,
     short_precision,
     tasks_of,
+    was_busy,
 )
+from hf_mtcompress.publishing.figures import NOT_TIMED
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
 # Imported late: matplotlib - slow to import, and whoever only reads a report needs none of it.
@@ -118,9 +121,11 @@ def _draw_points(axes: "Axes", points: Sequence[Point], record: RunRecord) -> No
     for x, point in shown:
         colour = _colour(point.folder, reference, delivered)
         axes.scatter(x, point.average, s=90, color=colour, marker=MARKERS[point.form], zorder=3, edgecolor="white")
-    axes.set_xlabel(
+    label = (
         f"times as fast as {record.reference} (batch size {sizes[0]}, log scale)" if timed else "size in MB (log scale)"
     )
+    busy = [artefact.folder for _, artefact in artefacts_of(record) if sizes and was_busy(artefact, sizes[0])]
+    axes.set_xlabel(f"{label}\ntime {NOT_TIMED}" + (f" ({', '.join(busy)})" if timed else "") if busy else label)
     split = next((scores.split for scores in [final_scores(delivered)] if scores), "test")
     axes.set_ylabel(f"average of the main tasks ({split})")
     _round_ticks(axes, [x for x, _ in shown], [point.average for _, point in shown])

@@ -9,18 +9,23 @@ from typing import Any
 
 from hf_mtcompress.publishing.facts import (
     batch_sizes,
+    beaten_reference,
+    budget_of,
     comparison_of,
     delivered_step,
+    every_task_left_out,
     final_scores,
     latency_of,
+    not_timed,
     parent_of,
     scheduled_prunings,
     short_precision,
     tasks_of,
     trimmed_steps,
     vocabulary_cuts,
+    was_busy,
 )
-from hf_mtcompress.publishing.figures import NOT_MEASURED, Figures
+from hf_mtcompress.publishing.figures import NOT_MEASURED, NOT_TIMED, Figures
 from hf_mtcompress.records import Artefact, RunRecord, StepRecord
 
 REPORTED_BATCH_SIZES = (1, 32)
@@ -31,9 +36,11 @@ def report_rows(record: RunRecord) -> list[dict[str, Any]]:
 
     Returns:
         Objects with `step`, `kind`, `from`, `split`, `rows`, `average`, `retention`, `retention_above_chance`,
-        `worst_task_retention`, `worst_task`, `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
+        `worst_task_retention`, `worst_task`, `undefined` (tasks that are left out of the three, with the reason),
+        `scores` (primary metric by task), `parameters`, `size_mb` (10**6 bytes of
         weights and graph), `latency_b1_ratio` and `latency_b32_ratio` (minimum over minimum of the reference), the same
-        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `pruning`, `vocabulary` and `sparsity` (where the
+        with `_median`, `minimum_ms_b1`, `median_ms_b1` and so on, `not_measured` (by batch size, why its times are not
+        given), `pruning`, `vocabulary` and `sparsity` (where the
         step cut parts, tokens or single weights), `seconds`, `delivered`, and `artefacts`: the same of every saved
         form, with `form`, `folder` and `precision`. A step's own numbers are its first artefact's.
     """
@@ -75,6 +82,7 @@ def _measured(record: RunRecord, artefact: Artefact | None) -> dict[str, Any]:
         "retention_above_chance": comparison.retention_above_chance if comparison else None,
         "worst_task_retention": comparison.worst_task_retention if comparison else None,
         "worst_task": comparison.worst_task if comparison else None,
+        "undefined": comparison.undefined if comparison else {},
         "scores": {
             name: scores.tasks[name].metrics.get(task.metric)
             for name, task in record.tasks.items()
@@ -92,6 +100,11 @@ def _measured(record: RunRecord, artefact: Artefact | None) -> dict[str, Any]:
         row[f"latency_b{batch_size}_ratio_median"] = latency.ratio_median if latency else None
         row[f"minimum_ms_b{batch_size}"] = latency.minimum_ms if latency else None
         row[f"median_ms_b{batch_size}"] = latency.median_ms if latency else None
+    row["not_measured"] = {
+        str(latency.batch_size): latency.not_measured
+        for latency in (artefact.latency if artefact is not None else [])
+        if latency.not_measured is not None
+    }
     return row
 
 
@@ -128,6 +141,7 @@ def report_table(record: RunRecord) -> str:
         *vocabulary_lines(record, figures),
         *sparsity_lines(record, figures),
         *gate_lines(record, figures),
+        *doubt_lines(record, figures),
     ]
     if record.budget:
         notes.append("Budget: " + "; ".join(budget_lines(record, figures)) + ".")
@@ -147,6 +161,8 @@ def _score_cells(record: RunRecord, artefact: Artefact, figures: Figures) -> lis
 
 def _ratio(artefact: Artefact, batch_size: int, figures: Figures) -> str:
     latency = latency_of(artefact, batch_size)
+    if was_busy(artefact, batch_size):
+        return "busy"
     return figures.percent(latency.ratio_minimum if latency else None)
 
 
@@ -163,15 +179,29 @@ def task_scores(record: RunRecord, step: StepRecord, artefact: Artefact, figures
 def budget_lines(record: RunRecord, figures: Figures) -> list[str]:
     """One phrase for each limit of the budget: what was allowed, what was found, whether it holds."""
     phrases = []
-    for name, entry in (record.budget or {}).items():
-        if isinstance(entry, dict) and "limit" in entry:
-            verdict = "not checked" if entry.get("met") is None else "met" if entry["met"] else "missed"
-            found = entry.get("found")
-            phrases.append(
-                f"{figures.text(name)} {verdict} (limit {figures.plain(entry['limit'])}, "
-                f"found {'nothing measured' if found is None else figures.plain(found)})"
-            )
+    for name, entry in budget_of(record).items():
+        verdict = "not decided" if entry["met"] is None else "met" if entry["met"] else "missed"
+        found = [] if entry["found"] is None else [f"found {figures.plain(entry['found'])}"]
+        why = [] if entry["met"] is not None else [figures.text(entry["why"])]
+        limits = ", ".join([f"limit {figures.plain(entry['limit'])}", *found, *why])
+        phrases.append(f"{figures.text(name)} {verdict} ({limits})")
     return phrases
+
+
+def doubt_lines(record: RunRecord, figures: Figures) -> list[str]:
+    """What the figures cannot say: tasks with nothing to keep, a reference that is beaten, times that are not given."""
+    lines = []
+    for name, why in every_task_left_out(record).items():
+        lines.append(f"Kept leaves {name} out, where it is undefined: {figures.text(why)}.")
+    beaten = [
+        f"{name} ({figures.score(row['score'])} of '{step.name}' against {figures.score(row['reference'])})"
+        for name, (step, row) in beaten_reference(record).items()
+    ]
+    if beaten:
+        lines.append(f"'{record.reference}' is beaten on {', '.join(beaten)}: it is probably undertrained.")
+    if reasons := not_timed(record):
+        lines.append(f"busy: {NOT_TIMED} ({'; '.join(map(figures.text, reasons))}).")
+    return lines
 
 
 def pruning_lines(record: RunRecord, figures: Figures) -> list[str]:
@@ -251,13 +281,16 @@ def gate_lines(record: RunRecord, figures: Figures) -> list[str]:
         gate = (step.quantization or {}).get("gate")
         if gate is None:
             continue
+        without = ", ".join(gate.get("undefined") or {})
+        beside = f", without {without}, where nothing can be said to be kept" if without else ""
         parts = [
             f"{GATE_WORDS[name]} {figures.percent(row['found'])} (asked for: at least {figures.percent(row['limit'])})"
             for name, row in gate["limits"].items()
         ]
         verdict = "" if gate["met"] else " It missed that and was kept on request."
         lines.append(
-            f"Step {step.name} kept of {gate['reference']} on the {gate['split']} split: {', '.join(parts)}.{verdict}"
+            f"Step {step.name} kept of {gate['reference']} on the {gate['split']} split{beside}: {', '.join(parts)}."
+            f"{verdict}"
         )
     return lines
 

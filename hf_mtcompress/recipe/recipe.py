@@ -42,7 +42,10 @@ class BenchmarkConfig:
     warmup: int = 3
     """Calls before the timed ones."""
     threads: int | None = None
-    """Threads of each runtime; default: all cores this process may use."""
+    """Threads of each runtime; default: all cores this process may use, less those that other processes keep busy."""
+    wait: float = 30.0
+    """Seconds to wait for a moment in which no other process needs the cores. What cannot be measured then is said to
+    be not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

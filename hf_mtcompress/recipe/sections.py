@@ -369,6 +369,7 @@ LIMITS: dict[str, _Limit] = {
     "threshold": _POSITIVE,
     "to": _AT_LEAST_0,
     "tokens": _AT_LEAST_1,
+    "wait": _AT_LEAST_0,
     "warmup": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,
     "weight": _AT_LEAST_0,

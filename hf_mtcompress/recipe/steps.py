@@ -350,7 +350,8 @@ class QuantizeStep:
     """With `onnxruntime` in 8 or 4 bits: encoder layers whose matrices stay in float, counted from 0."""
     calibration: CalibrationConfig | None = None
     """With `onnxruntime` in 8 bits: ranges of activations are measured on training rows and fixed (static); default:
-    they are found while the model runs (dynamic). `openvino` always measures them and takes `rows` alone."""
+    they are found while the model runs (dynamic), over all rows of a call, so that an answer can change with the rows
+    beside it. `openvino` always measures them and takes `rows` alone."""
     retention: float | None = None
     """The gate: share of the validation scores of the float model it starts from that must be kept, as a mean over
     the main tasks. The saved files are scored; below this the step fails."""

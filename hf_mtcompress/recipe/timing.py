@@ -18,3 +18,5 @@ class TimingConfig:
     """Threads of the runtime; default: all cores this process may use."""
     repetitions: int = 20
     """Turns of each of about twenty shapes, with a timed call or five short ones; the fastest counts."""
+    wait: float = 30.0
+    """Seconds to wait for a moment in which no other process needs the cores."""

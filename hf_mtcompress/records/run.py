@@ -6,7 +6,7 @@ Numbers carry the split and the number of rows they were computed on; what was n
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from hf_mtcompress.records.forms import FormName
+from hf_mtcompress.records.timing import Calls, Surroundings, cost_of, doubtful_times
 
 FORMAT_VERSION = 1
 
@@ -78,12 +79,15 @@ class LatencyRecord:
 
     batch_size: int
     tokens: int
-    minimum_ms: float
-    median_ms: float
+    minimum_ms: float | None
+    """None where it was not measured; so are the others then."""
+    median_ms: float | None
     ratio_minimum: float | None
-    """minimum / minimum of the reference in torch float32."""
+    """minimum / minimum of the reference in torch float32; None where either of them was not measured."""
     ratio_median: float | None
     repetitions: int
+    not_measured: str | None = None
+    """Why times or ratios are not given: what shows that the machine was busy; None where they are."""
 
 
 @dataclass(kw_only=True)
@@ -178,9 +182,10 @@ class RunRecord:
     steps: list[StepRecord]
     comparisons: list[Comparison] = field(default_factory=list)
     benchmark: dict[str, Any] | None = None
-    """Conditions of the latency figures: tokens, threads, load before and after, interleaving."""
+    """Conditions of the latency figures: tokens, threads, what else ran, interleaving."""
     budget: dict[str, Any] | None = None
-    """By limit: {"limit", "found", "met"}; plus "artefact"."""
+    """By limit: {"limit", "found", "met", "why"}; plus "artefact". `met` is None where that is not decided, and `why`
+    then says why."""
     publish: dict[str, Any] | None = None
 
 
@@ -246,7 +251,10 @@ def run_from_dict(data: dict[str, Any]) -> RunRecord:
         comparisons=lambda rows: [_rebuild(Comparison, row) for row in rows],
     )
     _check_places([comparison.folder for comparison in record.comparisons])
-    return _checked(record)
+    _checked(record)
+    if record.benchmark is not None and "other_processes" not in record.benchmark:
+        _judge_times(record, record.benchmark)
+    return record
 
 
 def _checked(record: Record) -> Record:
@@ -277,6 +285,60 @@ def _check_places(names: list[Any]) -> None:
         place = PurePath(str(name))
         if place.is_absolute() or ".." in place.parts:
             raise ValueError(f"expected folders inside of the run, found '{name}'")
+
+
+def _judge_times(record: RunRecord, benchmark: dict[str, Any]) -> None:
+    """Take times that do not hold together out of a record that was written before they were judged."""
+    artefacts = {artefact.folder: artefact for step in record.steps for artefact in step.artefacts}
+    adapted = {artefact.folder for step in record.steps if step.settings.get("adapters") for artefact in step.artefacts}
+    loads = [load for key in ("load_before", "load_after") if isinstance(load := benchmark.get(key), int | float)]
+    cores, threads = benchmark.get("cores"), benchmark.get("threads")
+    calls, costs = {}, {}
+    for folder, artefact in artefacts.items():
+        calls[folder] = {
+            row.batch_size: Calls(minimum_ms=row.minimum_ms, median_ms=row.median_ms)
+            for row in artefact.latency
+            if row.minimum_ms is not None and row.median_ms is not None
+        }
+        size = artefact.size
+        known = (size.encoder_parameters, size.embedding_parameters) if size and folder not in adapted else (None, None)
+        costs[folder] = cost_of(artefact.form, artefact.precision, *known)
+    sizes = {size for rows in calls.values() for size in rows}
+    around = {}
+    if isinstance(cores, int) and isinstance(threads, int):
+        around = dict.fromkeys(sizes, Surroundings(cores=cores, threads=threads, load=min(loads, default=None)))
+    found = doubtful_times(calls, costs, around)
+    reference = next((step.artefacts[0].folder for step in record.steps if step.name == record.reference), None)
+    for folder, artefact in artefacts.items():
+        artefact.latency = without_doubtful(artefact.latency, found.get(folder, {}), found.get(reference or "", {}))
+
+
+def without_doubtful(
+    rows: list[LatencyRecord], own: Mapping[int, str], reference: Mapping[int, str]
+) -> list[LatencyRecord]:
+    """Rows of an artefact without the times that do not hold, and without ratios to times of the reference that do not.
+
+    Args:
+        rows: one for each batch size.
+        own: by batch size, why a time of the artefact does not hold.
+        reference: the same of the reference.
+    """
+    kept = []
+    for row in rows:
+        if row.batch_size in own:
+            row = dataclasses.replace(
+                row,
+                minimum_ms=None,
+                median_ms=None,
+                ratio_minimum=None,
+                ratio_median=None,
+                not_measured=own[row.batch_size],
+            )
+        elif row.batch_size in reference:
+            why = f"of the reference: {reference[row.batch_size]}"
+            row = dataclasses.replace(row, ratio_minimum=None, ratio_median=None, not_measured=why)
+        kept.append(row)
+    return kept
 
 
 def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:

@@ -17,14 +17,15 @@ class Candidate:
     """10**6 bytes of weights and graph."""
     ratios: dict[str, float | None]
     """Minimum time as a fraction of that of the reference in torch float32, by batch size."""
-    measured_ms: dict[str, float]
+    measured_ms: dict[str, float | None]
     average: float | None
     retention: float | None
     worst_task_retention: float | None
     limits: dict[str, Any]
-    """By limit of the budget: `limit`, `found`, `met`."""
+    """By limit of the budget: `limit`, `found`, `met`, and `why` where that is not decided."""
     missed: float | None
-    """Sum over limits of how far each is missed, as a fraction of it; 0 where all are met, None where unknown."""
+    """Sum over the limits that are decided of how far each is missed, as a fraction of it; 0 where none is missed, None
+    where nothing is known of what is kept."""
     steps: list[str] = field(default_factory=list)
     """That lead to it from what the recipe's own steps made, in order."""
     share: float | None = None
@@ -33,6 +34,15 @@ class Candidate:
     """By the table of block times; batch sizes that the table has."""
     on_front: bool = False
     """Whether no other is at least as good in size, every time and quality, and better in one of them."""
+    not_measured: dict[str, str] = field(default_factory=dict)
+    """By batch size, why its time is not given."""
+    undefined: dict[str, str] = field(default_factory=dict)
+    """Main tasks that are left out of what is kept, with the reason."""
+
+    @property
+    def undecided(self) -> list[str]:
+        """Limits of which cannot be said whether they are met."""
+        return [name for name, row in self.limits.items() if row["met"] is None]
 
 
 @dataclass(kw_only=True)
@@ -51,7 +61,7 @@ class SearchRecord:
     candidates: list[Candidate]
     chosen: str
     """Folder of the delivered artefact."""
-    met: bool
-    """Whether it meets the whole budget on validation rows."""
+    met: bool | None
+    """Whether it meets the whole budget on validation rows; None where that is not decided."""
     conditions: dict[str, Any]
     """Of the times."""

@@ -81,6 +81,8 @@ def _same_conditions(last: RunRecord, steps: Sequence[StepRecord], reference: st
         "warmup": config.warmup,
         "threads": config.threads or found.get("threads"),
     }
+    if any(row.not_measured for step in last.steps for artefact in step.artefacts for row in artefact.latency):
+        return False  # the machine may be quiet now
     same_steps = [result_digest(step) for step in last.steps] == [result_digest(step) for step in steps]
     return same_steps and last.reference == reference and all(found.get(key) == wanted[key] for key in wanted)
 
@@ -122,7 +124,7 @@ def _compare(record: RunRecord, recipe: Recipe) -> None:
     if recipe.budget is not None:
         last = record.steps[-1].artefacts[0]
         comparison = next(item for item in record.comparisons if item.folder == last.folder)
-        record.budget = check_budget(recipe.budget, last, comparison)
+        record.budget = check_budget(recipe.budget, record.tasks, last, comparison)
 
 
 def _encoder_facts(context: RunContext) -> dict[str, Any]:

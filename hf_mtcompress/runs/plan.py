@@ -36,6 +36,12 @@ from hf_mtcompress.steps.run_context import RunContext, recipe_reader
 from hf_mtcompress.steps.saved_models import encoder_config, lineage_with_saved_models
 from hf_mtcompress.steps.training import merged_training
 
+_MOVES = (
+    "answers can change with the other rows of a call, whose activations are rounded together; `calibration` or "
+    "`backend: openvino` fixes their ranges"
+)
+"""What to know of 8 bits whose ranges are found in each call."""
+
 
 def describe_plan(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     """The plan of a recipe as plain values.
@@ -70,6 +76,7 @@ def describe_plan(recipe: Recipe, sources: Sources) -> dict[str, Any]:
                 "estimated_mb": round(shape.megabytes(step) * _copies(step, len(own.tasks)), 1),
                 **({"tokens": shape.tokens} if isinstance(step, TrimVocabularyStep) else {}),
                 **_training_size(step, recipe, _training_rows(own)),
+                **({"note": _MOVES} if _finds_ranges_in_calls(step) else {}),
             }
         )
     return {
@@ -286,6 +293,14 @@ def _shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> _
     )
 
 
+def _finds_ranges_in_calls(step: StepConfig) -> bool:
+    match step:
+        case QuantizeStep(backend="onnxruntime", bits=8 | "mixed", calibration=None):
+            return True
+        case _:
+            return False
+
+
 def _trimmed(step: TrimWeightsStep) -> float | None:
     """Fraction of the weights that a step trims; None where only the weights could tell."""
     if step.pattern is not None:
@@ -342,4 +357,6 @@ def plan_text(plan: dict[str, Any], output: Path) -> str:
             f"{step['layers']} layers, {tokens}about {step['parameters'] / 1e6:.1f} M parameters, "
             f"{step['estimated_mb']:.1f} MB{training}"
         )
+        if "note" in step:
+            lines.append(f"     {step['note']}")
     return "\n".join(lines)

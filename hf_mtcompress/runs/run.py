@@ -32,12 +32,14 @@ from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.digests import file_digests, keep, recall, values_digest
 from hf_mtcompress.errors import ArtifactError
 from hf_mtcompress.evaluation.benchmark import measure_size
+from hf_mtcompress.evaluation.compare import compare
 from hf_mtcompress.formats.reload.probes import save_probes
 from hf_mtcompress.locks import sole_use
 from hf_mtcompress.recipe import QuantizeStep, Recipe, StepConfig
 from hf_mtcompress.recipe.load import dump_recipe
 from hf_mtcompress.recipe.sections import plain_settings
 from hf_mtcompress.records import RunRecord, StepRecord
+from hf_mtcompress.records.retention import left_out, surpassed
 from hf_mtcompress.runs.fingerprint import foreign_files, short, step_inputs, why_again
 from hf_mtcompress.runs.measure import join, measure_artefacts
 from hf_mtcompress.runs.rehearsal import check_run
@@ -45,7 +47,7 @@ from hf_mtcompress.runs.results import last_record, write_results
 from hf_mtcompress.steps.gate import pass_gate
 from hf_mtcompress.steps.run import run_step
 from hf_mtcompress.steps.run_context import RunContext, probe_batch
-from hf_mtcompress.steps.scoring import read_step, score_folder
+from hf_mtcompress.steps.scoring import read_step, score_folder, task_record
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) 
             pass_gate(step, done[str(lineage.parent)], found, within, work)
             found.settings = plain_settings(step)
             shutil.rmtree(work, ignore_errors=True)
+        _judge_reference(found, done, context)
         return found
     if folder.exists():
         if not (folder / STEP_RECORD).exists():
@@ -170,7 +173,39 @@ def do_step(step: StepConfig, done: dict[str, StepRecord], context: RunContext) 
         write_text(scratch / STEP_RECORD, records.to_json(record))
     shutil.rmtree(work, ignore_errors=True)
     logger.warning("%s: done in %.0f s, validation average %s", name, record.seconds, _average(record))
+    _judge_reference(record, done, context)
     return record
+
+
+def _judge_reference(record: StepRecord, done: dict[str, StepRecord], context: RunContext) -> None:
+    """Say at once what the reference has not learnt, and where it is beaten: what is kept of it means little there."""
+    reference = context.recipe.reference or str(context.recipe.steps[0].name)
+    if record.name != reference and reference not in done:
+        return
+    tasks = {name: task_record(name, context) for name in context.sources.tasks}
+    known = record if record.name == reference else done[reference]
+    comparison = compare(tasks, known.artefacts[0], record.artefacts[0], step=record.name, split="validation")
+    if record.name == reference:
+        for name, why in left_out(tasks, comparison.undefined).items():
+            logger.warning(
+                "%s: %s on validation rows, so what is kept of %s will be undefined; train it longer, or look at its "
+                "labels",
+                name,
+                why,
+                name,
+            )
+        return
+    rows = {name: score.rows for name, score in record.artefacts[0].scores["validation"].tasks.items()}
+    for name in surpassed(tasks, comparison, rows):
+        row = comparison.tasks[name]
+        logger.warning(
+            "%s beats the reference %s on %s (%.3f against %.3f), so the reference is probably undertrained",
+            record.name,
+            reference,
+            name,
+            row["score"],
+            row["reference"],
+        )
 
 
 def _refuse_foreign_files(folder: Path, record: StepRecord) -> None:

@@ -2,14 +2,15 @@
 
 The starting model is cut in stages by the clock of this machine, each stage from the one before and recovered, and
 every stage is quantized where the runtime is. Sizes, times (in turns, side by side) and validation scores make the
-front; of what meets the budget the smallest is delivered, else what comes nearest. Its test scores, card and record are
-made by an ordinary run of the steps that lead to it. Finished stages are skipped, as in every run.
+front; of what meets the budget the smallest is delivered, else the smallest that may, where a time could not be taken
+or the reference is at chance, else what comes nearest. Its test scores, card and record are made by an ordinary run of
+the steps that lead to it. Finished stages are skipped, as in every run.
 """
 
 import dataclasses
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ from hf_mtcompress.recipe import (
     teachers_of,
 )
 from hf_mtcompress.recipe.lineage import lineage_of
-from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord
+from hf_mtcompress.records import Artefact, Candidate, Comparison, SearchRecord, StepRecord, TaskRecord
+from hf_mtcompress.records.retention import left_out
 from hf_mtcompress.runs.rehearsal import check_run
 from hf_mtcompress.runs.run import do_step, prepare_output, run
 from hf_mtcompress.steps.run_context import RunContext, probe_samples
@@ -100,9 +102,9 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     candidates = {}
     for member, artefact in artefacts.items():
         floats = [str(step.name) for step in family[member] if not isinstance(step, ExportStep | QuantizeStep)]
-        found = _candidate(artefact, compare(tasks, reference, artefact, step="", split="validation"), budget)
+        found = _candidate(artefact, compare(tasks, reference, artefact, step="", split="validation"), budget, tasks)
         found.steps, found.share = [str(step.name) for step in family[member]], member[1]
-        if member[0] == start:
+        if member[0] == start and table.busy is None:
             # The table is of its hidden width.
             sizes = find_anatomy(context.load(floats[-1] if floats else start).encoder).sizes
             found.predicted_ms = {str(size): table.milliseconds(sizes, size) for size in table.batches}
@@ -118,7 +120,7 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
         budget={key: value for key, value in dataclasses.asdict(budget).items() if value is not None},
         candidates=list(candidates.values()),
         chosen=chosen.folder,
-        met=chosen.missed == 0,
+        met=None if chosen.missed == 0 and chosen.undecided else chosen.missed == 0,
         conditions=timed.conditions,
     )
     (output / ASSETS).mkdir(exist_ok=True)
@@ -132,12 +134,15 @@ def search(recipe: Recipe, output: Path) -> SearchRecord:
     return record
 
 
-def _candidate(artefact: Artefact, comparison: Comparison, budget: BudgetConfig) -> Candidate:
+def _candidate(
+    artefact: Artefact, comparison: Comparison, budget: BudgetConfig, tasks: Mapping[str, TaskRecord]
+) -> Candidate:
     """What was measured on one member, held against the budget."""
-    limits = check_budget(budget, artefact, comparison)
+    limits = check_budget(budget, tasks, artefact, comparison)
     limits.pop("artefact")
-    missed = sum(_missed(row) for row in limits.values())
+    missed = sum(_missed(name, row) for name, row in limits.items())
     scores = artefact.scores.get("validation")
+    busy = {str(row.batch_size): row.not_measured for row in artefact.latency if row.not_measured is not None}
     return Candidate(
         folder=artefact.folder,
         form=f"{artefact.form} {artefact.precision}",
@@ -149,6 +154,8 @@ def _candidate(artefact: Artefact, comparison: Comparison, budget: BudgetConfig)
         worst_task_retention=comparison.worst_task_retention,
         limits=limits,
         missed=missed if math.isfinite(missed) else None,
+        not_measured=busy,
+        undefined=left_out(tasks, comparison.undefined),
     )
 
 
@@ -225,11 +232,11 @@ def _leading_to(recipe: Recipe, origin: str, path: Sequence[StepConfig]) -> list
 # ---- the choice ----
 
 
-def _missed(row: dict[str, Any]) -> float:
-    """How far a limit is missed, as a fraction of it."""
-    if row["met"]:
-        return 0.0
-    return math.inf if row["found"] is None else abs(row["found"] - row["limit"]) / row["limit"]
+def _missed(name: str, row: dict[str, Any]) -> float:
+    """How far a limit is missed, as a fraction of it; nothing where that is open, all where quality is unknown."""
+    if row["met"] is False:
+        return abs(row["found"] - row["limit"]) / row["limit"]
+    return math.inf if row["found"] is None and "retention" in name else 0.0
 
 
 def mark_front(candidates: Sequence[Candidate]) -> None:
@@ -251,8 +258,9 @@ def mark_front(candidates: Sequence[Candidate]) -> None:
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The smallest that meets the budget; where none does, the one that misses it least."""
-    within = [item for item in candidates if item.missed == 0]
+    """The smallest that meets the budget; else the smallest that may, as far as was measured; else the nearest."""
+    may = [item for item in candidates if item.missed == 0]
+    within = [item for item in may if not item.undecided] or may
     if within:
         return min(within, key=lambda item: (item.size_mb or math.inf, -(item.retention or 0.0)))
     return min(candidates, key=lambda item: math.inf if item.missed is None else item.missed)

@@ -11,6 +11,7 @@ from hf_mtcompress.publishing.report import align
 from hf_mtcompress.publishing.sensitivity import sensitivity_rows
 from hf_mtcompress.recipe import MixedConfig, QuantizeStep
 from hf_mtcompress.records import Comparison, StepRecord, TaskRecord
+from hf_mtcompress.records.retention import left_out
 from hf_mtcompress.steps.mixed_bits import sensitivity_of
 from hf_mtcompress.steps.quantizing import float_graph
 from hf_mtcompress.steps.run_context import RunContext, start_of
@@ -47,6 +48,7 @@ def pass_gate(step: QuantizeStep, source: StepRecord, record: StepRecord, contex
         "limits": limits,
         "met": met,
         "tasks": comparison.tasks,
+        "undefined": left_out(tasks, comparison.undefined),
     }
     if met:
         return

@@ -52,8 +52,12 @@ def latency_table(timing: TimingConfig, context: RunContext, source: str) -> Lat
         batch_sizes=timing.batch_sizes,
         threads=timing.threads,
         repetitions=timing.repetitions,
+        wait=timing.wait,
     )
     for size, times in table.batches.items():
         logger.info("batch size %d: the sum of blocks misses by at most %.1f %%", size, 100 * times.largest_error)
+    if table.busy is not None:
+        logger.warning("blocks were timed while the machine was busy, so a cut by time is rough: %s", table.busy)
+        return table  # not kept: another run may find a quiet moment
     table.save(context.output / WORK / f"latency-{digest}-{heads}-{width}.json")
     return table

@@ -136,8 +136,29 @@ def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     assert "--jsn" in capsys.readouterr().err
 
 
+BUSY = "not measured: the machine was busy"
+
+
 def test_a_run_whose_tasks_cannot_be_grouped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected the folder of a run" in refused(capsys, "group-tasks", str(tmp_path))
+
+
+def test_bench_says_what_it_could_not_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of a machine under load looked like any others."""
+    row = {"batch_size": 1, "minimum_ms": 2.0, "median_ms": 2.5, "ratio_minimum": 0.1}
+    empty = {"batch_size": 32, "minimum_ms": None, "median_ms": None, "ratio_minimum": None}
+    result = {"latency": {"student": [row, empty]}, "conditions": {"not_measured": ["student, batch 32: odd"]}}
+    seen: list[float] = []
+    monkeypatch.setattr("hf_mtcompress.runs.commands.bench", lambda _, config: seen.append(config.wait) or result)
+    assert main(["bench", "student", "--wait", "5"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["student", "1", "2.00", "2.50", "0.100"],
+        ["student", "32", *BUSY.split()],
+        [*BUSY.split()[:-1], "busy:", "student,", "batch", "32:", "odd"],
+    ]
+    assert seen == [5.0]
 
 
 def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
 """Retention and budget, on numbers small enough to check by hand."""
 
+import dataclasses
+
 import pytest
 
 from hf_mtcompress.evaluation.compare import average, check_budget, compare, primary_scores
 from hf_mtcompress.recipe import BudgetConfig
 from hf_mtcompress.records import Artefact, Comparison, LatencyRecord, SizeRecord, SplitScores, TaskRecord, TaskScore
+from hf_mtcompress.records.retention import surpassed
 
 
 def task(name: str, baseline: float | None, role: str = "main", metric: str = "accuracy") -> TaskRecord:
@@ -109,8 +112,8 @@ def test_average_needs_every_main_task():
     assert primary_scores(TASKS, artefact(mood=0.5).scores["test"]) == {"mood": 0.5}
 
 
-def test_budget_limits_are_inclusive_and_the_unmeasured_fails():
-    """A limit that was never measured must not pass."""
+def test_budget_limits_are_inclusive_and_the_unmeasured_is_not_decided():
+    """A limit that was never measured must neither pass nor fail."""
     found = artefact(mood=0.9)
     found.size = SizeRecord(
         weights_bytes=15_000_000,
@@ -145,12 +148,46 @@ def test_budget_limits_are_inclusive_and_the_unmeasured_fails():
     budget = BudgetConfig(
         size_mb=15.0, latency_b1_ratio=0.2, latency_b32_ratio=0.5, retention=0.97, worst_task_retention=0.9
     )
-    assert check_budget(budget, found, kept) == {
+    assert check_budget(budget, TASKS, found, kept) == {
         "artefact": "student",
-        "latency_b1_ratio": {"limit": 0.2, "found": 0.2, "met": True},
-        "latency_b32_ratio": {"limit": 0.5, "found": None, "met": False},
-        "size_mb": {"limit": 15.0, "found": 15.0, "met": True},
-        "retention": {"limit": 0.97, "found": 0.96, "met": False},
-        "worst_task_retention": {"limit": 0.9, "found": None, "met": False},
+        "latency_b1_ratio": {"limit": 0.2, "found": 0.2, "met": True, "why": None},
+        "latency_b32_ratio": {"limit": 0.5, "found": None, "met": None, "why": "not measured"},
+        "size_mb": {"limit": 15.0, "found": 15.0, "met": True, "why": None},
+        "retention": {"limit": 0.97, "found": 0.96, "met": False, "why": None},
+        "worst_task_retention": {"limit": 0.9, "found": None, "met": None, "why": "not measured"},
     }
-    assert check_budget(BudgetConfig(), found, None) == {"artefact": "student"}
+    found.latency[0] = dataclasses.replace(found.latency[0], ratio_minimum=None, not_measured="odd")
+    row = check_budget(budget, TASKS, found, kept)["latency_b1_ratio"]
+    assert row == {"limit": 0.2, "found": None, "met": None, "why": "not measured: the machine was busy"}
+    assert check_budget(BudgetConfig(), TASKS, found, None) == {"artefact": "student"}
+
+
+def test_a_budget_is_not_met_while_a_task_is_left_out():
+    """With two of three tasks at chance in the reference, "retention 100 %, met" says nothing about them."""
+    budget = BudgetConfig(retention=0.9, worst_task_retention=0.9)
+    student = artefact(mood=0.5, topic=0.4, extra=0.1)
+    comparison = compare(TASKS, artefact(mood=0.5, topic=0.4, extra=0.05), student, step="s")
+    assert (comparison.retention, comparison.worst_task_retention) == (1.0, 1.0)
+    for name, row in check_budget(budget, TASKS, student, comparison).items():
+        if name != "artefact":
+            assert row["met"] is None
+            assert row["why"] == "undefined for mood, the reference (0.5) is not above the baseline (0.5)"
+    # What misses the limit in any case is missed.
+    poor = artefact(mood=0.5, topic=0.2)
+    limits = check_budget(budget, TASKS, poor, compare(TASKS, artefact(mood=0.5, topic=0.4), poor, step="s"))
+    assert (limits["retention"]["met"], limits["worst_task_retention"]["met"]) == (False, False)
+
+
+def test_a_beaten_reference_is_found():
+    """ "Keeps 121.5 %" is a teacher that has not learnt its task, and not a student that did well."""
+    reference = artefact(mood=0.6, topic=0.8, extra=0.1)
+
+    def beaten(rows: int, **scores: float) -> list[str]:
+        comparison = compare(TASKS, reference, artefact(**scores), step="s")
+        return surpassed(TASKS, comparison, dict.fromkeys(TASKS, rows))
+
+    assert beaten(2000, mood=0.75, topic=0.81, extra=0.9) == ["mood"]  # extra is auxiliary
+    assert beaten(2000, mood=0.62, topic=0.82) == []
+    assert beaten(20, mood=0.75, topic=0.81) == []  # chance
+    at_chance = compare(TASKS, artefact(mood=0.5, topic=0.4), artefact(mood=0.7, topic=0.4), step="s")
+    assert surpassed(TASKS, at_chance, {"mood": 1000}) == ["mood"]

@@ -13,6 +13,7 @@ import torch
 
 from hf_mtcompress.formats.onnx.export import export_onnx
 from hf_mtcompress.formats.onnx.quantize import quantize_onnx
+from hf_mtcompress.formats.predictor import load_predictor
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.tasks import ImageClassification, SequenceClassification, TokenClassification
 from tests.tiny import (
@@ -89,3 +90,17 @@ def _save(model: MultiTaskModel, processor: Any, samples: list[Any], inputs: dic
     export_onnx(model, processor, folders["onnx"])
     quantize_onnx(folders["onnx"], folders["int8"])
     return Saved(model.eval(), processor, folders, samples, inputs)
+
+
+def moved_by_company(folder: Path, inputs: dict[str, np.ndarray]) -> float:
+    """By how much logits of single texts, without padding, differ from those among the others of a batch."""
+    predictor = load_predictor(folder, threads=1)
+    together = predictor.logits(inputs)
+    largest = 0.0
+    for row, length in enumerate(inputs["attention_mask"].sum(1)):
+        alone = predictor.logits({name: array[row : row + 1, :length] for name, array in inputs.items()})
+        for name, answers in alone.items():
+            answer = together[name][row]
+            known = answer[:length] if answer.ndim > 1 else answer
+            largest = max(largest, float(np.abs(answers[0] - known).max()))
+    return largest

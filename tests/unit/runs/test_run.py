@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hf_mtcompress.artifacts import CARD, RECORD
 from hf_mtcompress.cli import main
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import DataError
+from hf_mtcompress.evaluation.benchmark import BenchmarkResult
 from hf_mtcompress.losses.interference import GradientLog, interference_report
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
@@ -24,6 +26,7 @@ from hf_mtcompress.recipe.load import load_recipe
 from hf_mtcompress.records import RunRecord
 from hf_mtcompress.runs.fingerprint import step_inputs
 from hf_mtcompress.runs.grouping import group_tasks_of
+from hf_mtcompress.runs.plan import describe_plan, plan_text
 from hf_mtcompress.runs.results import load_record
 from hf_mtcompress.runs.run import run
 from hf_mtcompress.steps.run_context import RunContext
@@ -184,6 +187,75 @@ def test_a_changed_step_is_done_again_and_others_are_not(finished: tuple[Path, P
     after = {name: (output / name / "step.json").stat().st_mtime_ns for name in STEPS}
     assert {name for name in STEPS if before[name] != after[name]} == {"pruned", "small", "int8"}
     assert json.loads((output / RECORD).read_text())["steps"][3]["settings"]["heads"] == 0.5
+
+
+def test_what_the_reference_has_not_learnt_is_said_right_after_its_step(
+    finished: tuple[Path, Path, RunRecord], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hours later the card would say that all of it was kept."""
+    recipe, output, record = finished
+    shutil.copytree(output, tmp_path / "run")
+    place = tmp_path / "run" / "teacher" / "step.json"
+    step = json.loads(place.read_text())
+    step["artefacts"][0]["scores"]["validation"]["tasks"]["mood"]["metrics"]["accuracy"] = 0.01
+    place.write_text(json.dumps(step))
+    other = tmp_path / "run" / "student" / "step.json"
+    step = json.loads(other.read_text())
+    step["artefacts"][0]["scores"]["validation"]["tasks"]["mood"]["metrics"]["accuracy"] = 0.9
+    other.write_text(json.dumps(step))
+    caplog.clear()
+    run(load_recipe(recipe), tmp_path / "run")
+    lines = [entry.getMessage() for entry in caplog.records]
+    chance = record.tasks["mood"].baseline["validation"]
+    teacher = next(index for index, line in enumerate(lines) if line.startswith("teacher: done already"))
+    assert lines[teacher + 1] == (
+        f"mood: the reference (0.01) is not above the baseline ({chance:.4g}) on validation rows, so what is kept of "
+        "mood will be undefined; train it longer, or look at its labels"
+    )
+    beaten = "student beats the reference teacher on mood (0.900 against 0.010), so the reference is probably"
+    beaten += " undertrained"
+    assert lines[teacher + 2 :].count(beaten) == 1
+
+
+def test_plan_tells_which_bits_depend_on_the_batch(tmp_path: Path) -> None:
+    """Where a form is chosen, not after it was published."""
+    eight = {"kind": "quantize", "from": "teacher", "backend": "onnxruntime", "bits": 8}
+    steps = [
+        {"kind": "finetune", "name": "teacher"},
+        {**eight, "name": "dynamic"},
+        {**eight, "name": "static", "calibration": {"rows": 8}},
+        {**eight, "name": "four", "bits": 4},
+        {**eight, "name": "openvino", "backend": "openvino"},
+    ]
+    recipe = load_recipe(write_tiny_recipe(tmp_path, steps=steps))
+    plan = describe_plan(recipe, load_sources(recipe.tasks, recipe.seed))
+    assert [step["step"] for step in plan["steps"] if "note" in step] == ["dynamic"]
+    text = plan_text(plan, tmp_path)
+    assert text.count("answers can change with the other rows of a call") == 1
+
+
+def test_what_was_not_measured_is_timed_again(
+    finished: tuple[Path, Path, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on a busy machine would otherwise stay without times for ever."""
+    recipe, output, _ = finished
+    shutil.copytree(output, tmp_path / "run")
+    place = tmp_path / "run" / RECORD
+    content = json.loads(place.read_text())
+    row = content["steps"][0]["artefacts"][0]["latency"][0]
+    row |= {"minimum_ms": None, "median_ms": None, "ratio_minimum": None, "ratio_median": None, "not_measured": "odd"}
+    place.write_text(json.dumps(content))
+    timed: list[list[str]] = []
+
+    def benchmark(folders: dict[str, Path], **_: Any) -> BenchmarkResult:
+        timed.append(list(folders))
+        return BenchmarkResult(latency={}, peak_memory_mb={}, conditions={}, minimum_ms={}, busy=None)
+
+    monkeypatch.setattr("hf_mtcompress.runs.measure.benchmark", benchmark)
+    run(load_recipe(recipe), output)
+    assert timed == []
+    run(load_recipe(recipe), tmp_path / "run")
+    assert len(timed) == 1
 
 
 @pytest.mark.parametrize(

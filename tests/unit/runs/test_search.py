@@ -24,8 +24,9 @@ from hf_mtcompress.runs.search import choose, mark_front, shares_for
 from tests.tiny_recipe import write_tiny_recipe
 
 TEACHER = {"kind": "finetune", "name": "teacher", "max_steps": 4}
+BUSY = "not measured: the machine was busy"
 SEARCH = {
-    "timing": {"batch_sizes": [1, 4], "tokens": 8, "threads": 1, "repetitions": 2},
+    "timing": {"batch_sizes": [1, 4], "tokens": 8, "threads": 1, "repetitions": 2, "wait": 0},
     "shares": [0.8, 0.6],
     "vocabulary": {"minimum_count": 8},
     "prune": {
@@ -79,6 +80,44 @@ def test_smallest_within_the_budget_else_the_nearest() -> None:
     assert choose(outside).folder == "b"
 
 
+def not_timed(name: str, size: float, kept: float | None, missed: float = 0.0) -> Candidate:
+    """The machine was busy; `kept` None: the reference is at chance in every task."""
+    found = candidate(name, size, None, kept, missed)
+    found.limits = {"latency_b1_ratio": {"limit": 0.5, "found": None, "met": None, "why": BUSY}}
+    found.not_measured = {"1": "other processes used 1.9 of 2 cores"}
+    return found
+
+
+def test_what_was_not_timed_is_not_decided() -> None:
+    """Without times the uncut model was delivered as what "comes nearest to the budget, which none meets"."""
+    family = [not_timed("whole", 10, 1.0), not_timed("half", 5, 0.99), not_timed("small", 2, 0.9, 0.05)]
+    family[0].undefined = {"topic": "the reference (0.2) is not above the baseline (0.2)"}
+    assert choose(family).folder == "half"
+    assert choose([*family, candidate("timed", 7, 0.4, 0.98)]).folder == "timed"
+    assert choose([not_timed("a", 1, None, math.inf), *family]).folder == "half"
+    text = family_table(search_record(family, "half", None))
+    assert "half is the smallest that may meet the budget, which is not decided." in text
+    assert text.splitlines()[3].split()[:4] == ["*", "half", "5.0", "busy"]
+    assert "not decided: latency_b1_ratio (not measured: the machine was busy)" in text
+    assert "busy: not measured: the machine was busy (whole, batch 1: other processes used 1.9 of 2 cores; " in text
+    assert "Kept leaves topic out, where it is undefined: the reference (0.2) is not above the baseline (0.2)." in text
+
+
+def search_record(family: list[Candidate], chosen: str, met: bool | None) -> SearchRecord:
+    return SearchRecord(
+        name="tiny",
+        created="2026-01-01T00:00:00+00:00",
+        environment={},
+        reference="teacher",
+        runtime="onnx_int8",
+        budget={"size_mb": 1.0, "latency_b1_ratio": 0.4, "retention": 0.95},
+        candidates=family,
+        chosen=chosen,
+        met=met,
+        conditions={},
+    )
+
+
 def table(reference: float) -> LatencyTable:
     times = BlockTimes(
         rest=1.0,
@@ -111,18 +150,7 @@ def test_table_csv_and_picture(tmp_path: Path) -> None:
         candidate("odd", None, None, None),
     ]
     mark_front(family)
-    record = SearchRecord(
-        name="tiny",
-        created="2026-01-01T00:00:00+00:00",
-        environment={},
-        reference="teacher",
-        runtime="onnx_int8",
-        budget={"size_mb": 1.0, "latency_b1_ratio": 0.4, "retention": 0.95},
-        candidates=family,
-        chosen="half",
-        met=False,
-        conditions={},
-    )
+    record = search_record(family, "half", False)
     text = family_table(record)
     assert "*  half" in text
     assert "misses size_mb (5 > 1)" in text
