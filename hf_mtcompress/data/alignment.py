@@ -73,7 +73,7 @@ def read_with_starts(
             if part is None:
                 found.append(None)
                 continue
-            piece = texts[part][row][first:last]
+            piece = str(texts[part][row])[first:last]
             # Some tokenizers count the space before a word to its first piece.
             found.append((part, first + len(piece) - len(piece.lstrip())))
         starts.append(found)

@@ -703,6 +703,7 @@ def _check_table(builder: DatasetBuilder, config: DataConfig, label_columns: Col
         DataError: rows have one field more than the header, or label names that differ became one number.
     """
     features = builder.info.features or {}
+    settings: Any = builder.config  # of a table: it has more than those of all builders
     if "__index_level_0__" in features and "index_col" not in config.builder_arguments:
         raise DataError(
             f"{what}: expected as many fields in a row as column names, {[*features][:-1]}, found one more in each "
@@ -713,7 +714,12 @@ def _check_table(builder: DatasetBuilder, config: DataConfig, label_columns: Col
             continue
         for split in builder.config.data_files or {}:
             for name in _local_files(builder, str(split)):
-                given = {**builder.config.pd_read_csv_kwargs, "usecols": [column], "dtype": str, "chunksize": None}
+                given = {
+                    **settings.pd_read_csv_kwargs,
+                    "usecols": [column],
+                    "dtype": str,
+                    "chunksize": None,
+                }
                 values = pandas.read_csv(name, **given)[column].dropna().unique()
                 by_number: dict[float, str] = {}
                 for value in values:

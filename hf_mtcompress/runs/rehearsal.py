@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,8 +118,9 @@ def _problems_of_arguments(step: StepConfig, model: MultiTaskModel, context: Run
             trainer.create_optimizer_and_scheduler(num_training_steps=2)
             trainer.get_train_dataloader()
             trainer.get_eval_dataloader()
+            dataset: Any = trainer.train_dataset
             with torch.no_grad():
-                trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[(0, 0)]]))
+                trainer.compute_loss(model, trainer.data_collator([dataset[(0, 0)]]))
         except MTCompressError as error:
             problems += getattr(error, "problems", [f"steps.{step.name}: {first_line(error)}"])
         except Exception as error:

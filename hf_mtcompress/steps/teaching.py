@@ -63,7 +63,7 @@ from hf_mtcompress.steps.training import (
 )
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments
 from hf_mtcompress.trainers.distillation import DistillationTrainer
-from hf_mtcompress.trainers.teachers import TeacherModel, Teachers
+from hf_mtcompress.trainers.teachers import OpenTeachers, TeacherModel
 
 logger = logging.getLogger(__name__)
 _INFLUENCE_ROWS = 256
@@ -81,7 +81,7 @@ class Faculty:
         answers: whether the heads of the first one were trained.
     """
 
-    teachers: Teachers
+    teachers: OpenTeachers
     readers: dict[int, Reader]
     trusted: bool = True
     answers: bool = True

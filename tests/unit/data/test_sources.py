@@ -102,7 +102,7 @@ def test_columns_that_no_task_names_are_not_looked_at(tmp_path: Path) -> None:
     """Called like a model's inputs or our labels, they would be taken for the texts and labels of the recipe."""
     data = {
         split: [
-            {**row, "input_ids": [1, 2], "pixel_values": 3, "labels_mood": 0, "attention_mask": [1, 1], "words": "a"}
+            {**dict(row), "input_ids": [1, 2], "pixel_values": 3, "labels_mood": 0, "words": "a"}
             for row in tiny_text_rows(n, seed=n)
         ]
         for split, n in SPLITS.items()
