@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     push.add_argument("--repo-id", help="OWNER/NAME (default: publish.repo_id of the recipe)")
     push.add_argument("--public", action="store_true", help="make a new repository public")
-    push.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
+    push.add_argument("--dry-run", action="store_true", help="list the files and show the card, upload nothing")
     return parser
 
 

@@ -1,19 +1,29 @@
 """From a folder to a repository on the Hub: checked first, then sent as one commit.
 
 Everything is looked at before the first request: the card, secrets, local paths, pickled files, and whether the models
-load again. One commit means that a reader sees the old repository or the new one, never half of it.
+load again. One commit means that a reader sees the old repository or the new one, never half of it. Git knows who put a
+file there: what a push of ours changed last and the run no longer has is taken out, everything else stays.
 """
 
+import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from hf_mtcompress import artifacts
@@ -29,7 +39,7 @@ from hf_mtcompress.publishing.portable import (
     secrets_in,
     without_secrets,
 )
-from hf_mtcompress.publishing.repository import collect_repository, files_of, repository_layout
+from hf_mtcompress.publishing.repository import collect_repository, files_of, is_left_at_home, repository_layout
 from hf_mtcompress.records import RunRecord, run_from_dict
 from hf_mtcompress.records.forms import OPENVINO_MODEL, OPENVINO_SETTINGS, OPENVINO_WEIGHTS
 
@@ -37,10 +47,27 @@ PICKLES = frozenset(
     {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".mar", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 )
 """Files that can run code when they are opened, or hold weights that nothing here writes."""
-WEIGHTS = frozenset({".safetensors", ".onnx"})
-TEXTS = frozenset({".cfg", ".csv", ".jinja", ".json", ".jsonl", ".md", ".py", ".toml", ".txt", ".xml", ".yaml", ".yml"})
-VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
+VOCABULARIES = frozenset(
+    {
+        "added_tokens.json",
+        "bpe.codes",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+        "spiece.model",
+        "spm.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.bpe",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
 """Lists of words: what looks like a path in there mostly is a word."""
+_ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd")
+"""How packed files begin: zip, gzip, bzip2, xz, 7-Zip, Zstandard."""
+
+COMMIT_TITLE = "Model, card and record by hf_mtcompress"
+"""By its title a later push knows a commit of ours."""
 
 Content = Path | bytes
 
@@ -61,6 +88,16 @@ class PushResult:
     files: list[PushedFile]
     commit_url: str | None
     """None after a dry run."""
+    made: dict[str, bytes] = field(default_factory=dict)
+    """What is not the same as in the folder: card, recipe and record as readers see them."""
+    other_card: str | None = None
+    """A newer card that lies in the folder and is not pushed, since somebody worked on the other one."""
+    removed: list[str] = field(default_factory=list)
+    """Files of an earlier push that the run no longer has; they were taken out."""
+    kept: list[str] = field(default_factory=list)
+    """Files in the repository that others put there or changed; they stay."""
+    replaced: list[str] = field(default_factory=list)
+    """Files that others changed last and that now are as in the folder; the repository's history has theirs."""
 
     @property
     def total_bytes(self) -> int:
@@ -81,7 +118,8 @@ def push_folder(
     """Push a run, or any folder with a model and a card, to the Hub as one commit.
 
     Of a run, the delivered artefacts go up as `collect_repository` lays them out, the recipe and the record without
-    local paths, and the card with the repository's name in its snippets. An edited card goes up as it is.
+    local paths, and the card with the repository's name in its snippets. An edited card goes up as it is. Files of an
+    earlier push that the run no longer has are removed from the repository; files of others stay.
 
     Args:
         folder: the output folder of a run, or a folder with a model and its README.md.
@@ -93,10 +131,11 @@ def push_folder(
         revision: branch, made where it is missing; default: main.
 
     Returns:
-        The files with their sizes, and the address of the commit.
+        The files with their sizes, the address of the commit, and what else became of the repository.
 
     Raises:
-        PublishingError: something is wrong with the folder, or the Hub refused; nothing in the repository has changed.
+        PublishingError: something is wrong with the folder, or the Hub refused; nothing in the repository has changed,
+            unless the message says that this could not be seen.
     """
     folder = Path(folder)
     try:
@@ -116,12 +155,21 @@ def push_folder(
             [folder] if record is None else [folder / found.folder for _, found in repository_layout(record).values()]
         )
         problems = check(models)
+    other_card = artifacts.CARD_ASIDE if (folder / artifacts.CARD_ASIDE).is_file() else None
+    if problems and other_card is not None:
+        problems.append(f"{other_card}: a newer card, which is not pushed; move it over {artifacts.CARD} or delete it")
     if problems:
         raise PublishingError("\n".join([f"{folder.name} is not pushed:", *(f"  - {problem}" for problem in problems)]))
     files = [PushedFile(path, _length(content)) for path, content in contents.items()]
+    made = {
+        path: content
+        for path, content in contents.items()
+        if isinstance(content, bytes) and not ((folder / path).is_file() and (folder / path).read_bytes() == content)
+    }
+    result = PushResult(repo_id, files, None, made, other_card)
     if dry_run:
-        return PushResult(repo_id, files, None)
-    return PushResult(repo_id, files, _send(contents, repo_id, private=private, token=token, revision=revision))
+        return result
+    return _send(contents, result, private=private, token=token, revision=revision)
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -184,7 +232,7 @@ def _card(folder: Path, record: RunRecord, recipe_text: str | None, repo_id: str
 
 
 def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]:
-    """Files that must not go up: pickles, links out of the folder, and texts with secrets or local paths."""
+    """Files that must not go up: pickles, archives, links out of the folder, and what holds secrets or local paths."""
     problems = [] if contents else ["expected files to push, found none; check the folder"]
     inside = folder.resolve()
     here = places_of_this_machine(folder)
@@ -198,19 +246,39 @@ def content_problems(contents: Mapping[str, Content], folder: Path) -> list[str]
             suffix = Path(name).suffix.lower()
         if suffix in PICKLES and Path(name).name == OPENVINO_WEIGHTS and _is_openvino(name, contents):
             continue  # bare numbers beside a graph
-        if suffix in PICKLES or (suffix not in WEIGHTS | TEXTS and _is_pickle(content)):
+        if suffix in PICKLES or (suffix not in (".safetensors", ".onnx") and _is_pickle(content)):
             problems.append(f"{name}: expected safetensors or ONNX, found a pickled or binary file; save it anew")
-        elif suffix in TEXTS:
-            problems += _text_problems(name, _bytes(content).decode("utf-8", errors="replace"), here)
-        elif suffix in WEIGHTS:
-            raw = _bytes(content) if suffix == ".onnx" else _safetensors_header(content)
-            problems += [
-                f"{name}: expected no path of this machine, found one ({place.decode(errors='replace')}...); "
-                "strip the metadata of the file"
-                for place in here
-                if place in raw
-            ][:1]
+        elif _head(content).startswith(_ARCHIVES):
+            problems.append(f"{name}: expected a file that can be looked into, found an archive; unpack it")
+        elif suffix == ".safetensors":
+            problems += _leaks(name, _safetensors_header(content), here)
+        else:
+            problems += _leaks(name, _bytes(content), here)
     return problems
+
+
+def _leaks(name: str, raw: bytes, here: list[bytes]) -> list[str]:
+    """Secrets and local paths in any file: whatever its name says, it is read by everybody."""
+    suffix = Path(name).suffix.lower()
+    text = None
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = raw.decode("utf-16", errors="replace")
+        raw = text.encode("utf-8", errors="replace")
+    elif suffix not in (".safetensors", ".onnx") and b"\0" not in raw[:8192]:
+        text = raw.decode("utf-8", errors="replace")
+    problems = [
+        f"{name}: expected no secret, found what looks like {kind}; take it out and revoke it"
+        for kind in secrets_in(raw)
+    ]
+    paths = [] if text is None or Path(name).name in VOCABULARIES else local_paths_in(text)
+    if paths:
+        return problems + [
+            f"{name}: expected no path of a machine, found '{path}'; name the file or folder without it"
+            for path in list(dict.fromkeys(paths))[:3]
+        ]
+    remedy = "strip the metadata of the file" if text is None else "name the file or folder without it"
+    found = [place.decode(errors="replace") for place in here if place in raw][:1]
+    return problems + [f"{name}: expected no path of this machine, found one ({place}...); {remedy}" for place in found]
 
 
 def _is_openvino(name: str, contents: Mapping[str, Content]) -> bool:
@@ -218,22 +286,6 @@ def _is_openvino(name: str, contents: Mapping[str, Content]) -> bool:
     beside = (OPENVINO_MODEL, OPENVINO_SETTINGS)
     there = all(str(PurePosixPath(name).with_name(file)) in contents for file in beside)
     return there and not _is_pickle(contents[name])
-
-
-def _text_problems(name: str, text: str, here: list[bytes]) -> list[str]:
-    problems = [
-        f"{name}: expected no secret, found what looks like {kind}; take it out and revoke it"
-        for kind in secrets_in(text)
-    ]
-    if Path(name).name in VOCABULARIES:
-        paths = [place.decode(errors="replace") for place in here if place.decode(errors="replace") in text]
-    else:
-        paths = local_paths_in(text)
-    problems += [
-        f"{name}: expected no path of a machine, found '{path}'; name the file or folder without it"
-        for path in list(dict.fromkeys(paths))[:3]
-    ]
-    return problems
 
 
 def _card_problems(contents: Mapping[str, Content], record: RunRecord | None) -> list[str]:
@@ -256,12 +308,15 @@ def _length(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _is_pickle(content: Content) -> bool:
+def _head(content: Content) -> bytes:
     if isinstance(content, bytes):
-        head = content[:4096]
-    else:
-        with content.open("rb") as file:
-            head = file.read(4096)
+        return content[:4096]
+    with content.open("rb") as file:
+        return file.read(4096)
+
+
+def _is_pickle(content: Content) -> bool:
+    head = _head(content)
     # Protocols 2 to 5 start like this; torch.save writes a zip with such a file inside.
     return (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1) or (
         head.startswith(b"PK") and b"data.pkl" in head
@@ -276,30 +331,119 @@ def _safetensors_header(content: Content) -> bytes:
 
 
 def _send(
-    contents: Mapping[str, Content], repo_id: str, *, private: bool, token: str | None, revision: str | None
-) -> str:
+    contents: Mapping[str, Content], result: PushResult, *, private: bool, token: str | None, revision: str | None
+) -> PushResult:
+    repo_id = result.repo_id
     api = HfApi(token=token)
+    additions = [
+        CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+        for path, content in contents.items()
+    ]
+    seen: tuple[str, str] | None = None
+    removed: list[str] = []
+    kept: list[str] = []
+    replaced: list[str] = []
     try:
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and api.model_info(full_id).private is False:
+        info = api.model_info(full_id)
+        if private and not info.private:
             raise PublishingError(
                 f"expected '{full_id}' to be private, found a public repository; push with private=False (--public) if "
                 "everybody may see it, or make it private in its settings"
             )
         if revision is not None:
             api.create_branch(full_id, branch=revision, exist_ok=True)
-        operations = [
-            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-            for path, content in contents.items()
-        ]
+            info = api.model_info(full_id, revision=revision)
+        if info.sha is None:
+            raise PublishingError(_odd_answer(repo_id, "no commit"))
+        removed, kept, replaced = _differences(_files_there(api, full_id, info.sha), additions)
+        seen = full_id, info.sha
         # Not `upload_folder`: that one may split a large folder into several commits.
-        commit = api.create_commit(full_id, operations, commit_message="Model, card and record", revision=revision)
+        commit = api.create_commit(
+            full_id,
+            [*additions, *(CommitOperationDelete(path, is_folder=False) for path in removed)],
+            commit_message=COMMIT_TITLE,
+            revision=revision,
+            # What is removed was chosen by a look at this one.
+            parent_commit=info.sha,
+        )
+        url = str(commit.commit_url)
     except PublishingError:
         raise
     except Exception as error:
         # HTTP errors, OSError, ValueError and, around uploads, RuntimeError with the reason as its cause.
-        raise PublishingError(_explain(error, repo_id, token)) from None
-    return str(commit.commit_url)
+        message = _explain(error, repo_id, token)
+        # An answer that is lost says nothing of what it answered.
+        done = None if seen is None else _address_if_done(api, *seen, revision, additions, removed)
+        if done is None:
+            raise PublishingError(message) from None
+        if done == "":
+            raise PublishingError(
+                f"{message}; whether it was done could not be seen: look at '{repo_id}', or push again, which changes "
+                "nothing where everything is there"
+            ) from None
+        url = done
+    return dataclasses.replace(result, commit_url=url, removed=removed, kept=kept, replaced=replaced)
+
+
+def _differences(
+    there: Mapping[str, RepoFile], additions: Iterable[CommitOperationAdd]
+) -> tuple[list[str], list[str], list[str]]:
+    """What a push does to files that are there already, by whose commit changed them last.
+
+    Returns:
+        Files of ours to remove, files of others that stay, and files of others that are replaced.
+    """
+    foreign = {
+        path for path, file in there.items() if file.last_commit is None or file.last_commit.title != COMMIT_TITLE
+    }
+    added = {addition.path_in_repo: addition for addition in additions}
+    # The Hub itself writes this one in our commits.
+    left = [path for path in sorted(there) if path not in added and path != ".gitattributes"]
+    removed = [path for path in left if path not in foreign and not is_left_at_home(path)]
+    replaced = [path for path in added if path in foreign and not _is_same(there[path], added[path])]
+    return removed, [path for path in left if path not in removed], replaced
+
+
+def _files_there(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
+    try:
+        entries = list(api.list_repo_tree(repo_id, recursive=True, expand=True, revision=revision))
+    except EntryNotFoundError:  # a repository without any file
+        return {}
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _is_same(file: RepoFile, addition: CommitOperationAdd) -> bool:
+    """Whether a file of the repository has the content that is to be added."""
+    if file.lfs is not None:
+        return file.lfs.sha256 == addition.upload_info.sha256.hex()
+    if file.size != addition.upload_info.size:
+        return False
+    with addition.as_file() as content:
+        return file.blob_id == hashlib.sha1(b"blob %d\0" % file.size + content.read()).hexdigest()
+
+
+def _address_if_done(
+    api: HfApi,
+    repo_id: str,
+    before: str,
+    revision: str | None,
+    additions: Iterable[CommitOperationAdd],
+    removed: Iterable[str],
+) -> str | None:
+    """The address of the last commit if it holds what was to be pushed; None if not, empty where nobody can look."""
+    try:
+        now = api.model_info(repo_id, revision=revision).sha
+        if now is None or now == before:
+            return None
+        there = _files_there(api, repo_id, now)
+        done = not any(path in there for path in removed) and all(
+            addition.path_in_repo in there and _is_same(there[addition.path_in_repo], addition)
+            for addition in additions
+        )
+    except Exception:
+        return ""
+    return f"{api.endpoint}/{repo_id}/commit/{now}" if done else None
 
 
 def _explain(error: BaseException, repo_id: str, token: str | None) -> str:
@@ -373,7 +517,19 @@ def _no_answer(reasons: list[BaseException], repo_id: str) -> str:
         return (
             f"expected to reach the Hub for '{repo_id}', but there was no connection; check the network and HF_ENDPOINT"
         )
+    # A page of some network, or an answer that lacks what the client looks for; the client then fails in its own way.
+    odd = (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError)
+    for reason in reasons:
+        if isinstance(reason, odd) or "improperly formatted" in str(reason) or "Malformed" in str(reason):
+            return _odd_answer(repo_id, _first_line(reason))
     return f"expected the Hub to take '{repo_id}', but it came to this: {_first_line(reasons[0])}"
+
+
+def _odd_answer(repo_id: str, found: str) -> str:
+    return (
+        f"expected an answer of the Hub for '{repo_id}', but found something else ({found}); check that the network "
+        "lets you through and that HF_ENDPOINT is a Hub, then push again"
+    )
 
 
 def _first_line(error: Any) -> str:

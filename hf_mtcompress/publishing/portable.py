@@ -18,11 +18,11 @@ _LOCAL_PATH = re.compile(
     rf"(?<![\w/.:\-])(?:/(?:{_ROOTS})/[\w.+-]|~[\w.-]*/[\w.+-])[^\s\"'`,;)<>]*|\b[A-Za-z]:\\+\w[^\s\"'`,;)<>]*|\bfile://\S+"
 )
 _SECRETS = {
-    "a Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
-    "a GitHub token": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"),
-    "a cloud access key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    "a Slack token": re.compile(r"\bxox[abpr]-[\w-]{20,}"),
+    "a Hugging Face token": re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
+    "a GitHub token": re.compile(rb"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"),
+    "a cloud access key": re.compile(rb"\bAKIA[0-9A-Z]{16}\b"),
+    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "a Slack token": re.compile(rb"\bxox[abpr]-[\w-]{20,}"),
 }
 
 
@@ -31,16 +31,18 @@ def local_paths_in(text: str) -> list[str]:
     return [match.group() for match in _LOCAL_PATH.finditer(text)]
 
 
-def secrets_in(text: str) -> list[str]:
-    """What kinds of secrets `text` seems to hold; never the secrets themselves."""
-    return [name for name, pattern in _SECRETS.items() if pattern.search(text)]
+def secrets_in(text: str | bytes) -> list[str]:
+    """What kinds of secrets a text, or any file, seems to hold; never the secrets themselves."""
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")
+    return [name for name, pattern in _SECRETS.items() if pattern.search(raw)]
 
 
 def without_secrets(text: str) -> str:
     """The same text with *** in place of whatever looks like a secret."""
+    raw = text.encode("utf-8", errors="replace")
     for pattern in _SECRETS.values():
-        text = pattern.sub("***", text)
-    return text
+        raw = pattern.sub(b"***", raw)
+    return raw.decode("utf-8")
 
 
 def host_names_in(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from hf_mtcompress.records import FORMS, Artefact, RunRecord, StepRecord
 _LEFT_AT_HOME = {
     artifacts.STEP_RECORD,
     artifacts.WORK,
+    artifacts.CARD_ASIDE,
     "probes.safetensors",
     "optimizer.pt",
     "scheduler.pt",
@@ -44,20 +45,23 @@ def repository_layout(record: RunRecord) -> dict[str, tuple[StepRecord, Artefact
     return layout
 
 
+def is_left_at_home(path: str) -> bool:
+    """Whether a file, by its path in a folder, is never published."""
+    return any(
+        part in _LEFT_AT_HOME
+        or part.startswith((".", "checkpoint-", "rng_state"))
+        or part.endswith((".part", ".old", ".lock"))
+        for part in PurePosixPath(path).parts
+    )
+
+
 def files_of(folder: Path) -> dict[str, Path]:
     """Every file below `folder` that is worth publishing, by its path relative to `folder`, in order of name."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        parts = relative.parts
-        leftover = any(
-            part in _LEFT_AT_HOME
-            or part.startswith((".", "checkpoint-", "rng_state"))
-            or part.endswith((".part", ".old", ".lock"))
-            for part in parts
-        )
-        if not leftover and path.is_file():
-            found[relative.as_posix()] = path
+        relative = path.relative_to(folder).as_posix()
+        if not is_left_at_home(relative) and path.is_file():
+            found[relative] = path
     return found
 
 

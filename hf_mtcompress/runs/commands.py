@@ -2,16 +2,20 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_mtcompress import records
 from hf_mtcompress.artifacts import (
+    CARD,
     RECIPE,
     RECORD,
     STEP_RECORD,
     WEBPAGE,
+    WORK,
+    write_text,
 )
 from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import PublishingError, RecipeError
@@ -117,7 +121,9 @@ def card(folder: Path) -> Path:
 
 
 def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bool = False) -> list[str]:
-    """Upload a run after it proved that it reloads; what was uploaded, one line a file.
+    """Upload a run after it proved that it reloads; what was uploaded, one line a file, and what else became of it.
+
+    A dry run puts what readers would see otherwise than it lies in the folder (card, recipe, record) into `.work/push`.
 
     Raises:
         PublishingError: something does not reload, the card is wrong, or the Hub refused.
@@ -129,8 +135,39 @@ def push(folder: Path, repo_id: str | None, *, public: bool = False, dry_run: bo
     private = not public and bool((record.publish or {}).get("private", True))
     result = push_folder(folder, wanted, check=_reload_problems(folder, record), private=private, dry_run=dry_run)
     lines = [f"{file.bytes:>12,}  {file.path}" for file in result.files]
-    total = f"{result.total_bytes:>12,}  bytes in {len(result.files)} files"
-    return [*lines, total, f"dry run: nothing was sent to {wanted}" if dry_run else f"pushed: {result.commit_url}"]
+    lines.append(f"{result.total_bytes:>12,}  bytes in {len(result.files)} files")
+    for label, paths in (
+        ("removed, of an earlier push", result.removed),
+        ("stays, from somebody else", result.kept),
+        ("replaced, somebody else's is in the history", result.replaced),
+    ):
+        lines += [f"{label}: {path}" for path in paths]
+    if result.other_card is not None:
+        lines.append(
+            f"not pushed: {folder / result.other_card}, a newer card beside the one that was changed by hand; move it "
+            f"over {CARD} or delete it"
+        )
+    if not dry_run:
+        return [*lines, f"pushed: {result.commit_url}"]
+    return [
+        *lines,
+        *_show(folder, result.made),
+        "files of earlier pushes that are not listed here would be removed, those of others stay",
+        f"dry run: nothing was sent to {wanted}",
+    ]
+
+
+def _show(folder: Path, made: Mapping[str, bytes]) -> list[str]:
+    """Write what a push would make for readers, to be looked at; where it lies, a line each."""
+    place = folder / WORK / "push"
+    if place.is_dir():
+        shutil.rmtree(place)
+    lines = [] if CARD in made else [f"the card, as it is: {folder / CARD}"]
+    for name, content in made.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(place / name, content.decode())
+        lines.append(f"{'the card' if name == CARD else name}, as readers would see it: {place / name}")
+    return lines
 
 
 def webpage(

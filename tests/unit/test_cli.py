@@ -210,6 +210,14 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert "model.safetensors" in listed
     assert "nothing was sent to someone/tiny" in listed
     assert "probes" not in listed
+    shown = output / ".work" / "push" / "README.md"
+    assert f"the card, as readers would see it: {shown}" in listed
+    assert 'AutoModel.from_pretrained("someone/tiny")' in shown.read_text(encoding="utf-8")
+    (output / "README.new.md").write_text("another card", encoding="utf-8")
+    assert main(["push", str(output), "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert f"not pushed: {output / 'README.new.md'}, a newer card" in listed
+    assert "  README.new.md" not in listed
 
 
 def test_looks_of_a_run_group_its_tasks(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

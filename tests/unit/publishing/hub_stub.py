@@ -29,7 +29,25 @@ class Repository:
     private: bool
     branches: dict[str, str]
     files: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    titles: dict[str, dict[str, str]] = field(default_factory=lambda: {"main": {}})
+    """By branch and file: the title of the commit that changed it last."""
     commits: list[str] = field(default_factory=list)
+
+    def branch_of(self, revision: str) -> str:
+        """The branch of that name, or whose last commit it is."""
+        return next(name for name, sha in self.branches.items() if revision in (name, sha))
+
+    def change(self, files: dict[str, bytes | None], title: str, branch: str = "main") -> str:
+        """A commit: contents by path, None to delete one."""
+        kept = {path: content for path, content in files.items() if content is not None}
+        gone = files.keys() - kept.keys()
+        now = {path: content for path, content in (self.files[branch] | kept).items() if path not in gone}
+        self.titles[branch] = {path: title if path in files else self.titles[branch][path] for path in now}
+        self.files[branch] = now
+        sha = hashlib.sha1(repr([*self.commits, sorted(now.items()), title]).encode()).hexdigest()
+        self.branches[branch] = sha
+        self.commits.append(sha)
+        return sha
 
 
 @dataclass
@@ -37,7 +55,15 @@ class Rules:
     """How the stand-in misbehaves: an answer instead of the right one, by a part of the path."""
 
     answers: dict[str, int] = field(default_factory=dict)
-    """Part of a path -> status."""
+    """Part of a path -> status; 0 hangs up."""
+    garbled: dict[str, str | None] = field(default_factory=dict)
+    """Part of a path -> what is answered after the request was done; None hangs up."""
+    skipped: bool = False
+    """Garbled requests are not done."""
+    unreachable_after: str = ""
+    """After a request with this part of a path all others hang up."""
+    commit_before: str = ""
+    """Somebody commits to every repository before a request with this part of a path is done."""
     once: bool = False
     """Only the first request of each such path fails."""
 
@@ -69,6 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = "HTTP/1.1"
+    garbled: str | None = ""
     server: Hub  # pyright: ignore[reportIncompatibleVariableOverride] - the server that made this handler
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -87,14 +114,27 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.partition("?")[0]
         self.server.requests.append(f"{self.command} {path}")
-        for part, status in list(self.server.rules.answers.items()):
+        rules, answers = self.server.rules, dict(self.server.rules.answers)
+        if rules.unreachable_after and rules.unreachable_after in path:
+            rules.answers = {"": 0}
+        elif rules.commit_before and rules.commit_before in path:
+            for repository in self.server.repositories.values():
+                repository.change({"NOTES.md": b"meanwhile"}, "By hand")
+        for part, status in answers.items():
             if part in path:
                 if self.server.rules.once:
                     del self.server.rules.answers[part]
+                if status == 0:
+                    self.close_connection = True
+                    return
                 # Some servers echo what they were sent.
                 echo = f"no: {self.headers.get('Authorization', '')}"
                 self.send(status, {"error": echo, "errors": [{"message": echo}], "warnings": []})
                 return
+        self.garbled = next((said for part, said in self.server.rules.garbled.items() if part in path), "")
+        if self.garbled != "" and self.server.rules.skipped:
+            self.send(200, {})
+            return
         if not path.startswith("/objects/") and (refusal := self.refusal()) is not None:
             self.send(refusal, {"error": "Invalid credentials" if refusal == 401 else "no write access"})
             return
@@ -112,7 +152,10 @@ class Handler(BaseHTTPRequestHandler):
         return 403 if token == READ_TOKEN else 401
 
     def send(self, status: int, data: Any, headers: dict[str, str] | None = None) -> None:
-        content = json.dumps(data).encode()
+        if self.garbled is None:
+            self.close_connection = True
+            return
+        content = (self.garbled or json.dumps(data)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -148,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, name: str, revision: str | None = None) -> None:
         if (repository := self.repository(name)) is None:
             return
-        branch = revision or "main"
+        branch = repository.branch_of(revision or "main")
         siblings = [{"rfilename": file} for file in repository.files[branch]]
         sha = repository.branches[branch]
         self.send(200, {"id": name, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
@@ -157,7 +200,25 @@ class Handler(BaseHTTPRequestHandler):
         if (repository := self.repository(name)) is not None:
             repository.branches[branch] = repository.branches["main"]
             repository.files[branch] = dict(repository.files["main"])
+            repository.titles[branch] = dict(repository.titles["main"])
             self.send(200, {})
+
+    def tree(self, name: str, revision: str) -> None:
+        if (repository := self.repository(name)) is None:
+            return
+        branch = repository.branch_of(revision)
+        entries = []
+        for path, content in repository.files[branch].items():
+            entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+            if path.endswith(LFS_SUFFIXES):
+                pointer = hashlib.sha1(content).hexdigest()
+                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                entry |= {"oid": pointer, "lfs": lfs}
+            if "expand=true" in self.path.lower():
+                title = repository.titles[branch][path]
+                entry["lastCommit"] = {"id": "1" * 40, "title": title, "date": "2026-01-01T00:00:00.000Z"}
+            entries.append(entry)
+        self.send(200, entries)
 
     def preupload(self, name: str, revision: str) -> None:
         if (repository := self.repository(name)) is None:
@@ -170,8 +231,7 @@ class Handler(BaseHTTPRequestHandler):
             entry["shouldIgnore"] = False
             if file["path"] in known:
                 content = known[file["path"]]
-                blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-                entry["oid"] = hashlib.sha256(content).hexdigest() if large else blob
+                entry["oid"] = hashlib.sha256(content).hexdigest() if large else blob_id(content)
             files.append(entry)
         self.send(200, {"files": files})
 
@@ -192,18 +252,24 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, name: str, revision: str) -> None:
         if (repository := self.repository(name)) is None:
             return
-        files = dict(repository.files[revision])
+        files: dict[str, bytes | None] = {}
+        title = ""
         for line in self.body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
-            if entry["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif entry["key"] == "lfsFile":
-                files[value["path"]] = self.server.objects[value["oid"]]
-        repository.files[revision] = files
-        sha = hashlib.sha1(self.body).hexdigest()
-        repository.branches[revision] = sha
-        repository.commits.append(sha)
+            match entry["key"]:
+                case "header":
+                    title = value["summary"]
+                    if value.get("parentCommit", repository.branches[revision]) != repository.branches[revision]:
+                        self.send(412, {"error": "A commit has happened since. Please refresh and try again."})
+                        return
+                case "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    files[value["path"]] = self.server.objects[value["oid"]]
+                case "deletedFile":
+                    files[value["path"]] = None
+        sha = repository.change(files, title, revision)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{name}/commit/{sha}"}
         self.send(200, answer | {"hookOutput": ""})
 
@@ -214,12 +280,18 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("POST", r"/api/validate-yaml", Handler.validate),
     ("GET", rf"/api/models/{NAME}", Handler.info),
     ("GET", rf"/api/models/{NAME}/revision/([\w.-]+)", Handler.info),
+    ("GET", rf"/api/models/{NAME}/tree/([\w.-]+)", Handler.tree),
     ("POST", rf"/api/models/{NAME}/branch/([\w.-]+)", Handler.branch),
     ("POST", rf"/api/models/{NAME}/preupload/([\w.-]+)", Handler.preupload),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.lfs),
     ("PUT", r"/objects/(\w+)", Handler.store),
     ("POST", rf"/api/models/{NAME}/commit/([\w.-]+)", Handler.commit),
 ]
+
+
+def blob_id(content: bytes) -> str:
+    """Git's name for a content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @contextmanager

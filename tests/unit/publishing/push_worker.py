@@ -34,6 +34,10 @@ def main() -> None:
             answer = {
                 "files": {file.path: file.bytes for file in result.files},
                 "commit_url": result.commit_url,
+                "removed": result.removed,
+                "kept": result.kept,
+                "replaced": result.replaced,
+                "other_card": result.other_card,
                 "checked": checked,
             }
         except PublishingError as error:

@@ -1,9 +1,11 @@
 """What reaches the Hub, what never may, and what the user is told when it goes wrong."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -191,6 +193,24 @@ def test_dry_run_lists_files_and_asks_nobody(push: Push, hub: Hub, run: Path):
     assert hub.requests == []
 
 
+def test_dry_run_shows_what_readers_will_see(run: Path):
+    """The card that is pushed names the repository, and is not the one that lies in the folder."""
+    result = push_folder(run, REPOSITORY, check=lambda folders: [], dry_run=True)
+    assert sorted(result.made) == ["README.md", "recipe.yaml"]
+    assert f'AutoModel.from_pretrained("{REPOSITORY}")' in result.made["README.md"].decode()
+    assert b"/home/someone" not in result.made["recipe.yaml"]
+
+
+def test_new_card_beside_a_changed_one_stays_and_is_named(push: Push, hub: Hub, run: Path):
+    """Two cards in a repository contradict each other; a new one that nobody hears of is never looked at."""
+    assert push(run)["other_card"] is None
+    text = (run / "README.md").read_text().replace("## Limitations", "## Limitations and advice")
+    (run / "README.md").write_text(text)
+    (run / "README.new.md").write_text(render_card(make_record(), RECIPE))
+    assert push(run)["other_card"] == "README.new.md"
+    assert sorted(hub.repositories[REPOSITORY].files["main"]) == sorted(EXPECTED)
+
+
 def test_existing_public_repository_is_refused(push: Push, hub: Hub, run: Path):
     """`private` has no effect on a repository that exists: the push would be public without a word."""
     push(run, private=False)
@@ -243,6 +263,48 @@ def plant_token(run: Path) -> None:
     (run / "student-export" / "vanilla" / "mood" / "notes.txt").write_text(f"log in with {GOOD_TOKEN}")
 
 
+def plant_token_in_page(run: Path) -> None:
+    (run / "pruned" / "notes.html").write_text(f"<p>{GOOD_TOKEN}</p>")
+
+
+def plant_token_in_backup(run: Path) -> None:
+    (run / "pruned" / "config.json.bak").write_text(f'{{"token": "{GOOD_TOKEN}"}}')
+
+
+def plant_token_without_suffix(run: Path) -> None:
+    (run / "assets" / "NOTES").write_text(f"token={GOOD_TOKEN}")
+
+
+def plant_token_in_picture(run: Path) -> None:
+    (run / "assets" / "comparison.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00tEXtComment\x00" + GOOD_TOKEN.encode())
+
+
+def plant_token_in_wide_text(run: Path) -> None:
+    (run / "pruned" / "notes.log").write_bytes(f"token {GOOD_TOKEN}".encode("utf-16"))
+
+
+def plant_token_in_weights(run: Path) -> None:
+    header = json.dumps({"__metadata__": {"source": GOOD_TOKEN}}).encode()
+    (run / "pruned" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def plant_token_in_graph(run: Path) -> None:
+    (run / "small" / "model.onnx").write_bytes(b"graph\x00" + GOOD_TOKEN.encode())
+
+
+def plant_path_in_page(run: Path) -> None:
+    (run / "pruned" / "notes.html").write_text("<p>from /home/someone/models</p>")
+
+
+def plant_archive(run: Path) -> None:
+    with zipfile.ZipFile(run / "pruned" / "notes.zip", "w") as archive:
+        archive.writestr("token.txt", GOOD_TOKEN)
+
+
+def plant_packed(run: Path) -> None:
+    (run / "pruned" / "notes").write_bytes(gzip.compress(GOOD_TOKEN.encode()))
+
+
 def plant_link(run: Path) -> None:
     outside = run.parent / "outside.json"
     outside.write_text("{}")
@@ -278,6 +340,16 @@ def plant_newer_record(run: Path) -> None:
         (plant_path_in_graph, "onnx/model.onnx: expected no path of this machine"),
         (plant_path_in_weights, "model.safetensors: expected no path of this machine"),
         (plant_token, "vanilla/mood/notes.txt: expected no secret, found what looks like a Hugging Face token"),
+        (plant_token_in_page, "notes.html: expected no secret, found what looks like a Hugging Face token"),
+        (plant_token_in_backup, "config.json.bak: expected no secret"),
+        (plant_token_without_suffix, "assets/NOTES: expected no secret"),
+        (plant_token_in_picture, "assets/comparison.png: expected no secret"),
+        (plant_token_in_wide_text, "notes.log: expected no secret"),
+        (plant_token_in_weights, "model.safetensors: expected no secret"),
+        (plant_token_in_graph, "onnx/model.onnx: expected no secret"),
+        (plant_path_in_page, "notes.html: expected no path of a machine, found '/home/someone/models"),
+        (plant_archive, "notes.zip: expected a file that can be looked into, found an archive"),
+        (plant_packed, "notes: expected a file that can be looked into, found an archive"),
         (plant_link, "extra.json: expected a file of the folder, found a link"),
         (plant_wrong_number, "README.md: expected every number to stand in the record, found 99.9"),
         (plant_missing_weights, "expected the files of step 'pruned'"),
@@ -329,6 +401,111 @@ def test_server_that_fails(push: Push, hub: Hub, run: Path, part: str, status: i
     assert said in answer["refused"]
     assert GOOD_TOKEN not in answer["refused"]
     assert all(not repository.files["main"] for repository in hub.repositories.values())
+
+
+@pytest.mark.parametrize("said", [None, "{}", "<html>Welcome</html>"])
+def test_commit_whose_answer_is_lost_is_found(push: Push, hub: Hub, run: Path, said: str | None):
+    """A user who is told of no connection pushes again, or believes that nobody can see the model yet."""
+    hub.rules.garbled = {"/commit/": said}
+    answer = push(run)
+    repository = hub.repositories[REPOSITORY]
+    assert sorted(repository.files["main"]) == sorted(EXPECTED)
+    assert answer["commit_url"] == f"{hub.url}/{REPOSITORY}/commit/{repository.commits[0]}"
+
+
+def test_later_commit_whose_answer_is_lost_is_found(push: Push, hub: Hub, run: Path):
+    """That files lie there is no proof: they may be those of the push before."""
+    push(run, revision="trial")
+    (run / "assets" / "comparison.png").write_bytes(b"\x89PNG another")
+    hub.rules.answers = {"/commit/": 0}
+    assert "there was no connection" in push(run, revision="trial")["refused"]
+    hub.rules.answers = {}
+    hub.rules.garbled = {"/commit/": None}
+    assert push(run, revision="trial")["commit_url"].endswith(hub.repositories[REPOSITORY].commits[1])
+
+
+def test_lost_answer_that_nobody_can_look_for(push: Push, hub: Hub, run: Path):
+    """Whether the commit was done is not known then, and must not be claimed either way."""
+    push(run)
+    (run / "assets" / "comparison.png").write_bytes(b"\x89PNG another")
+    hub.rules.garbled = {"/commit/": None}
+    # The first look at the repository is before the commit; what follows it fails.
+    hub.rules.answers = {}
+    hub.rules.unreachable_after = "/commit/"
+    refused = push(run)["refused"]
+    assert "whether it was done could not be seen" in refused
+    assert "push again" in refused
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("/api/repos/create", "{}"),
+        (f"/api/models/{REPOSITORY}", "[]"),
+        (f"/api/models/{REPOSITORY}", '{"id": "tester/artificial", "private": true}'),
+        ("/tree/", "<html>Welcome</html>"),
+        ("/tree/", '"?"'),
+        ("/preupload/", "{}"),
+        ("/objects/batch", '"?"'),
+        ("/commit/", "{}"),
+        ("/commit/", "<html>Welcome</html>"),
+    ],
+)
+def test_answers_that_are_none(push: Push, hub: Hub, run: Path, part: str, said: str):
+    """A page to log in, sent by some network instead of the Hub's answer, came to `KeyError: 'commitUrl'`."""
+    hub.rules.garbled = {part: said}
+    hub.rules.skipped = True
+    refused = push(run)["refused"]
+    assert f"expected an answer of the Hub for '{REPOSITORY}', but found something else" in refused
+    assert "HF_ENDPOINT" in refused
+    assert all(not repository.files["main"] for repository in hub.repositories.values())
+
+
+def test_repository_holds_what_the_run_holds_now(push: Push, hub: Hub, run: Path):
+    """Weights of an older run beside a card that speaks of another one are taken for what the card describes."""
+    (run / "pruned" / "tokens.txt").write_text("of the older run")
+    push(run)
+    hub.repositories[REPOSITORY].change({"LICENSE": b"MIT", ".gitattributes": b"", "onnx/extra.md": b"x"}, "By hand")
+    hub.repositories[REPOSITORY].change({"assets/comparison.png": b"better"}, "By hand")
+    (run / "pruned" / "tokens.txt").unlink()
+    (run / "assets" / "comparison.png").unlink()
+    (run / "assets" / "interference.png").unlink()
+    (run / "README.md").write_text(render_card(make_record(), RECIPE, pictures=()))
+    answer = push(run)
+    there = hub.repositories[REPOSITORY].files["main"]
+    expected = {*EXPECTED, "LICENSE", ".gitattributes", "onnx/extra.md"} - {"assets/interference.png"}
+    assert there.keys() == expected
+    assert answer["removed"] == ["assets/interference.png", "tokens.txt"]
+    assert answer["kept"] == ["LICENSE", "assets/comparison.png", "onnx/extra.md"]
+    assert there["assets/comparison.png"] == b"better"
+    assert len(hub.repositories[REPOSITORY].commits) == 4
+
+
+def test_older_files_of_another_branch_go(push: Push, hub: Hub, run: Path):
+    """A new branch starts with the files of main."""
+    push(run)
+    (run / "assets" / "interference.png").unlink()
+    (run / "README.md").write_text(render_card(make_record(), RECIPE, pictures=("comparison.png",)))
+    assert push(run, revision="trial")["removed"] == ["assets/interference.png"]
+    assert sorted(hub.repositories[REPOSITORY].files["main"]) == sorted(EXPECTED)
+    assert "assets/interference.png" not in hub.repositories[REPOSITORY].files["trial"]
+
+
+def test_what_others_changed_is_named_when_it_is_replaced(push: Push, hub: Hub, run: Path):
+    """A card that somebody worked on at the Hub is not lost without a word."""
+    push(run)
+    hub.repositories[REPOSITORY].change({"README.md": b"better words", "recipe.yaml": b"a: 1"}, "Update README.md")
+    assert push(run)["replaced"] == ["README.md", "recipe.yaml"]
+    assert push(run)["replaced"] == []
+
+
+def test_commit_of_others_in_between_is_not_overwritten(push: Push, hub: Hub, run: Path):
+    """What is removed is chosen by a look at the repository, which somebody may change right after."""
+    push(run)
+    (run / "assets" / "comparison.png").write_bytes(b"\x89PNG another")
+    hub.rules.commit_before = "/preupload/"
+    assert "somebody else committed meanwhile (412)" in push(run)["refused"]
+    assert hub.repositories[REPOSITORY].files["main"]["assets/comparison.png"] == b"\x89PNG invented"
 
 
 def test_passing_failure_is_survived(push: Push, hub: Hub, run: Path):
@@ -392,11 +569,12 @@ def test_plain_folder_with_its_own_card(tmp_path: Path):
         "---\nlibrary_name: transformers\nlicense: mit\npipeline_tag: text-classification\n"
         "tags: [hf_mtcompress]\n---\n# It\n"
     )
+    (tmp_path / "README.new.md").write_text("another")
     seen: list[Path] = []
     result = push_folder(tmp_path, REPOSITORY, check=lambda folders: seen.extend(folders) or [], dry_run=True)
     assert [file.path for file in result.files] == ["README.md", "config.json"]
     assert seen == [tmp_path]
-    assert result.total_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert result.total_bytes == sum((tmp_path / file.path).stat().st_size for file in result.files)
 
 
 def test_plain_folder_without_a_card(tmp_path: Path):
