@@ -198,10 +198,6 @@ def test_the_verbs_on_one_small_run(recipe: Path, tmp_path: Path, capsys: pytest
     assert "expected room for at least one encoder" in capsys.readouterr().err
     assert main(["group-tasks", str(output), "--parameters", "10", "--encoders", "2"]) == 2
     assert "expected --encoders or --parameters, found both" in capsys.readouterr().err
-    assert main(["group-tasks", str(output), "--rows", "0"]) == 2
-    assert "--rows: expected at least 1 validation row of each source, found 0" in capsys.readouterr().err
-    assert main(["group-tasks", str(output), "--encoders", "0"]) == 2
-    assert "--encoders: expected at least 1, found 0" in capsys.readouterr().err
     assert "How the tasks get along" in (output / "README.md").read_text(encoding="utf-8")
     assert (output / "assets" / "interference.png").exists()
 
