@@ -26,6 +26,7 @@ from hf_mtcompress.model.inputs import check_picture_size, check_repeatable, inp
 from hf_mtcompress.model.loading import load_whole, opening, read_config, refuse_oversized, refuse_partial
 from hf_mtcompress.model.stock_heads import check_one_family, head_weights, load_stock, task_of_stock
 from hf_mtcompress.model.surgery import apply_structure, describe_structure, is_vanilla
+from hf_mtcompress.model.trial import check_trainable
 from hf_mtcompress.model.vanilla import export_folder, stock_class, to_stock
 from hf_mtcompress.modules.heads import PooledHead, SharedEncoder, build_stock_head
 from hf_mtcompress.recipe import AdapterConfig, AdapterTargets
@@ -123,7 +124,8 @@ class MultiTaskModel(SharedModel):
         Raises:
             TaskError: two tasks share a name, labels are missing, or branches name tasks that are not there or twice.
             UnsupportedEncoderError: the checkpoint lacks weights of the encoder, it takes no pictures of this size,
-                or what it says of a picture changes from call to call.
+                what it says of a picture changes from call to call, it cannot be saved, a head does not answer a text,
+                or answers it otherwise beside a longer one.
         """
         names = [task.name for task in tasks]
         if len(set(names)) != len(names) or not names:
@@ -151,6 +153,7 @@ class MultiTaskModel(SharedModel):
         for task in tasks:
             # The data columns are not in the config, but useful while the model lives.
             model.tasks[task.name] = task
+        check_trainable(model)
         return model
 
     @classmethod
