@@ -9,6 +9,7 @@ import glob
 import hashlib
 import itertools
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -277,7 +278,7 @@ def _place_of(name: str, folders: Sequence[str]) -> str:
     if "://" in name:
         return name
     places = list(dict.fromkeys(str(Path(folder, name).expanduser()) for folder in folders)) or [name]
-    found = [place for place in places if Path(place).is_file()]
+    found = [place for place in places if os.path.isfile(place)]  # a name may be too long for a path
     if len(found) > 1:
         raise DataError(f"expected one picture '{name}', found {' and '.join(found)}; give paths from data_dir")
     return (found or places)[0]
