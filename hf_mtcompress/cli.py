@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare-tasks", "train each task alone and all together, over seeds; show who is hurt", _compare_tasks
     )
     with_recipe(compare)
-    compare.add_argument("--seeds", type=_at_least(1), default=3, help="trainings of each arm (default: 3)")
+    compare.add_argument("--seeds", type=int, default=3, help="trainings of each arm (default: 3)")
     compare.add_argument("--output", metavar="DIR", type=Path, help="folder (default: runs/NAME-compare)")
     compare.add_argument(
         "--arm",

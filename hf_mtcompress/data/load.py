@@ -371,11 +371,6 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
     for role, rows in splits.items():
         _check_column(rows, task.label, role, what)
         check_label_order(rows, task, what)
-        if all(is_unlabelled(value) for _, value in _values({role: rows}, task.label)):
-            raise DataError(
-                f"{what}: expected a label in some row of the {role} split, found none in column '{task.label}'; "
-                "name the column with the labels, or leave the split out"
-            )
     feature = next(iter(splits.values())).features[task.label]
     for index, value in _values(splits, task.label):
         if is_unlabelled(value):

@@ -73,7 +73,7 @@ def export_folder(model: SharedModel, name: str, folder: Path, processor: Any | 
     if not (processor is None or hasattr(processor, "save_pretrained")):
         raise DataError(
             f"expected a tokenizer or image processor to save beside the model, found {type(processor).__name__}; "
-            "AutoTokenizer.from_pretrained or AutoImageProcessor.from_pretrained give it"
+            "give the one that the encoder came with, or None to save none"
         )
     stock = to_stock(model, name)
     if not is_vanilla(encoder_of(stock)):

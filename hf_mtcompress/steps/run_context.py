@@ -186,9 +186,9 @@ def recipe_reader(recipe: Recipe) -> Reader:
         )
     except ArtifactError as error:
         raise RecipeError(f"encoder.path: {error}") from error
-    config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder))
     sizes = {tuple(values.shape[2:]) for values in reader.example(1).values() if values.dim() == 4}
     for height, width in sizes:
+        config = AutoConfig.from_pretrained(encoder.path, **loading_options(encoder))
         try:
             check_picture_size(config, height, width, trust_remote_code=encoder.trust_remote_code)
         except UnsupportedEncoderError as error:

@@ -85,15 +85,6 @@ def test_what_cannot_end_well_does_not_begin(edit: Edit, message: str, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_split_without_any_label_is_refused(split: str, tmp_path: Path) -> None:
-    recipe = write_tiny_recipe(tmp_path)
-    rows = [json.loads(line) | {"label": None} for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
-    (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RecipeError, match=f"expected a label in some row of the {split} split, found none"):
-        validate(load_recipe(recipe))
-
-
 def test_labels_at_the_end_of_a_split_are_found(tmp_path: Path) -> None:
     """Two rows stand for a source: they must not be two that happen to have no label."""
     recipe = edited(tmp_path, argument(dataloader_drop_last=True))

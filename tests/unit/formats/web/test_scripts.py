@@ -249,8 +249,9 @@ globalThis.OffscreenCanvas = class {
 };
 URL.createObjectURL = () => "";
 console.error = () => {};
-const settled = () => new Promise((done) => setTimeout(done, 20));
+const settled = () => new Promise((done) => setTimeout(done, 60));
 await import("FOLDER/app.mjs");
+for (let tries = 0; tries < 100 && !elements.drop; tries += 1) await settled(); // on a busy machine
 await settled();
 const seen = [];
 for (const file of FILES) {
