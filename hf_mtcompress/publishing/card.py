@@ -41,6 +41,7 @@ from hf_mtcompress.publishing.figures import (
     without_own_words,
 )
 from hf_mtcompress.publishing.limitations import Limitations
+from hf_mtcompress.publishing.markup import code, inside_html, text
 from hf_mtcompress.publishing.metadata import metadata_of
 from hf_mtcompress.publishing.portable import portable, portable_recipe
 from hf_mtcompress.publishing.report import (
@@ -124,7 +125,7 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML; strings of the record are escaped by Figures.text
+        autoescape=False,  # Markdown, not HTML; strings of the record are escaped by `markup`
     )
     page = _Page(record, figures, repo_id)
     text = environment.get_template("card.md.jinja").render(
@@ -307,7 +308,7 @@ class _Page:
     def labels(self) -> dict[str, str]:
         """The label names by task, in order."""
         return {
-            name: ", ".join(f"`{self.n.text(label)}`" for label in task.labels)
+            name: ", ".join(code(label) for label in task.labels)
             for name, task in tasks_of(self.record, self.step).items()
             if task.labels
         }
@@ -457,7 +458,7 @@ class _Page:
             step.name: {
                 "steps": self.n.count(step.interference["steps"]),
                 "table": self._cosines(step.interference),
-                "findings": [self.n.text(finding) for finding in step.interference["findings"]],
+                "findings": step.interference["findings"],  # Markdown of ours already
                 "scope": self.n.text(step.interference["scope"] or "the shared part"),
                 "rows": step.interference.get("rows", "train"),  # older records have it of these only
                 "judged": self._judged(step.interference["thresholds"]),
@@ -593,7 +594,7 @@ class _Page:
             }
             rows = [[_words(key), self.n.any(value)] for key, value in values.items() if value is not None]
             if rows:
-                tables[f"{step.name} ({step.kind})"] = [["setting", "value"], *rows]
+                tables[inside_html(f"{step.name} ({step.kind})")] = [["setting", "value"], *rows]
         return tables
 
     def reload_claim(self) -> str | None:
@@ -625,7 +626,7 @@ def _without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _words(key: str) -> str:
-    return key.replace("_", " ")
+    return text(key.replace("_", " "))
 
 
 def _join(words: Sequence[str]) -> str:

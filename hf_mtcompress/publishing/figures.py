@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from hf_mtcompress.publishing import markup
 from hf_mtcompress.records import RunRecord
 from hf_mtcompress.records.timing import BUSY
 
@@ -162,8 +163,8 @@ class Figures:
         return self._print(f"{1 / ratio:.2f}" if 1 / ratio < 10 else f"{1 / ratio:.1f}", ratio)
 
     def text(self, value: str) -> str:
-        """A string of the record, safe inside a Markdown table."""
-        return " ".join(value.replace("|", "\\|").replace("<", "&lt;").split())
+        """A string of the record, as it is read in Markdown."""
+        return markup.text(value)
 
     def any(self, value: Any) -> str:
         """Whatever a free-form part of the record holds."""

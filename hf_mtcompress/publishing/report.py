@@ -182,9 +182,9 @@ def budget_lines(record: RunRecord, figures: Figures) -> list[str]:
     for name, entry in budget_of(record).items():
         verdict = "not decided" if entry["met"] is None else "met" if entry["met"] else "missed"
         found = [] if entry["found"] is None else [f"found {figures.plain(entry['found'])}"]
-        why = [] if entry["met"] is not None else [figures.text(entry["why"])]
+        why = [] if entry["met"] is not None else [entry["why"]]
         limits = ", ".join([f"limit {figures.plain(entry['limit'])}", *found, *why])
-        phrases.append(f"{figures.text(name)} {verdict} ({limits})")
+        phrases.append(f"{name} {verdict} ({limits})")
     return phrases
 
 
@@ -192,7 +192,7 @@ def doubt_lines(record: RunRecord, figures: Figures) -> list[str]:
     """What the figures cannot say: tasks with nothing to keep, a reference that is beaten, times that are not given."""
     lines = []
     for name, why in every_task_left_out(record).items():
-        lines.append(f"Kept leaves {name} out, where it is undefined: {figures.text(why)}.")
+        lines.append(f"Kept leaves {name} out, where it is undefined: {why}.")
     beaten = [
         f"{name} ({figures.score(row['score'])} of '{step.name}' against {figures.score(row['reference'])})"
         for name, (step, row) in beaten_reference(record).items()
@@ -240,8 +240,7 @@ def vocabulary_lines(record: RunRecord, figures: Figures) -> list[str]:
     for step in vocabulary_cuts(record):
         cut = step.vocabulary or {}
         unknown = [
-            f"{figures.text(role)} {figures.percent(reading['unknown_after'])} "
-            f"({figures.percent(reading['unknown_before'])} before)"
+            f"{role} {figures.percent(reading['unknown_after'])} ({figures.percent(reading['unknown_before'])} before)"
             for role, reading in cut["splits"].items()
         ]
         lines.append(
@@ -258,7 +257,7 @@ def sparsity_lines(record: RunRecord, figures: Figures) -> list[str]:
     lines = []
     for step in trimmed_steps(record):
         found = step.sparsity or {}
-        how = f" in the pattern {figures.text(found['pattern'])}" if found["pattern"] else ""
+        how = f" in the pattern {found['pattern']}" if found["pattern"] else ""
         dense = figures.megabytes(found["dense_bytes"])
         stored = (
             f"Stored without zeros, the weights of the whole model take {figures.megabytes(found['stored_bytes'])}; "

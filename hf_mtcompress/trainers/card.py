@@ -4,15 +4,18 @@ A run of a recipe has a record, and a card made of it (`hf_mtcompress.publishing
 scores of its validation rows and its arguments.
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import TrainingArguments
 
 from hf_mtcompress.model.modeling import MultiTaskModel
+from hf_mtcompress.publishing.markup import code, text
 from hf_mtcompress.publishing.metadata import LIBRARY_TAG, PIPELINES, hub_metric
+from hf_mtcompress.publishing.report import markdown
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.trainers.scores import Scores, average
 
@@ -54,6 +57,7 @@ def trainer_card(
     tasks = model.tasks.values()
     base = finetuned_from or str(getattr(model.encoder, "name_or_path", "") or "")
     base = base if _REPO_ID.fullmatch(base) else ""
+    quoted = json.dumps(name, ensure_ascii=False)
     given = {key: value for key, value in metadata.items() if value}
     tags = list(dict.fromkeys([*given.pop("tags", []), *(model.model_tags or [LIBRARY_TAG])]))
     results = [
@@ -83,11 +87,11 @@ def trainer_card(
     encoder = f"[{base}](https://huggingface.co/{base})" if base else f"a {model.encoder.config.model_type} encoder"
     lines = [
         f"---\n{front.to_yaml()}\n---",
-        f"# {name}",
+        f"# {text(name)}",
         f"One model with {len(model.tasks)} task{'s' if len(model.tasks) > 1 else ''} on {encoder}, trained with "
         "hf_mtcompress.",
         "## Tasks",
-        _table([["task", "kind", "answers", "metric", "validation"], *(_row(task, scores) for task in tasks)]),
+        markdown([["task", "kind", "answers", "metric", "validation"], *(_row(task, scores) for task in tasks)]),
     ]
     if (mean := average(tasks, scores)) is not None:
         lines.append(f"Average of the main tasks on their validation rows: {mean:.4f}.")
@@ -96,32 +100,22 @@ def trainer_card(
     lines += [
         "## How to use it",
         "```python\nimport hf_mtcompress  # registers the model\nfrom transformers import pipeline\n\n"
-        f'answer = pipeline("multi-task", model="{name}")  # the folder or the repository of this model\n```',
+        f'answer = pipeline("multi-task", model={quoted})  # the folder or the repository of this model\n```',
         "## Training",
-        _table([["setting", "value"], ["optimizer steps", str(steps)], *_settings(args)]),
+        markdown([["setting", "value"], ["optimizer steps", str(steps)], *_settings(args)]),
     ]
     return "\n\n".join(lines) + "\n"
 
 
 def _row(task: Task, scores: Scores) -> list[str]:
-    labels = [f"`{_plain(label)}`" for label in (task.labels or ())[:_SHOWN_LABELS]]
+    labels = [code(label, in_table=True) for label in (task.labels or ())[:_SHOWN_LABELS]]
     more = len(task.labels or ()) - len(labels)
     answers = ", ".join(labels) + (f" and {more} more" if more else "") if labels else "a number"
     score = scores.get(task.name, {}).get(str(task.metric))
     shown = "not measured" if score is None else f"{score:.4f}"
-    return [f"`{task.name}`", task.kind, answers, str(task.metric), shown]
+    return [f"`{task.name}`", text(task.kind), answers, text(str(task.metric)), shown]
 
 
 def _settings(args: TrainingArguments) -> list[list[str]]:
     found = [(name, getattr(args, name, None)) for name in _SETTINGS]
-    return [[name, str(getattr(value, "value", value))] for name, value in found if value is not None]
-
-
-def _plain(label: str) -> str:
-    """A label that stays within its cell and its code span."""
-    return label.replace("`", "'").replace("|", "/").replace("\n", " ")
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([head, f"|{' --- |' * len(rows[0])}", *body])
+    return [[name, text(str(getattr(value, "value", value)))] for name, value in found if value is not None]
