@@ -121,7 +121,7 @@ class OneTask(AllTasks):
         if task not in fitting:
             raise TaskError(
                 f"expected task= one of {fitting} for {cls.auto_class}, found {task!r}; the folder's tasks are "
-                f"{list(model.tasks)}"
+                f"{list(model.tasks)}, and pipeline('{PIPELINE}', model=...) answers all of them"
             )
         if getattr(model, "hf_quantizer", None) is not None:
             raise ArtifactError(

@@ -9,7 +9,12 @@ from hf_mtcompress.publishing.facts import ancestors, delivered_artefact, delive
 from hf_mtcompress.publishing.repository import repository_layout
 from hf_mtcompress.records import FORMS, RunRecord
 
-LIBRARY_TAG = "hf_mtcompress"
+LIBRARY = "hf_mtcompress"
+"""What opens the repository, and a tag to find it by.
+
+Of a repository of `transformers` the Hub prints `pipeline("text-classification", model=...)`, which a model of several tasks
+cannot answer and which needs this package; `pipeline(model=...)` guesses the same. Of other libraries neither does.
+"""
 PIPELINES = {
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
@@ -43,7 +48,7 @@ def metadata_of(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
     publish = record.publish or {}
     delivered = delivered_step(record)
     chain = ancestors(record, delivered)
-    tags = [LIBRARY_TAG]
+    tags = [LIBRARY]
     tasks = tasks_of(record, delivered)
     if len(tasks) > 1:
         tags.append("multi-task")
@@ -63,7 +68,7 @@ def metadata_of(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
     return ModelCardData(
         language=language or None,
         license=publish.get("license") or record.encoder.get("license"),
-        library_name="transformers",
+        library_name=LIBRARY,
         pipeline_tag=pipelines[0] if pipelines else None,
         base_model=base,
         datasets=[name for name in dict.fromkeys(datasets) if _REPO_ID.fullmatch(name)] or None,

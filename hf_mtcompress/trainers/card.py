@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from hf_mtcompress.model.modeling import MultiTaskModel
 from hf_mtcompress.publishing.markup import code, text
-from hf_mtcompress.publishing.metadata import LIBRARY_TAG, PIPELINES, hub_metric
+from hf_mtcompress.publishing.metadata import LIBRARY, PIPELINES, hub_metric
 from hf_mtcompress.publishing.report import markdown
 from hf_mtcompress.tasks import Task
 from hf_mtcompress.trainers.scores import Scores, average
@@ -59,7 +59,7 @@ def trainer_card(
     base = base if _REPO_ID.fullmatch(base) else ""
     quoted = json.dumps(name, ensure_ascii=False)
     given = {key: value for key, value in metadata.items() if value}
-    tags = list(dict.fromkeys([*given.pop("tags", []), *(model.model_tags or [LIBRARY_TAG])]))
+    tags = list(dict.fromkeys([*given.pop("tags", []), *(model.model_tags or [LIBRARY])]))
     results = [
         EvalResult(
             task_type=PIPELINES[task.kind],
@@ -77,7 +77,7 @@ def trainer_card(
         if metric == task.metric
     ]
     front = ModelCardData(
-        library_name="transformers",
+        library_name=LIBRARY,
         tags=tags,
         base_model=base or None,
         model_name=name if results else None,

@@ -21,7 +21,7 @@ def card() -> str:
         ("license: apache-2.0\n", "license: apache-3.0\n", "expected a known license, found 'apache-3.0'"),
         ("pipeline_tag: text-classification\n", "pipeline_tag: text-sorting\n", "expected a known pipeline_tag"),
         ("base_model_relation: finetune\n", "base_model_relation: pruned\n", "expected a known base_model_relation"),
-        ("library_name: transformers\n", "", "expected 'library_name'"),
+        ("library_name: hf_mtcompress\n", "", "expected 'library_name'"),
         ("value: 0.96\n", "value: .nan\n", "expected a finite number for accuracy in model-index, found nan"),
         ("value: 0.96\n", "value: high\n", "expected a finite number for accuracy in model-index, found 'high'"),
         ("value: 0.96\n", "value: 0.98\n", "expected accuracy in model-index as it stands in the record, found 0.98"),

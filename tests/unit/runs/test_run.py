@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hf_mtcompress.artifacts import CARD, RECORD
@@ -20,6 +22,7 @@ from hf_mtcompress.data.sources import load_sources
 from hf_mtcompress.errors import DataError
 from hf_mtcompress.evaluation.benchmark import BenchmarkResult
 from hf_mtcompress.losses.interference import GradientLog, interference_report
+from hf_mtcompress.publishing.hub import repository_contents
 from hf_mtcompress.publishing.lint import lint_card
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.recipe.load import load_recipe
@@ -70,6 +73,38 @@ def test_every_step_is_measured_on_what_it_saved(finished: tuple[Path, Path, Run
             assert [row.batch_size for row in artefact.latency] == [1, 4]
             assert (output / artefact.folder).is_dir()
     assert {comparison.folder for comparison in record.comparisons} == set(folders)
+
+
+def test_the_code_of_a_pushed_card_runs(
+    finished: tuple[Path, Path, RunRecord],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A reader copies it as it stands. The repository is a folder of its name here, which is what the code asks for."""
+    _, output, record = finished
+    repository = tmp_path / "someone" / "tiny"
+    for path, content in repository_contents(output, record, "someone/tiny").items():
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+        (repository / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    card = (repository / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 3
+    capsys.readouterr()
+    for snippet in snippets:
+        exec(snippet, {})
+    printed = capsys.readouterr().out
+    assert printed.count("'mood'") == 2
+    assert printed.count("'label'") >= 1
+
+
+def test_a_pushed_card_is_not_one_of_transformers(finished: tuple[Path, Path, RunRecord]) -> None:
+    """Of those the Hub prints `pipeline("text-classification", model=...)`, which fails on several tasks."""
+    metadata = ModelCard((finished[1] / CARD).read_text(encoding="utf-8")).data
+    assert metadata.library_name == "hf_mtcompress"
+    assert metadata.pipeline_tag == "text-classification"
 
 
 def test_every_artefact_reloads_in_a_fresh_process(finished: tuple[Path, Path, RunRecord]) -> None:
