@@ -12,8 +12,8 @@ from hf_mtcompress.records import FORMS, RunRecord
 LIBRARY = "hf_mtcompress"
 """What opens the repository, and a tag to find it by.
 
-Of a repository of `transformers` the Hub prints `pipeline("text-classification", model=...)`, which a model of several tasks
-cannot answer and which needs this package; `pipeline(model=...)` guesses the same. Of other libraries neither does.
+Of a repository of `transformers` the Hub prints `pipeline("text-classification", model=...)`, which needs this package
+and fails where several tasks are of that kind; `pipeline(model=...)` guesses the same. Of other libraries neither does.
 """
 PIPELINES = {
     "sequence-classification": "text-classification",
