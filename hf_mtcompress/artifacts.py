@@ -119,7 +119,8 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         # Libraries in Rust and C++ have the words alone; torch and NumPy just find fewer bytes than they wrote.
         if any(
-            words in str(error) for words in ("No space left", "File too large", "inline_container", "requested and ")
+            words in str(error)
+            for words in ("No space left", "File too large", "inline_container", "iostream error", "requested and ")
         ):
             return True
         error = error.__cause__ or error.__context__
