@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file")
         sub.add_argument("overrides", metavar="a.b.c=value", nargs="*", help="change a value of the recipe")
 
+    recipes = verb("recipes", "list the recipes that come with the package, or copy one to change it", _recipes)
+    recipes.add_argument("--copy", metavar=("NAME", "DIR"), nargs=2, help="copy a recipe into a folder")
     run = verb("run", "do all steps of a recipe and measure what comes out", _run)
     with_recipe(run)
     run.add_argument("--output", metavar="DIR", type=Path, help="folder of the run (default: runs/NAME)")
@@ -213,6 +215,17 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 
 def _output(options: argparse.Namespace, recipe: "Recipe") -> Path:
     return (options.output or Path("runs") / recipe.name).absolute()
+
+
+def _recipes(options: argparse.Namespace) -> str:
+    from hf_mtcompress.recipe.examples import copy_example, example_recipes, headline
+
+    if options.copy is not None:
+        name, folder = options.copy
+        return f"{copy_example(name, Path(folder))}\nWhat it needs stands at its head."
+    found = example_recipes()
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {headline(path)}" for name, path in found.items())
 
 
 def _run(options: argparse.Namespace) -> str:
