@@ -41,7 +41,7 @@ from hf_mtcompress.publishing.figures import (
     without_own_words,
 )
 from hf_mtcompress.publishing.limitations import Limitations
-from hf_mtcompress.publishing.markup import code, inside_html, text
+from hf_mtcompress.publishing.markup import inside_html, text
 from hf_mtcompress.publishing.metadata import metadata_of
 from hf_mtcompress.publishing.portable import portable, portable_recipe
 from hf_mtcompress.publishing.report import (
@@ -308,7 +308,7 @@ class _Page:
     def labels(self) -> dict[str, str]:
         """The label names by task, in order."""
         return {
-            name: ", ".join(code(label) for label in task.labels)
+            name: ", ".join(self.n.code(label) for label in task.labels)
             for name, task in tasks_of(self.record, self.step).items()
             if task.labels
         }

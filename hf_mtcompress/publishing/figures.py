@@ -163,8 +163,12 @@ class Figures:
         return self._print(f"{1 / ratio:.2f}" if 1 / ratio < 10 else f"{1 / ratio:.1f}", ratio)
 
     def text(self, value: str) -> str:
-        """A string of the record, as it is read in Markdown."""
-        return markup.text(value)
+        """A string of the record, in a sentence or a cell."""
+        return self._print(markup.text(value))
+
+    def code(self, value: str) -> str:
+        """A string of the record, as a code span outside of tables."""
+        return self._print(markup.code(value))
 
     def any(self, value: Any) -> str:
         """Whatever a free-form part of the record holds."""

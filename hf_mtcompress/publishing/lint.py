@@ -20,6 +20,8 @@ REQUIRED_KEYS = ("library_name", "license", "pipeline_tag", "tags")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)")
 _FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+_SPAN = re.compile(r"\\.|(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)")
+"""What is no link, whatever brackets it has: an escaped sign, or a code span."""
 
 
 def lint_card(text: str, folder: Path | None = None, record: RunRecord | None = None) -> list[str]:
@@ -142,7 +144,7 @@ def _metric_values(metadata: dict[str, Any]) -> Iterator[tuple[Any, str]]:
 
 
 def _relative_links(text: str) -> Iterator[str]:
-    for match in _LINK.finditer(_FENCED.sub("", text)):
+    for match in _LINK.finditer(_SPAN.sub("", _FENCED.sub("", _FRONT_MATTER.sub("", text)))):
         target = match.group(1).partition("#")[0]
         if target and "://" not in target and not target.startswith("mailto:"):
             yield target

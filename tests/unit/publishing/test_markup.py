@@ -3,6 +3,7 @@
 import pytest
 
 from hf_mtcompress.publishing.card import render_card
+from hf_mtcompress.publishing.lint import lint_card_of_files
 from hf_mtcompress.publishing.markup import code, inside_html, text
 from hf_mtcompress.publishing.report import report_table
 from tests.unit.publishing.factory import make_record
@@ -56,11 +57,12 @@ def test_inside_html():
 
 def test_the_card_shows_labels_as_they_are():
     record = make_record()
-    record.tasks["intent"].labels = ["<b>", "no|pe", "a`b", " x"]
-    record.tasks["intent"].dataset_id = "my <rows> | *all*"
+    record.tasks["intent"].labels = ["<b>", "no|pe", "a`b", " x", "[a](b)", "below\n-1"]
+    record.tasks["intent"].dataset_id = "my <rows> | *all* [x](y)"
     card = render_card(record)
-    assert '- `intent`: `<b>`, `no|pe`, ``a`b``, `" x"`\n' in card
-    assert "| my \\<rows> \\| \\*all\\*, " in card
+    assert '- `intent`: `<b>`, `no|pe`, ``a`b``, `" x"`, `[a](b)`, `"below\\n-1"`\n' in card
+    assert "| my \\<rows> \\| \\*all\\* \\[x\\](y), " in card
+    assert lint_card_of_files(card, {"record.json", "assets/comparison.png", "assets/interference.png"}, record) == []
 
 
 def test_the_terminal_shows_no_markdown():
