@@ -424,10 +424,8 @@ def by_name(values: Sequence[Any], feature: Any, task: Task) -> Sequence[Any]:
     """
     if task.problem != "multi_label_classification" or _class_names(feature) is None:
         return values
-    labels = task.labels or ()
-    return [
-        row if is_unlabelled(row) else [item if is_unlabelled(item) else labels[item] for item in row] for row in values
-    ]
+    labels = dict(enumerate(task.labels or ()))
+    return [row if is_unlabelled(row) else [labels.get(item, item) for item in row] for row in values]
 
 
 # ------------------------------------------------------------------------------------------------ reading the source

@@ -220,6 +220,9 @@ def test_numbers_in_lists_of_a_class_feature_are_its_labels() -> None:
     )
     (group,) = encode(by_name(task), rows, tiny_tokenizer())
     assert list(group.dataset["labels_topics"]) == [[1, 1], [0, 1], [0, 0], [-100, -100]]
+    unknown = Dataset.from_dict({"text": ["a"], "topics": [[-1]]}, features=features)
+    with pytest.raises(DataError, match="found -1"):
+        encode({"topics": task}, unknown, tiny_tokenizer())
 
 
 # ------------------------------------------------------------------------------------------------------ encoded rows
