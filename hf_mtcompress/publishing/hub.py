@@ -339,7 +339,7 @@ def _send(
         CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
         for path, content in contents.items()
     ]
-    seen: tuple[str, str] | None = None
+    seen: str | None = None
     removed: list[str] = []
     kept: list[str] = []
     replaced: list[str] = []
@@ -357,7 +357,7 @@ def _send(
         if info.sha is None:
             raise PublishingError(_odd_answer(repo_id, "no commit"))
         removed, kept, replaced = _differences(_files_there(api, full_id, info.sha), additions)
-        seen = full_id, info.sha
+        seen = full_id
         # Not `upload_folder`: that one may split a large folder into several commits.
         commit = api.create_commit(
             full_id,
@@ -374,7 +374,7 @@ def _send(
         # HTTP errors, OSError, ValueError and, around uploads, RuntimeError with the reason as its cause.
         message = _explain(error, repo_id, token)
         # An answer that is lost says nothing of what it answered.
-        done = None if seen is None else _address_if_done(api, *seen, revision, additions, removed)
+        done = None if seen is None else _address_if_done(api, seen, revision, additions, removed)
         if done is None:
             raise PublishingError(message) from None
         if done == "":
@@ -426,7 +426,6 @@ def _is_same(file: RepoFile, addition: CommitOperationAdd) -> bool:
 def _address_if_done(
     api: HfApi,
     repo_id: str,
-    before: str,
     revision: str | None,
     additions: Iterable[CommitOperationAdd],
     removed: Iterable[str],
@@ -434,8 +433,8 @@ def _address_if_done(
     """The address of the last commit if it holds what was to be pushed; None if not, empty where nobody can look."""
     try:
         now = api.model_info(repo_id, revision=revision).sha
-        if now is None or now == before:
-            return None
+        if now is None:
+            return ""
         there = _files_there(api, repo_id, now)
         done = not any(path in there for path in removed) and all(
             addition.path_in_repo in there and _is_same(there[addition.path_in_repo], addition)

@@ -57,7 +57,7 @@ class Rules:
     answers: dict[str, int] = field(default_factory=dict)
     """Part of a path -> status; 0 hangs up."""
     garbled: dict[str, str | None] = field(default_factory=dict)
-    """Part of a path -> what is answered after the request was done; None hangs up."""
+    """Part of a path, which ends in $ -> what is answered after the request was done; None hangs up."""
     skipped: bool = False
     """Garbled requests are not done."""
     unreachable_after: str = ""
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
                 echo = f"no: {self.headers.get('Authorization', '')}"
                 self.send(status, {"error": echo, "errors": [{"message": echo}], "warnings": []})
                 return
-        self.garbled = next((said for part, said in self.server.rules.garbled.items() if part in path), "")
+        self.garbled = next((said for part, said in self.server.rules.garbled.items() if part in f"{path}$"), "")
         if self.garbled != "" and self.server.rules.skipped:
             self.send(200, {})
             return
@@ -197,7 +197,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"id": name, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
 
     def branch(self, name: str, branch: str) -> None:
-        if (repository := self.repository(name)) is not None:
+        if (repository := self.repository(name)) is None:
+            return
+        if branch in repository.branches:
+            self.send(409, {"error": "Reference already exists"})
+        else:
             repository.branches[branch] = repository.branches["main"]
             repository.files[branch] = dict(repository.files["main"])
             repository.titles[branch] = dict(repository.titles["main"])
@@ -207,6 +211,9 @@ class Handler(BaseHTTPRequestHandler):
         if (repository := self.repository(name)) is None:
             return
         branch = repository.branch_of(revision)
+        if not repository.files[branch]:
+            self.send(404, {"error": "nothing here"}, {"X-Error-Code": "EntryNotFound"})
+            return
         entries = []
         for path, content in repository.files[branch].items():
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}

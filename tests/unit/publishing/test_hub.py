@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 
 from hf_mtcompress.errors import PublishingError
 from hf_mtcompress.publishing.card import render_card
-from hf_mtcompress.publishing.hub import push_folder
+from hf_mtcompress.publishing.hub import COMMIT_TITLE, push_folder
 from hf_mtcompress.publishing.repository import collect_repository
 from tests.unit.publishing import push_worker
 from tests.unit.publishing.factory import RECIPE, make_record, write_run
@@ -415,9 +415,12 @@ def test_commit_whose_answer_is_lost_is_found(push: Push, hub: Hub, run: Path, s
 
 def test_later_commit_whose_answer_is_lost_is_found(push: Push, hub: Hub, run: Path):
     """That files lie there is no proof: they may be those of the push before."""
+    (run / "pruned" / "tokens.txt").write_text("of the older run")
     push(run, revision="trial")
-    (run / "assets" / "comparison.png").write_bytes(b"\x89PNG another")
     hub.rules.answers = {"/commit/": 0}
+    (run / "pruned" / "tokens.txt").unlink()
+    assert "there was no connection" in push(run, revision="trial")["refused"]
+    (run / "assets" / "comparison.png").write_bytes(b"\x89PNG another")
     assert "there was no connection" in push(run, revision="trial")["refused"]
     hub.rules.answers = {}
     hub.rules.garbled = {"/commit/": None}
@@ -442,7 +445,7 @@ def test_lost_answer_that_nobody_can_look_for(push: Push, hub: Hub, run: Path):
     [
         ("/api/repos/create", "{}"),
         (f"/api/models/{REPOSITORY}", "[]"),
-        (f"/api/models/{REPOSITORY}", '{"id": "tester/artificial", "private": true}'),
+        (f"/api/models/{REPOSITORY}$", '{"id": "tester/artificial", "private": true}'),
         ("/tree/", "<html>Welcome</html>"),
         ("/tree/", '"?"'),
         ("/preupload/", "{}"),
@@ -467,18 +470,21 @@ def test_repository_holds_what_the_run_holds_now(push: Push, hub: Hub, run: Path
     push(run)
     hub.repositories[REPOSITORY].change({"LICENSE": b"MIT", ".gitattributes": b"", "onnx/extra.md": b"x"}, "By hand")
     hub.repositories[REPOSITORY].change({"assets/comparison.png": b"better"}, "By hand")
+    hub.repositories[REPOSITORY].change({".hub/notes.yaml": b"of the Hub's own"}, COMMIT_TITLE)
     (run / "pruned" / "tokens.txt").unlink()
     (run / "assets" / "comparison.png").unlink()
     (run / "assets" / "interference.png").unlink()
     (run / "README.md").write_text(render_card(make_record(), RECIPE, pictures=()))
     answer = push(run)
     there = hub.repositories[REPOSITORY].files["main"]
-    expected = {*EXPECTED, "LICENSE", ".gitattributes", "onnx/extra.md"} - {"assets/interference.png"}
+    expected = {*EXPECTED, "LICENSE", ".gitattributes", "onnx/extra.md", ".hub/notes.yaml"} - {
+        "assets/interference.png"
+    }
     assert there.keys() == expected
     assert answer["removed"] == ["assets/interference.png", "tokens.txt"]
-    assert answer["kept"] == ["LICENSE", "assets/comparison.png", "onnx/extra.md"]
+    assert answer["kept"] == [".hub/notes.yaml", "LICENSE", "assets/comparison.png", "onnx/extra.md"]
     assert there["assets/comparison.png"] == b"better"
-    assert len(hub.repositories[REPOSITORY].commits) == 4
+    assert len(hub.repositories[REPOSITORY].commits) == 5
 
 
 def test_older_files_of_another_branch_go(push: Push, hub: Hub, run: Path):
@@ -494,7 +500,9 @@ def test_older_files_of_another_branch_go(push: Push, hub: Hub, run: Path):
 def test_what_others_changed_is_named_when_it_is_replaced(push: Push, hub: Hub, run: Path):
     """A card that somebody worked on at the Hub is not lost without a word."""
     push(run)
-    hub.repositories[REPOSITORY].change({"README.md": b"better words", "recipe.yaml": b"a: 1"}, "Update README.md")
+    same = hub.repositories[REPOSITORY].files["main"]
+    changed = {"README.md": b"better words", "recipe.yaml": b"a: 1"}
+    hub.repositories[REPOSITORY].change({**same, **changed}, "Update README.md")
     assert push(run)["replaced"] == ["README.md", "recipe.yaml"]
     assert push(run)["replaced"] == []
 
