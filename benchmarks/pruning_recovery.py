@@ -237,7 +237,7 @@ def table() -> str:
             every = times.get(form, {}).get("latency", {})
             for size in ("1", "32"):
                 pair = [every[name][size]["minimum_ms"] for name in ("teacher", arm) if size in every.get(name, {})]
-                faster.append(f"{pair[0] / pair[1]:.1f}x" if len(pair) == 2 else "-")
+                faster.append(f"{pair[0] / pair[1]:.1f}x" if len(pair) == 2 and all(pair) else "-")
         lines.append(
             f"| {arm} | {facts['average']:.4f} | {100 * sum(shares) / len(shares):.1f} % | {100 * min(shares):.1f} % | "
             f"{facts['layer_parameters']:,} | {' | '.join(faster)} |"

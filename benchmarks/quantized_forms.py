@@ -332,7 +332,8 @@ def table(results: Path, threads: int) -> str:
             facts = json.loads(file.read_text(encoding="utf-8"))
             kept = min(facts["scores"][task] / own["scores"][task] for task in own["scores"])
             rows = times["latency"].get(f"{model} {file.stem}", {})
-            faster = [f"{1 / rows[size]['ratio_minimum']:.1f}x" if size in rows else "-" for size in ("1", "32")]
+            ratios = [rows.get(size, {}).get("ratio_minimum") for size in ("1", "32")]
+            faster = ["-" if ratio is None else f"{1 / ratio:.1f}x" for ratio in ratios]
             lines.append(
                 f"| {model} | {file.stem} | {facts['bytes'] / 1e6:.1f} | {reference['bytes'] / facts['bytes']:.1f} | "
                 f"{facts['average']:.4f} | {100 * (facts['average'] - own['average']):+.2f} | {100 * kept:.1f} % | "

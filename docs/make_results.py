@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from hf_mtcompress.artifacts import ASSETS, CARD, RECIPE, RECORD
+from hf_mtcompress.publishing.figures import NOT_TIMED
 from hf_mtcompress.publishing.portable import portable_recipe
 from hf_mtcompress.publishing.report import report_rows
 from hf_mtcompress.records import RunRecord, run_from_dict
@@ -31,8 +32,10 @@ def table(record: RunRecord) -> str:
             f"{100 * row['retention']:.1f} %",
             f"{100 * row['worst_task_retention']:.1f} %",
             f"{row['size_mb']:.1f}",
-            f"{1 / row['latency_b1_ratio']:.1f} x",
-            f"{1 / row['latency_b32_ratio']:.1f} x",
+            *(
+                NOT_TIMED if (ratio := row[f"latency_b{size}_ratio"]) is None else f"{1 / ratio:.1f} x"
+                for size in (1, 32)
+            ),
         ]
         for row in report_rows(record)
     ]

@@ -77,7 +77,7 @@ class Surroundings:
     def busy(self) -> str | None:
         """Why nothing can be timed in them; None where it can."""
         if self.others is not None:
-            if self.others > self.cores - self.threads + SPARE_CORES:
+            if self.others > max(self.cores - self.threads, 0) + SPARE_CORES:
                 timed = "a timed thread" if self.threads == 1 else f"{self.threads} timed threads"
                 return f"other processes used {self.others:.1f} of {self.cores} cores beside {timed}"
         elif self.load is not None and self.load > _LOAD * self.cores:

@@ -38,6 +38,7 @@ def test_times_that_hold():
         (2, 1, 1.0, False),
         (2, 1, 1.3, True),
         (2, 2, 1.0, True),
+        (2, 4, 0.2, False),
         (16, 8, 8.0, False),
         (16, 8, 8.5, True),
         (2, 2, None, False),
