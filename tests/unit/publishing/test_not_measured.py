@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from hf_mtcompress.publishing.card import render_card
 from hf_mtcompress.publishing.facts import budget_of, headline_figures
@@ -52,7 +53,7 @@ def at_chance() -> RunRecord:
     return record
 
 
-def test_no_speed_is_claimed_of_a_busy_machine(tmp_path: Path):
+def test_no_speed_is_claimed_of_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Headline, table, picture and budget each said "981.3 times as fast", and one line among the limits doubted it."""
     record = busy()
     card = render_card(record, None, None)
@@ -75,7 +76,14 @@ def test_no_speed_is_claimed_of_a_busy_machine(tmp_path: Path):
     assert (last["latency_b1_ratio"], last["minimum_ms_b32"]) == (None, None)
     assert last["not_measured"] == {"1": WHY, "32": WHY}
     assert headline_figures(record, record.steps[-1].artefacts[0])["time at batch 1"] == BUSY
+    labels: list[str] = []
+    monkeypatch.setattr(Axes, "set_xlabel", lambda _, label: labels.append(label))
     assert len(draw_comparison(record, tmp_path / "comparison.png")) == 2
+    assert labels[0] == f"size in MB (log scale)\ntime {BUSY}"
+    record.steps[0].artefacts[0].latency = make_record().steps[0].artefacts[0].latency
+    draw_comparison(record, tmp_path / "comparison.png")
+    assert f"\ntime {BUSY} (teacher-int8, student, " in labels[2]
+    record = busy()
     assert "14.75," in (tmp_path / "comparison.csv").read_text()
     assert run_from_dict(json.loads(to_json(record))) == record
 
