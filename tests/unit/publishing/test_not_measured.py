@@ -191,3 +191,17 @@ def test_dynamic_ranges_are_told():
     artefact = record.steps[-1].artefacts[0]
     record.steps[-1].artefacts[0] = dataclasses.replace(artefact, precision="int8, static, percentile of 256 rows")
     assert words not in render_card(record)
+
+
+def test_a_gate_names_what_it_could_not_hold():
+    """A gate over one task of three is passed easily."""
+    record = make_record()
+    limits = {"retention": {"limit": 0.9, "found": 1.0, "met": True}}
+    gate = {"reference": "pruned", "split": "validation", "limits": limits, "met": True, "tasks": {}}
+    record.steps[-1].quantization = {"gate": gate}
+    words = "Step small kept of pruned on the validation split: on average 100.0 %"
+    assert words in report_table(record)
+    gate["undefined"] = {"mood": "the reference (-0.1) is not above zero"}
+    words = words.replace(":", ", without mood, where nothing can be said to be kept:")
+    assert words in report_table(record)
+    assert words in render_card(record)
