@@ -64,6 +64,8 @@ _OPENED_AT_ONCE = 64
 _OPENED_HOW = 1
 """To be raised where other pictures are refused: what was found before is then not taken from the cache."""
 _NUMBERS = ("int64", "float64")
+_LONG_LINE = 2**16
+"""Bytes of a file that is more than a header, whatever stands in it."""
 
 
 def load_splits(
@@ -347,7 +349,7 @@ def infer_labels(
     if multi_label and found <= {0, 1} and _holds_vectors(splits, column):
         raise DataError(
             f"{what}: expected names of labels in column '{column}', found vectors of zeros and ones; "
-            "give the names in order under labels"
+            "give the names in order under labels (of one or two labels, write 0.0 and 1.0, or false and true)"
         )
     labels = tuple(dict.fromkeys(_label_name(value) for value in sorted(found, key=_label_order)))
     _check_alike(labels, column, what)
@@ -387,14 +389,14 @@ def check_labels(splits: Mapping[Role, Dataset], task: Task, what: str) -> None:
             try:
                 task.encode_labels(by_name([value], feature, task), {})
             except DataError as error:
-                raise DataError(f"{what}, {index}: {error}") from error
+                raise DataError(f"{what}, {index}: {str(error).removeprefix(f'{what}: ')}") from error
             continue
         for item in items:
             if item not in accepted and not is_unlabelled(item):
                 try:
                     label_index(task, item)
                 except DataError as error:
-                    raise DataError(f"{what}, {index}: {error}") from error
+                    raise DataError(f"{what}, {index}: {str(error).removeprefix(f'{what}: ')}") from error
                 accepted.add(item)
 
 
@@ -654,6 +656,15 @@ def _check_apart(specs: Mapping[Role, str], builder: DatasetBuilder, what: str) 
         DataError: slices overlap, or splits come of files with the same content.
     """
     rows = _split_rows(builder)
+    # Splits of the same files, under two names, are one.
+    files = {
+        split: {
+            file_digest(name): name for name in _local_files(builder, split) if builder.name != "csv" or _has_rows(name)
+        }
+        for split in rows
+    }
+    first_of: dict[tuple[str, ...], str] = {}
+    one = {split: first_of.setdefault(tuple(sorted(found)) or (split,), split) for split, found in files.items()}
     taken: list[tuple[Role, str, int, int]] = []
     for role, spec in specs.items():
         try:
@@ -663,25 +674,33 @@ def _check_apart(specs: Mapping[Role, str], builder: DatasetBuilder, what: str) 
         for part in parts:
             first, last = part.from_ or 0, rows[part.splitname] if part.to is None else part.to
             for other, split, start, end in taken:
-                if split == part.splitname and (common := min(last, end) - max(first, start)) > 0:
+                if one[split] == one[part.splitname] and (common := min(last, end) - max(first, start)) > 0:
+                    same = "" if split == part.splitname else ", which hold the same files"
                     raise DataError(
                         f"{what}: expected splits without common rows, found {common} rows both in '{specs[other]}' "
-                        f"for {other} and in '{spec}' for {role}; give slices that do not overlap, such as "
-                        "train[:90%] and train[90%:]"
+                        f"for {other} and in '{spec}' for {role}{same}; give slices that do not overlap, such as "
+                        "train[:90%] and train[90%:], or leave validation out to have it drawn from train"
                     )
             taken.append((role, part.splitname, first, last))
-    files = {split: _local_files(builder, split) for split in dict.fromkeys(split for _, split, *_ in taken)}
-    contents = {split: {file_digest(name): name for name in names} for split, names in files.items()}
-    for split, other in itertools.combinations(contents, 2):
-        common = contents[split].keys() & contents[other].keys()
+    for split, other in itertools.combinations(dict.fromkeys(split for _, split, *_ in taken), 2):
+        common_files = files[split].keys() & files[other].keys()
         # Single pictures may well come twice; a table, or all pictures of a split, hardly.
-        if common and (builder.name not in _PICTURES or common in (contents[split].keys(), contents[other].keys())):
-            name, its_name = (Path(contents[key][min(common)]).name for key in (split, other))
+        whole = common_files in (files[split].keys(), files[other].keys())
+        if one[split] != one[other] and common_files and (builder.name not in _PICTURES or whole):
+            name, its_name = (Path(files[key][min(common_files)]).name for key in (split, other))
             raise DataError(
                 f"{what}: expected splits without common rows, found the same content in '{name}' of {split} and "
                 f"'{its_name}' of {other}; give each split rows of its own (validation may be left out: it is then "
                 "drawn from train)"
             )
+
+
+def _has_rows(name: str) -> bool:
+    """Whether a table holds more than a line, which is its header."""
+    if os.path.getsize(name) > _LONG_LINE:
+        return True
+    with open(name, "rb") as file:
+        return len(file.read().splitlines()) > 1
 
 
 def _local_files(builder: DatasetBuilder, split: str) -> list[str]:
@@ -708,21 +727,23 @@ def _check_table(builder: DatasetBuilder, config: DataConfig, label_columns: Col
             continue
         for split in builder.config.data_files or {}:
             for name in _local_files(builder, str(split)):
-                given = {
-                    **settings.pd_read_csv_kwargs,
-                    "usecols": [column],
-                    "dtype": str,
-                    "chunksize": None,
-                }
-                values = pandas.read_csv(name, **given)[column].dropna().unique()
-                by_number: dict[float, str] = {}
-                for value in values:
-                    if (other := by_number.setdefault(float(value), value)) != value:
-                        raise DataError(
-                            f"{what}: expected labels that stay apart, found '{other}' and '{value}' in column "
-                            f"'{column}' of {Path(name).name}, which a table reads as one number; write them alike, or "
-                            f"with a letter"
-                        )
+                _check_numbers(name, column, settings.pd_read_csv_kwargs, what)
+
+
+def _check_numbers(name: str, column: str, options: Mapping[str, Any], what: str) -> None:
+    """Make sure that no two labels are one number with more and with fewer zeros before it."""
+    given = {**options, "usecols": [column], "dtype": str, "chunksize": None, "index_col": None, "converters": None}
+    try:
+        values = pandas.read_csv(name, **given)[column].dropna().unique()
+    except (ValueError, KeyError, OSError):
+        return  # a table that only its own options can read
+    by_number: dict[str, str] = {}
+    for value in (value.strip() for value in values if value.strip().isdigit()):
+        if (other := by_number.setdefault(value.lstrip("0") or "0", value)) != value:
+            raise DataError(
+                f"{what}: expected labels that stay apart, found '{other}' and '{value}' in column '{column}' of "
+                f"{Path(name).name}, which a table reads as one number; write them alike, or with a letter"
+            )
 
 
 def _carve(train: Dataset, seed: int, what: str) -> tuple[Dataset, Dataset]:

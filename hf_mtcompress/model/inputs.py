@@ -37,7 +37,7 @@ def check_repeatable(encoder: PreTrainedModel) -> None:
     picture = _picture(encoder.config, side, device=encoder.device, dtype=encoder.dtype)
     training, own = encoder.training, [] if encoder.device.type == "cpu" else [encoder.device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(own):
+        with torch.no_grad(), torch.random.fork_rng(own, device_type=encoder.device.type if own else "cuda"):
             encoder.eval()
             once, again = (encoder(**{encoder.main_input_name: picture})[0] for _ in range(2))
     except Exception:  # whatever a forward pass may raise, the first step of a training raises again

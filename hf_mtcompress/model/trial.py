@@ -30,12 +30,13 @@ def check_trainable(model: SharedModel) -> None:
             f"({error}); give another"
         ) from error
     table = encoder.get_input_embeddings()
-    if not isinstance(table, nn.Embedding) or encoder.device.type == "meta":
+    # Of few bits or half precision, heads and encoder come to one type later: in autocast, or by the user's own hand.
+    if not isinstance(table, nn.Embedding) or encoder.device.type == "meta" or encoder.dtype != torch.float32:
         return
     training = model.training
     own = [] if encoder.device.type == "cpu" else [encoder.device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(own):
+        with torch.no_grad(), torch.random.fork_rng(own, device_type=encoder.device.type if own else "cuda"):
             model.eval()
             alone, padded = _answers(model, table.num_embeddings)
     except Exception as error:

@@ -26,8 +26,9 @@ _DEPTH = 50
 _VALUES = 100_000
 """Values of a document, aliases written out; the longest lists of labels have some hundreds."""
 
-_DIGITS = 18
-"""Of a whole number: more do not fit 64 bits."""
+_BEYOND = 2**63
+_LONGEST = 30
+"""Characters of a whole number, leading zeros among them."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,9 +58,12 @@ class _Dumper(yaml.SafeDumper):
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    if len(text) > _DIGITS:
-        raise yaml.MarkedYAMLError(None, None, f"expected a number of at most {_DIGITS} digits", node.start_mark)
-    return int(text, 16) if text.lower().startswith("0x") else int(text)
+    number = (int(text, 16) if text.lower().startswith("0x") else int(text)) if len(text) < _LONGEST else _BEYOND
+    if abs(number) >= _BEYOND:
+        raise yaml.MarkedYAMLError(
+            None, None, "expected a whole number of at most 64 bits; put it in quotes if it is a name", node.start_mark
+        )
+    return number
 
 
 for _tag, (_pattern, _first) in _PLAIN_VALUES.items():

@@ -4,6 +4,7 @@ Layers are counted through all steps; every training's arguments are built, with
 encoder that the recipe names reads two rows of every source and an input of the greatest length.
 """
 
+import gc
 import random
 import shutil
 import tempfile
@@ -40,6 +41,8 @@ from hf_mtcompress.steps.training import merged_training, training_arguments
 from hf_mtcompress.tasks.classification import is_unlabelled
 from hf_mtcompress.trainers.arguments import DistillationTrainingArguments, MultiTaskTrainingArguments
 from hf_mtcompress.trainers.multitask import MultiTaskTrainer
+
+_ROWS_AT_ONCE = 10_000
 
 
 def check_run(recipe: Recipe, sources: Sources, output: Path | None = None) -> RunContext:
@@ -150,13 +153,23 @@ def _some_rows(sources: Sources, role: Role, count: int) -> dict[str, Dataset]:
     rows = sources.role(role)
     for names in group_tasks(sources.tasks, rows):
         own = rows[names[0]]
-        labelled = []
-        for name in names:
-            labels = enumerate(own[str(sources.tasks[name].label)])
-            labelled.append(next((index for index, label in labels if not is_unlabelled(label)), 0))
+        labelled = [_first_labelled(own, str(sources.tasks[name].label)) for name in names]
         chosen = list(dict.fromkeys([*labelled, *range(min(count, len(own)))]))
         found |= dict.fromkeys(names, own.select(chosen))
     return {name: found[name] for name in rows}
+
+
+def _first_labelled(rows: Dataset, column: str) -> int:
+    """Index of the first row with a label, 0 where none has one."""
+    first = 0
+    batch: Any
+    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        values = batch[column]
+        for index, label in enumerate(values.to_pylist() if values.null_count < len(values) else ()):
+            if not is_unlabelled(label):
+                return first + index
+        first += len(values)
+    return 0
 
 
 @contextmanager
@@ -173,6 +186,7 @@ def _nothing_left_behind() -> Iterator[Path]:
         if shown:
             enable_progress_bars()
         shutil.rmtree(scratch, ignore_errors=True)
+        gc.collect()  # trainers and models hold each other: a large encoder would stay beside that of the run
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002 - as above
         torch.set_rng_state(states[2])

@@ -193,14 +193,16 @@ def _check_arguments(cls: type[MultiTaskTrainingArguments], arguments: Mapping[s
     """
     kinds, problems = get_type_hints(cls), []
     for name, value in arguments.items():
-        if name in _OF_THE_RUN:
+        if name in _OF_THE_RUN and value not in (None, False):
             problems.append(f"training.arguments.{name}: expected no such key, found {value!r}; {_OF_THE_RUN[name]}")
         elif name in kinds:
             try:
                 TypeAdapter(kinds[name]).validate_python(value, strict=True)
             except ValidationError:
                 kind = getattr(kinds[name], "__name__", str(kinds[name]).replace("typing.", ""))
-                problems.append(f"training.arguments.{name}: expected {kind}, found {value!r}")
+                problems.append(
+                    f"training.arguments.{name}: expected {kind}, found {value!r}; correct it or leave it out"
+                )
             except PydanticUserError:
                 continue  # of a class that pydantic knows nothing of
     if problems:

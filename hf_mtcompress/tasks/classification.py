@@ -89,20 +89,21 @@ class Classification(Task):
         known = [item for item in value if not is_unlabelled(item)]
         if value and not known:
             return unlabelled
-        numbered = any(_is_whole(item) for item in known) and not all(label.isdigit() for label in self.labels or ())
+        whole = any(_is_whole(item) for item in known)
         vector = len(value) == self.num_outputs and all(item in (0, 1) and not isinstance(item, str) for item in known)
-        if vector and (numbered or not any(_is_whole(item) for item in known)):
-            if len(known) < len(value):
-                raise DataError(
-                    f"task '{self.name}': expected 0 or 1 for each label in column '{self.label}', found {value!r} "
-                    "with a gap; say None for a row whose labels are not all known, or give the names of its labels"
-                )
-            if numbered and len(set(known)) == len(known) and max(known) < self.num_outputs:
-                raise DataError(
-                    f"task '{self.name}': expected the labels of a row in column '{self.label}', found {value!r}, "
-                    "which may be the numbers of labels or a 0 or 1 for each label; write the names of the labels, or "
-                    "true and false (0.0 and 1.0) for each label"
-                )
+        numbers = whole and len(set(known)) == len(known) and all(self._is_number_of_label(item) for item in known)
+        if vector and len(known) < len(value):
+            raise DataError(
+                f"task '{self.name}': expected 0 or 1 for each label in column '{self.label}', found {value!r} "
+                "with a gap; say None for a row whose labels are not all known, or give the names of its labels"
+            )
+        if vector and numbers:
+            raise DataError(
+                f"task '{self.name}': expected the labels of a row in column '{self.label}', found {value!r}, "
+                "which may be the numbers of labels or a 0 or 1 for each label; write the names of the labels, or "
+                "true and false (0.0 and 1.0) for each label"
+            )
+        if vector:
             return [float(item) for item in value]
         indices = [label_index(self, item) for item in known]
         if len(set(indices)) < len(indices):
@@ -111,6 +112,11 @@ class Classification(Task):
                 f"remove the double, or give a 0 or 1 for each of the {self.num_outputs} labels"
             )
         return [float(index in indices) for index in range(self.num_outputs)]
+
+    def _is_number_of_label(self, item: Any) -> bool:
+        """Whether a whole number may stand for a label: by its name, or where names are words by its place."""
+        labels = self.labels or ()
+        return str(item) in labels if _are_numbers(labels) else 0 <= item < len(labels)
 
     def _number(self, value: Any) -> float:
         if is_unlabelled(value):
@@ -200,6 +206,10 @@ class Classification(Task):
                 ]
 
 
+def _are_numbers(labels: Sequence[str]) -> bool:
+    return all(label.lstrip("-").isdigit() for label in labels)
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -222,7 +232,7 @@ def label_index(task: Task, value: Any) -> int:
         value = int(value)  # tables read whole numbers with gaps as floats
     if str(value) in labels:
         return labels.index(str(value))
-    numeric = all(label.lstrip("-").isdigit() for label in labels)
+    numeric = _are_numbers(labels)
     if _is_whole(value) and not numeric and 0 <= value < len(labels):
         return int(value)
     near = get_close_matches(str(value), labels, n=1)

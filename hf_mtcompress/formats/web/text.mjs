@@ -11,9 +11,10 @@ export function splitWords(text) {
 /**
  * The word that each token begins in, or null.
  *
- * The text is read as a whole; where a word begins and ends among its tokens is seen by reading the text up to there.
+ * The text is read as a whole; where a word begins and ends among its tokens is seen by reading the text up to there,
+ * as long as tokens are kept.
  */
-export function wordsOfTokens(tokenize, text, ids) {
+export function wordsOfTokens(tokenize, text, ids, kept) {
   const before = (end) => {
     const part = tokenize(text.slice(0, end));
     let count = 0;
@@ -21,13 +22,17 @@ export function wordsOfTokens(tokenize, text, ids) {
     return count;
   };
   const owners = ids.map(() => null);
-  let last = 0;
-  [...text.matchAll(WORD)].forEach((found, word) => {
+  let [last, end, word] = [0, 0, 0];
+  for (const found of text.matchAll(WORD)) {
+    if (last >= kept) break;
     // The space before a word is its first piece's, where there is a token for it; further ones are nobody's.
-    const first = Math.max(last, before(Math.max(found.index - 1, 0)));
-    last = Math.max(first, before(found.index + found[0].length));
+    const start = Math.max(found.index - 1, 0);
+    const first = start === end ? last : Math.max(last, before(start));
+    end = found.index + found[0].length;
+    last = Math.max(first, before(end));
     owners.fill(word, first, last);
-  });
+    word += 1;
+  }
   return owners;
 }
 
@@ -69,7 +74,8 @@ export function encodeText(tokenize, settings, text, pair) {
   const special = template.reduce((count, part) => count + (part.ids ? part.ids.length : 0), 0);
   const words = settings.words ? splitWords(text) : [];
   const texts = [tokenize(text), []];
-  const places = settings.words ? wordsOfTokens(tokenize, text, texts[0]) : [];
+  const end = settings.truncation_side === "left" ? Infinity : settings.max_length;
+  const places = settings.words ? wordsOfTokens(tokenize, text, texts[0], end) : [];
   if (second !== undefined) texts[1] = tokenize(second);
   const room = Math.max(settings.max_length - special, 0);
   const kept = fitLengths(texts[0].length, texts[1].length, room);

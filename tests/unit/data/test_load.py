@@ -154,7 +154,7 @@ def test_one_file_in_two_roles_is_seen(folder: Path, files: tuple[str, str]) -> 
         load_splits(config(data_files={"train": files[0], "validation": ["dev.jsonl", files[1]]}), folder, 0, "data")
 
 
-@pytest.mark.parametrize(("first", "other"), [("01", "1"), ("7.0", "7"), ("+3", "3")])
+@pytest.mark.parametrize(("first", "other"), [("01", "1"), ("007", "7")])
 def test_labels_that_a_table_would_merge_are_refused(tmp_path: Path, first: str, other: str) -> None:
     """Read as numbers they are one label, without a word."""
     (tmp_path / "train.csv").write_text(f"text,label\na,{first}\nb,{other}\nc,9\nd,9\n")
@@ -162,6 +162,41 @@ def test_labels_that_a_table_would_merge_are_refused(tmp_path: Path, first: str,
     with pytest.raises(DataError, match=rf"labels that stay apart, found '{re.escape(first)}' and '{other}' in column"):
         load_splits(table, tmp_path, 0, "data", ["label"])
     assert load_splits(table, tmp_path, 0, "data")["train"].num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({"index_col": 0}, ("1", "2")),
+        ({"index_col": "id"}, ("1", "2")),
+        ({"sep": ";", "thousands": ","}, ("1,000", "2,000")),
+        ({"sep": ";", "decimal": ","}, ("0,5", "1,5")),
+        ({}, ("7", "7.0")),
+        ({}, ("7", " 7")),
+    ],
+)
+def test_tables_with_options_of_their_own_are_read(
+    tmp_path: Path, options: dict[str, Any], labels: tuple[str, str]
+) -> None:
+    sep = options.get("sep", ",")
+    lines = [["id", "text", "label"], *([str(n), f"row {n}", labels[n % 2]] for n in range(6))]
+    (tmp_path / "train.csv").write_text("".join(sep.join(line) + "\n" for line in lines))
+    table = DataConfig(path="csv", data_files="train.csv", builder_arguments=options)
+    assert load_splits(table, tmp_path, 0, "data", ["label"])["train"].num_rows == 5
+
+
+def test_disjoint_rows_of_one_file_and_empty_files_are_no_overlap(folder: Path) -> None:
+    twice = config(
+        data_files={"train": "train.jsonl", "test": "train.jsonl"},
+        splits={"train": "train[:80%]", "test": "test[80%:]"},
+    )
+    splits = load_splits(twice, folder, 0, "data")
+    assert not set(texts(splits, "train")) & set(texts(splits, "test"))
+    for name in ("a", "b"):
+        (folder / "rows" / f"{name}.csv").write_text(f"text,label\n{name},1\n{name},2\n")
+        (folder / "rows" / f"empty-{name}.csv").write_text("text,label\n")
+    shards = config(path="csv", data_files={"train": ["a.csv", "empty-a.csv"], "test": ["b.csv", "empty-b.csv"]})
+    assert load_splits(shards, folder, 0, "data")["test"].num_rows == 2
 
 
 def test_a_field_without_a_name_is_refused(tmp_path: Path) -> None:

@@ -70,3 +70,9 @@ def test_a_trial_leaves_no_trace(family: str) -> None:
     check_trainable(model)
     assert torch.equal(torch.rand(2), expected)
     assert model.training
+
+
+def test_an_encoder_in_half_precision_is_left_to_its_user() -> None:
+    """Heads and encoder come to one type later: by autocast, or by hand."""
+    model = MultiTaskModel.from_encoder(tiny_encoder("bert").to(torch.bfloat16), [mood()])
+    assert model.float()(input_ids=torch.tensor([[4, 5]])).logits_mood.dtype == torch.float32

@@ -85,6 +85,10 @@ def test_what_cannot_end_well_does_not_begin(edit: Edit, message: str, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_defaults_that_are_written_out_are_no_mistake(tmp_path: Path) -> None:
+    validate(load_recipe(edited(tmp_path, argument(push_to_hub=False, resume_from_checkpoint=None))))
+
+
 def test_labels_at_the_end_of_a_split_are_found(tmp_path: Path) -> None:
     """Two rows stand for a source: they must not be two that happen to have no label."""
     recipe = edited(tmp_path, argument(dataloader_drop_last=True))

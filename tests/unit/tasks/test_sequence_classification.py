@@ -168,7 +168,11 @@ def test_perfect_logits_score_one(problem: str) -> None:
         (("calm", "glad"), [0.0, 1.0], [0.0, 1.0]),
         (("calm", "glad"), [False, True], [0.0, 1.0]),
         (("calm", "glad"), ["calm", "glad"], [1.0, 1.0]),
-        (("0", "1"), [0, 1], [1.0, 1.0]),
+        (("0", "1"), [0, 0], [0.0, 0.0]),
+        (("2019", "2020", "2021"), [0, 1, 1], [0.0, 1.0, 1.0]),
+        (("2019", "2020", "2021"), [2019, 2021], [1.0, 0.0, 1.0]),
+        (("1", "2", "3"), [1, 0, 0], [1.0, 0.0, 0.0]),
+        (("0", "1", "2"), [0, 1, 0], [0.0, 1.0, 0.0]),
         (("0", "1", "2"), [0, 1], [1.0, 1.0, 0.0]),
         (("calm",), [1], [1.0]),
         (("calm", "glad", "sad"), [0, 1], [1.0, 1.0, 0.0]),
@@ -187,7 +191,7 @@ def test_lists_of_numbers_are_read_one_way(labels: tuple[str, ...], row: list[An
         (("calm",), [0], "may be the numbers of labels"),
         (("calm", "glad", "sad"), [1, 1], "each label of a row once.*give a 0 or 1 for each of the 3 labels"),
         (("calm", "glad", "sad"), [0, 1, 0, 0], "each label of a row once"),
-        (("0", "1", "2"), [0, 1, 0], "each label of a row once"),
+        (("0", "1"), [0, 1], "may be the numbers of labels"),
     ],
 )
 def test_lists_that_could_be_read_two_ways_are_refused(labels: tuple[str, ...], row: list[Any], message: str) -> None:
